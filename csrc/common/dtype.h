@@ -1,0 +1,86 @@
+// Storage types beside the compute types float and double, and the two ways to round into them.
+#pragma once
+#include "scalar.h"
+
+namespace dither {
+enum class DType : int8_t { f32, f64, bf16, f16 };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+DITHER_HD float widen(float x) { return x; }
+DITHER_HD double widen(double x) { return x; }
+DITHER_HD float widen(bfloat16 x) { return bit_as<float>(uint32_t(x.bits) << 16); }
+// IEEE binary16 by selects only, so that the loop around it vectorises. Subnormals: 2^-14 + m 2^-24 - 2^-14 is exact.
+DITHER_HD float widen(float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  const float normal = bit_as<float>(magnitude + (112u << 23));
+  const float subnormal = bit_as<float>(magnitude + (113u << 23)) - 0x1p-14f;
+  const uint32_t special = magnitude + (224u << 23);
+  const uint32_t y = magnitude >= (31u << 23) ? special : bit_as<uint32_t>(magnitude < (1u << 23) ? subnormal : normal);
+  return bit_as<float>(y | sign);
+}
+
+// Round to nearest even.
+DITHER_HD void narrow(float x, float& y) { y = x; }
+DITHER_HD void narrow(double x, double& y) { y = x; }
+DITHER_HD void narrow(double x, float& y) { y = float(x); }
+DITHER_HD void narrow(float x, bfloat16& y) {
+  const uint32_t b = bit_as<uint32_t>(x);
+  const uint32_t rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+  y.bits = uint16_t((b & 0x7fffffff) > 0x7f800000 ? (b >> 16 | 0x40) : rounded);  // a NaN stays one
+}
+DITHER_HD void narrow(float x, float16& y) {
+  const uint32_t b = bit_as<uint32_t>(x), sign = b >> 16 & 0x8000, magnitude = b & 0x7fffffff;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const uint32_t subnormal = bit_as<uint32_t>(bit_as<float>(magnitude) + 0.5f) - 0x3f000000u;  // adder rounds to 2^-24
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00u : 0x7c00u;
+  y.bits = uint16_t((magnitude >= 0x477ff000u ? special : finite) | sign);  // 65520 and above: infinity
+}
+
+// Stochastic rounding: up with the probability of the remainder, r uniform on 16 bits. NaN and infinity pass; values above
+// the largest finite float16 round as to nearest.
+DITHER_HD void narrow(float x, uint32_t, float& y) { y = x; }
+DITHER_HD void narrow(double x, uint32_t, double& y) { y = x; }
+DITHER_HD void narrow(double x, uint32_t, float& y) { y = float(x); }
+DITHER_HD void narrow(float x, uint32_t r, bfloat16& y) {
+  const uint32_t b = bit_as<uint32_t>(x), up = (b + r) >> 16;
+  bfloat16 nearest;
+  narrow(x, nearest);
+  y.bits = (b & 0x7fffffff) >= 0x7f7f0000 ? nearest.bits : uint16_t(up);
+}
+DITHER_HD void narrow(float x, uint32_t r, float16& y) {
+  const uint32_t b = bit_as<uint32_t>(x), sign = b >> 16 & 0x8000, magnitude = b & 0x7fffffff;
+  const uint32_t normal = (magnitude - (112u << 23) + (r & 0x1fff)) >> 13;
+  // Below 2^-14 the spacing is 2^-24: in units of 2^-40 the remainder has the 16 bits that r is compared with.
+  const uint32_t units = uint32_t(int32_t((magnitude < (113u << 23) ? bit_as<float>(magnitude) : 0.0f) * 0x1p40f));
+  const uint32_t subnormal = (units + r) >> 16;
+  float16 nearest;
+  narrow(x, nearest);
+  const uint32_t finite = (magnitude < (113u << 23) ? subnormal : normal) | sign;
+  y.bits = magnitude >= 0x477fe000u ? nearest.bits : uint16_t(finite);
+}
+
+// The 16 bits that round slot j (0 = parameter, 1.. = states) of an element whose random word is w. Slots 0, 1, 2 are
+// pairwise independent: low half, high half, and their sum mod 2^16.
+DITHER_HD uint32_t rounding_bits(uint32_t w, int slot) {
+  const uint32_t low = w & 0xffff, high = w >> 16;
+  return (slot == 0 ? low : slot == 1 ? high : slot == 2 ? low + high : low + 3 * high) & 0xffff;
+}
+
+DITHER_HD int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// with_type(dtype, [&](auto tag) { using Stored = decltype(tag); ... })
+template <class F>
+DITHER_HD void with_type(DType t, F&& f) {
+  if (t == DType::f32) f(float{});
+  else if (t == DType::bf16) f(bfloat16{});
+  else if (t == DType::f16) f(float16{});
+  else f(double{});
+}
+}  // namespace dither

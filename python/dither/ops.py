@@ -1,0 +1,72 @@
+"""The operators in `torch.ops.dither`, completed: version counters, other devices, and how the library reaches them.
+
+The C++ side registers CPU and CUDA kernels. Tensors on other devices, and machines without the compiled extension, run the
+definitions in `dither.reference`.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from . import reference
+
+try:
+    from . import _C
+except ImportError as error:  # pragma: no cover - platforms without kernels
+    if getattr(error, "name", None) != "dither._C":
+        raise
+    _C = None  # type: ignore[assignment]
+
+_OPS = {
+    "draw_": reference.noise.draw_,
+    "stochastic_round_": reference.noise.stochastic_round_,
+}
+
+native: Any
+"""Where the library finds its operators: `torch.ops.dither`, or the reference where nothing was compiled."""
+
+if _C is None:
+    native = SimpleNamespace(**_OPS)
+else:
+    native = torch.ops.dither
+    _library = torch.library.Library("dither", "IMPL")
+
+    def _complete(name: str) -> None:
+        op = getattr(torch.ops.dither, name).default
+        written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write]
+
+        def bump(keyset: Any, *args: Any) -> Any:
+            """Count in-place writes, so that autograd notices a stale saved tensor (as it does for aten's own)."""
+            for i in written:
+                torch.autograd.graph.increment_version(args[i])
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+        if written:
+            _library.impl(name, bump, "ADInplaceOrView", with_keyset=True)
+        _library.impl(name, _OPS[name], "CompositeExplicitAutograd")
+
+    for _name in _OPS:
+        _complete(_name)
+    if "DITHER_CPU_CAPABILITY" in os.environ:
+        _C.set_cpu_capability(os.environ["DITHER_CPU_CAPABILITY"])
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was built and what it runs on.
+
+    Returns a dict with `version`, `compiled` (False where `dither.reference` does the work), `compiler`,
+    `cpu_instruction_sets` (in the binary), `cpu_usable` (on this machine), `cpu_capability` (in use; forced with the
+    environment variable `DITHER_CPU_CAPABILITY=default|avx2|avx512`), `cuda_architectures` ("" for a CPU-only build) and
+    `torch`.
+    """
+    from . import __version__
+
+    info: dict[str, Any] = {"version": __version__, "compiled": _C is not None, "torch": torch.__version__}
+    if _C is not None:
+        info.update(_C.build_info())
+    return info

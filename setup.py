@@ -1,0 +1,50 @@
+"""Drive CMake from pip. Torch is found where pip installs, so build isolation needs no second torch."""
+
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+# Elsewhere the package installs without kernels and runs dither.reference.
+HAS_KERNELS = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+
+
+def torch_root() -> Path:
+    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]
+    for root in [Path(p) / "torch" for p in dict.fromkeys(paths) if p]:
+        if (root / "lib" / "libtorch_cpu.so").exists():
+            return root
+    sys.exit(
+        "dither builds against the torch you already have, and found none.\n"
+        "Run `pip install torch` first (with uv, or for a torch elsewhere: `pip install --no-build-isolation .`)."
+    )
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        import pybind11
+
+        out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = Path(os.environ.get("DITHER_BUILD_DIR", Path(self.build_temp) / "cmake")).resolve()
+        configure = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
+            f"-DTORCH_ROOT={torch_root()}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]
+        if os.environ.get("DITHER_CCACHE"):
+            configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")]
+        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure])
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.check_call(["cmake", "--build", build, "--target", "_C", *(["-j", jobs] if jobs else [])])
+
+
+extensions = [Extension("dither._C", sources=[])] if HAS_KERNELS else []
+setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,54 @@
+"""One fixture runs every kernel test on each implementation: the CPU kernels, the CUDA sources on CPU fibers, and CUDA."""
+
+import functools
+import pathlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import dither
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = ("cpu", "emulated_cuda", "cuda")
+
+
+@functools.cache
+def emulator() -> Any:
+    """Build (incrementally) the CUDA kernels for CPU fibers and load them as torch.ops.dither_emu."""
+    import pybind11
+
+    build = ROOT / "build" / "emulator"
+    defines = {
+        "DITHER_EMULATOR": "ON",
+        "DITHER_CUDA": "OFF",
+        "Python_EXECUTABLE": sys.executable,
+        "TORCH_ROOT": pathlib.Path(torch.__file__).parent,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    flags = [f"-D{name}={value}" for name, value in defines.items()]
+    subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *flags], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", build, "--target", "dither_emu"], check=True, stdout=subprocess.DEVNULL)
+    torch.ops.load_library(next(build.glob("libdither_emu*.so")))
+    return torch.ops.dither_emu
+
+
+@dataclass
+class Backend:
+    name: str
+    ops: Any  # the operator namespace
+    device: str
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """The operators and device under test; the Python API of dither runs on them too."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    emulated = request.param == "emulated_cuda"
+    ops = emulator() if emulated else torch.ops.dither
+    monkeypatch.setattr(dither.ops, "native", ops)
+    return Backend(request.param, ops, "cuda" if request.param == "cuda" else "cpu")
