@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "common/cpu.h"
+#include "optim/rules.h"
 
 PYBIND11_MODULE(_C, m) {
   using namespace dither;
@@ -24,6 +25,12 @@ PYBIND11_MODULE(_C, m) {
     d["cuda_architectures"] = DITHER_CUDA_ARCHS;
     return d;
   });
+#define X(name) #name,
+  m.attr("hyperparameters") = std::vector<std::string>{DITHER_HYPER(X)};
+#undef X
+#define X(name, type) {#name, type<float>::states},
+  m.attr("rules") = std::map<std::string, int>{DITHER_RULES(X)};
+#undef X
   m.def("set_cpu_capability", [](const std::string& name) {
     if (const char* error = set_capability(name.c_str()))
       throw pybind11::value_error("DITHER_CPU_CAPABILITY=" + name + ": " + error);

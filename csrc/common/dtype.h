@@ -3,6 +3,15 @@
 #include "scalar.h"
 
 namespace dither {
+template <bool kWide>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<true> {
+  using type = double;
+};
+
 enum class DType : int8_t { f32, f64, bf16, f16 };
 
 struct bfloat16 {
@@ -29,6 +38,7 @@ DITHER_HD float widen(float16 x) {
 DITHER_HD void narrow(float x, float& y) { y = x; }
 DITHER_HD void narrow(double x, double& y) { y = x; }
 DITHER_HD void narrow(double x, float& y) { y = float(x); }
+DITHER_HD void narrow(float x, double& y) { y = double(x); }
 DITHER_HD void narrow(float x, bfloat16& y) {
   const uint32_t b = bit_as<uint32_t>(x);
   const uint32_t rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
@@ -48,6 +58,7 @@ DITHER_HD void narrow(float x, float16& y) {
 DITHER_HD void narrow(float x, uint32_t, float& y) { y = x; }
 DITHER_HD void narrow(double x, uint32_t, double& y) { y = x; }
 DITHER_HD void narrow(double x, uint32_t, float& y) { y = float(x); }
+DITHER_HD void narrow(float x, uint32_t, double& y) { y = double(x); }
 DITHER_HD void narrow(float x, uint32_t r, bfloat16& y) {
   const uint32_t b = bit_as<uint32_t>(x), up = (b + r) >> 16;
   bfloat16 nearest;

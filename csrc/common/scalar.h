@@ -27,6 +27,11 @@ template <class T>
 DITHER_HD T larger(T a, T b) {
   return a > b ? a : b;
 }
+// The larger one; NaN if either is.
+template <class T>
+DITHER_HD T maximum(T a, T b) {
+  return a > b || a != a ? a : b;
+}
 template <class T>
 DITHER_HD T absolute(T x) {
   return x < T(0) ? -x : x;

@@ -58,6 +58,12 @@ inline std::optional<torch::stable::accelerator::DeviceGuard> device_guard(const
   if (!t.is_cuda()) return std::nullopt;
   return std::optional<torch::stable::accelerator::DeviceGuard>(std::in_place, t.get_device_index());
 }
+#if defined(DITHER_CUDA)
+int multiprocessor_count(int device);  // device.cu
+inline int multiprocessor_count(const Tensor& t) { return multiprocessor_count(t.get_device_index()); }
+#else
+inline int multiprocessor_count(const Tensor&) { return 1; }
+#endif
 template <class Body>
 inline void parallel(int64_t n, int64_t grain, const Body& body) {
   if (n > 0) torch::stable::parallel_for(0, n, grain, body);

@@ -24,6 +24,8 @@ except ImportError as error:  # pragma: no cover - platforms without kernels
 _OPS = {
     "draw_": reference.noise.draw_,
     "stochastic_round_": reference.noise.stochastic_round_,
+    "fused_step_": reference.optim.fused_step_,
+    "sum_of_squares": reference.optim.sum_of_squares,
 }
 
 native: Any
@@ -52,6 +54,7 @@ else:
 
     for _name in _OPS:
         _complete(_name)
+    torch.library.register_fake("dither::sum_of_squares", lambda tensors: tensors[0].new_empty((), dtype=torch.float64))
     if "DITHER_CPU_CAPABILITY" in os.environ:
         _C.set_cpu_capability(os.environ["DITHER_CPU_CAPABILITY"])
 

@@ -112,7 +112,11 @@ def draw(
         return (own[0] < int(parameters[0] * 2.0**32 + 0.5)).astype(np.float64)
     a, b = parameters
     if distribution == "uniform":
-        u = ((own[0] >> np.uint64(5)) * 2.0**26 + (own[1] >> np.uint64(6))) * 2.0**-53 if wide else (own[0] >> np.uint64(8)) * 2.0**-24
+        u = (
+            ((own[0] >> np.uint64(5)) * 2.0**26 + (own[1] >> np.uint64(6))) * 2.0**-53
+            if wide
+            else (own[0] >> np.uint64(8)) * 2.0**-24
+        )
         return a + (b - a) * u
     if distribution == "laplace":
         magnitude = minus_log(own)

@@ -1,0 +1,391 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../common/torch.h"
+#include "norm.h"
+
+namespace dither {
+static const char* const kRuleNames[] = {
+#define X(name, type) #name,
+    DITHER_RULES(X)
+#undef X
+};
+static constexpr int kRuleStates[] = {
+#define X(name, type) type<float>::states,
+    DITHER_RULES(X)
+#undef X
+};
+static const char* const kHyperNames[] = {
+#define X(name) #name,
+    DITHER_HYPER(X)
+#undef X
+};
+
+static std::string list(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+static std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) s += (d ? ", " : "") + std::to_string(t.size(d));
+  return s + "]";
+}
+static bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+// Strides of dimensions with one element mean nothing.
+static bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.numel() <= 1) return true;
+  const auto n = a.sizes(), x = a.strides(), y = b.strides();
+  for (size_t d = 0; d < n.size(); ++d)
+    if (n[d] != 1 && x[d] != y[d]) return false;
+  return true;
+}
+
+enum class Memory { dense, gaps, overlap };
+static Memory memory_of(const Tensor& t) {
+  if (t.is_contiguous()) return Memory::dense;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;  // elements from the first to the last of the dimensions seen
+  Memory m = Memory::dense;
+  for (const auto& [stride, size] : dims) {
+    if (stride < span) return Memory::overlap;
+    if (stride > span) m = Memory::gaps;
+    span = stride * (size - 1) + span;
+  }
+  return m;
+}
+
+// Two parameters that share memory would be stepped in an undefined order. The last list seen is remembered.
+static void check_disjoint(const char* op, const Tensors& params) {
+  struct Range {
+    uintptr_t begin, end;
+    size_t index;
+    bool operator==(const Range&) const = default;
+  };
+  static thread_local std::vector<Range> seen;
+  std::vector<Range> ranges;
+  ranges.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (params[i].numel() == 0 || !params[i].is_contiguous()) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(params[i].const_data_ptr());
+    ranges.push_back({begin, begin + params[i].numel() * params[i].element_size(), i});
+  }
+  if (ranges == seen) return;
+  auto sorted = ranges;
+  std::sort(sorted.begin(), sorted.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t k = 1; k < sorted.size(); ++k)
+    DITHER_CHECK(sorted[k].begin >= sorted[k - 1].end, op, ": params[", std::max(sorted[k].index, sorted[k - 1].index),
+                 "] shares memory with params[", std::min(sorted[k].index, sorted[k - 1].index), "], expected disjoint tensors");
+  seen = std::move(ranges);
+}
+
+// A tensor as the kernels see it: itself, or a copy in another layout that is copied back after the step.
+struct Views {
+  std::vector<std::pair<Tensor, Tensor>> copied_back;  // original, copy
+  Tensors kept;                                        // read-only copies
+};
+
+static const float* scalar_on(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& p) {
+  if (!t) return nullptr;
+  DITHER_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == 1, op, ": ", name, " is ", name_of(t->scalar_type()), " with ",
+               t->numel(), " elements, expected one float32");
+  DITHER_CHECK(device_of(*t) == device_of(p), op, ": ", name, " is on ", device_of(*t), ", expected ", device_of(p), " like params[0]");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+template <Device device>
+static void fused_step_(std::string rule_name, Tensors params, Tensors grads, Tensors states, Tensors steps, Tensors products,
+                        Ints groups, Floats hyper, Ints seeds, Ints places, Tensors emas, Tensors masks, Tensors lrs,
+                        std::optional<Tensor> sum_of_squares, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  const auto found = std::find_if(std::begin(kRuleNames), std::end(kRuleNames), [&](const char* n) { return rule_name == n; });
+  DITHER_CHECK(found != std::end(kRuleNames), "fused_step_: rule is '", rule_name, "', which is not known");
+  const Rule rule = Rule(found - std::begin(kRuleNames));
+  const int slots = kRuleStates[int(rule)];
+  const std::string op_name = rule_name + "_";
+  const char* op = op_name.c_str();
+  const size_t n = params.size(), n_groups = hyper.size() / kHyper;
+
+  const auto expect_size = [&](const char* name, size_t given, size_t expected) {
+    DITHER_CHECK(given == expected, op, ": ", name, " has ", given, " entries, expected ", expected);
+  };
+  const auto expect_size_or_none = [&](const char* name, size_t given, size_t expected) {
+    if (given) expect_size(name, given, expected);
+  };
+  expect_size("grads", grads.size(), n);
+  expect_size("states", states.size(), n * slots);
+  expect_size("steps", steps.size(), n);
+  expect_size("products", products.size(), rule == Rule::nadam ? n : 0);
+  expect_size("groups", groups.size(), n);
+  expect_size("hyper", hyper.size(), n_groups * kHyper);
+  expect_size("seeds", seeds.size(), n_groups);
+  expect_size_or_none("places", places.size(), 4 * n);
+  expect_size_or_none("emas", emas.size(), n);
+  expect_size_or_none("masks", masks.size(), n);
+  if (n == 0) return;
+
+  // Group rows. A NaN lr is read from the next tensor of lrs.
+  std::vector<Hyper> rows(n_groups);
+  std::vector<const float*> group_lr(n_groups, nullptr);
+  size_t used = 0;
+  bool random = false;
+  for (size_t r = 0; r < n_groups; ++r) {
+    std::memcpy(&rows[r], &hyper[r * kHyper], sizeof(Hyper));
+    if (std::isnan(rows[r].lr)) {
+      DITHER_CHECK(used < lrs.size(), op, ": lr of group ", r, " is nan");
+      group_lr[r] = scalar_on(op, "lr", lrs[used++], params[0]);
+    }
+    for (int k = 0; k < kHyper; ++k)
+      DITHER_CHECK(std::isfinite(hyper[r * kHyper + k]) || (k == 0 && group_lr[r]), op, ": ", kHyperNames[k], " of group ", r, " is ",
+                   hyper[r * kHyper + k], ", expected a finite number");
+    random = random || rows[r].noise_eta > 0 || rows[r].temperature > 0 || rows[r].stochastic_rounding != 0;
+  }
+  DITHER_CHECK(!random || places.size() == 4 * n, op, ": places is empty, expected 4 entries a tensor: noise needs an address");
+
+  Shared shared{nullptr, scalar_on(op, "grad_scale", grad_scale, params[0]), scalar_on(op, "found_inf", found_inf, params[0])};
+  if (sum_of_squares) {
+    DITHER_CHECK(sum_of_squares->scalar_type() == ScalarType::Double && sum_of_squares->numel() == 1, op,
+                 ": sum_of_squares is ", name_of(sum_of_squares->scalar_type()), " with ", sum_of_squares->numel(), " elements, expected one float64");
+    DITHER_CHECK(device_of(*sum_of_squares) == device_of(params[0]), op, ": sum_of_squares is on ", device_of(*sum_of_squares),
+                 ", expected ", device_of(params[0]), " like params[0]");
+    shared.sum_of_squares = static_cast<const double*>(sum_of_squares->const_data_ptr());
+  }
+
+  // Check everything before anything is written.
+  const std::string home = device_of(params[0]);
+  const bool on_gpu = params[0].is_cuda();
+  const auto at_home = [&](const Tensor& t, const char* name, size_t i) {
+    const bool same = t.is_cuda() == on_gpu && (!on_gpu || t.get_device_index() == params[0].get_device_index());
+    DITHER_CHECK(same, op, ": ", list(name, i), " is on ", device_of(t), ", expected ", home, " like params[0]");
+  };
+  const auto check_float = [&](const Tensor& t, const char* name, size_t i) {
+    const auto type = float_type(t);
+    DITHER_CHECK(type, op, ": ", list(name, i), " is ", name_of(t.scalar_type()), ", expected float32, float64, bfloat16 or float16");
+    return *type;
+  };
+  const auto check_like_param = [&](const Tensor& t, const char* name, size_t i, const Tensor& p, size_t param, DType p_type) {
+    at_home(t, name, i);
+    const DType type = check_float(t, name, i);
+    DITHER_CHECK(same_shape(t, p), op, ": ", list(name, i), " has shape ", shape_of(t), ", expected ", shape_of(p), " like params[", param, "]");
+    DITHER_CHECK(type != DType::f64 || p_type == DType::f64, op, ": ", list(name, i), " is float64, expected ", name_of(p.scalar_type()),
+                 " or float32 like params[", param, "]");
+    return type;
+  };
+
+  std::vector<Slot> slot(n);
+  std::vector<Clock> clock(n);
+  std::vector<char> relayout(n, 0);
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor& p = params[i];
+    Slot& s = slot[i];
+    at_home(p, "params", i);
+    s.p_type = check_float(p, "params", i);
+    s.numel = p.numel();
+    const Memory memory = memory_of(p);
+    DITHER_CHECK(memory != Memory::overlap, op, ": params[", i, "] overlaps itself (an expanded tensor?), expected one place per element");
+    s.g_type = check_like_param(grads[i], "grads", i, p, i, s.p_type);
+    // Draws and masks follow fixed orders; everything else may walk the memory of p, whatever its strides.
+    bool own_layout = memory == Memory::dense && (!random || p.is_contiguous());
+    for (int k = 0; k < slots; ++k) {
+      s.state_type[k] = check_like_param(states[k * n + i], "states", k * n + i, p, i, s.p_type);
+      own_layout = own_layout && same_layout(states[k * n + i], p);
+    }
+    if (!emas.empty()) {
+      s.ema_type = check_like_param(emas[i], "emas", i, p, i, s.p_type);
+      own_layout = own_layout && same_layout(emas[i], p);
+    }
+    const bool g_fits = same_layout(grads[i], p);
+    own_layout = own_layout && (g_fits || grads[i].scalar_type() == p.scalar_type());
+    relayout[i] = !own_layout ? 2 : !g_fits ? 1 : 0;
+    if (!masks.empty()) {
+      const Tensor& m = masks[i];
+      if (m.numel() > 0 || p.numel() == 0) {
+        at_home(m, "masks", i);
+        DITHER_CHECK(m.scalar_type() == ScalarType::Byte && m.is_contiguous() && m.numel() == (s.numel + 7) / 8, op, ": masks[", i, "] is ",
+                     name_of(m.scalar_type()), " with ", m.numel(), " elements, expected ", (s.numel + 7) / 8, " contiguous uint8, one bit per element of params[", i, "]");
+        DITHER_CHECK(relayout[i] != 2 || p.is_contiguous(), op, ": params[", i, "] has a mask and strides of its own, which allows neither noise nor "
+                     "states of other strides; make it contiguous");
+        s.mask = p.numel() ? static_cast<const uint8_t*>(m.const_data_ptr()) : nullptr;
+      }
+    }
+    const int64_t group = groups[i];
+    DITHER_CHECK(group >= 0 && size_t(group) < n_groups, op, ": groups[", i, "] is ", group, ", expected 0 <= group < ", n_groups);
+    const auto clock_of = [&](const Tensor& t, const char* name) {
+      at_home(t, name, i);
+      DITHER_CHECK((t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double) && t.numel() == 1, op, ": ", list(name, i), " is ",
+                   name_of(t.scalar_type()), " with ", t.numel(), " elements, expected one float32 or float64");
+      return t.mutable_data_ptr();
+    };
+    Clock& c = clock[i];
+    c.hyper = rows[group];
+    c.lr = group_lr[group];
+    c.step = clock_of(steps[i], "steps");
+    c.wide = steps[i].scalar_type() == ScalarType::Double;
+    if (!products.empty()) {
+      c.product = clock_of(products[i], "products");
+      DITHER_CHECK(products[i].scalar_type() == steps[i].scalar_type(), op, ": products[", i, "] is ", name_of(products[i].scalar_type()),
+                   ", expected ", name_of(steps[i].scalar_type()), " like steps[", i, "]");
+    }
+    c.seed[0] = uint32_t(seeds[group]);
+    c.seed[1] = uint32_t(uint64_t(seeds[group]) >> 32);
+    s.run = s.numel;
+    if (!places.empty()) {
+      const int64_t stream = places[4 * i];
+      s.start = places[4 * i + 1];
+      s.run = places[4 * i + 2];
+      s.pitch = places[4 * i + 3];
+      DITHER_CHECK(stream >= 0 && stream < int64_t(kGradientNoise), op, ": stream of params[", i, "] is ", stream, ", expected 0 <= stream < 2^31");
+      DITHER_CHECK(s.numel == 0 || (s.start >= 0 && s.run > 0 && s.pitch >= 0 && s.element(s.numel - 1) < uint64_t(kMaxElement)), op,
+                   ": place of params[", i, "] is start ", s.start, ", run ", s.run, ", pitch ", s.pitch, ", expected elements below 2^60");
+      c.stream = uint32_t(stream);
+    }
+  }
+  check_disjoint(op, params);
+
+  Views views;
+  const auto view = [&](const Tensor& t, bool copy, bool written) -> void* {
+    if (!copy || t.is_contiguous()) return written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+    Tensor flat = torch::stable::contiguous(t);
+    if (written) views.copied_back.emplace_back(t, flat);
+    else views.kept.push_back(flat);
+    return flat.mutable_data_ptr();
+  };
+  for (size_t i = 0; i < n; ++i) {
+    Slot& s = slot[i];
+    const bool copy = relayout[i] == 2;
+    s.p = view(params[i], copy, true);
+    if (relayout[i] == 1) {
+      Tensor like_p = torch::stable::empty_like(params[i]);
+      torch::stable::copy_(like_p, grads[i]);
+      views.kept.push_back(like_p);
+      s.g = like_p.const_data_ptr();
+    } else {
+      s.g = view(grads[i], copy, false);
+    }
+    for (int k = 0; k < slots; ++k) s.state[k] = view(states[k * n + i], copy, true);
+    if (!emas.empty() && clock[i].hyper.grokfast_lamb != 0) s.ema = view(emas[i], copy, true);
+  }
+
+  if constexpr (device == Device::cpu) {
+    std::vector<char> constants(n * kConstantsBytes + 64);
+    char* table = constants.data() + (-reinterpret_cast<uintptr_t>(constants.data()) & 63);
+    std::vector<int64_t> first_unit(n + 1, 0);
+    for (size_t i = 0; i < n; ++i) {
+      bool skip = false;
+      const auto run = [&]<template <class> class R, class T>() {
+        const auto c = derive<R, T>(clock[i], shared);
+        static_assert(sizeof c <= kConstantsBytes);
+        std::memcpy(table + i * kConstantsBytes, &c, sizeof c);
+        skip = c.around.skip;
+      };
+      if (slot[i].p_type == DType::f64) with_rule<true>(rule, run);
+      else with_rule<false>(rule, run);
+      first_unit[i + 1] = first_unit[i] + (skip ? 0 : (slot[i].numel + kUnit - 1) / kUnit);
+    }
+    const auto step = DITHER_PICK_ISA(step_range);
+    parallel(first_unit[n], 4, [&](int64_t lo, int64_t hi) {
+      size_t i = std::upper_bound(first_unit.begin(), first_unit.end(), lo) - first_unit.begin() - 1;
+      for (; i < n && first_unit[i] < hi; ++i) {
+        const int64_t from = (std::max(lo, first_unit[i]) - first_unit[i]) * kUnit;
+        const int64_t to = std::min(slot[i].numel, (std::min(hi, first_unit[i + 1]) - first_unit[i]) * kUnit);
+        if (from < to) step(rule, slot[i].p_type == DType::f64, slot[i], table + i * kConstantsBytes, from, to);
+      }
+    });
+  } else {
+    const auto guard = device_guard(params[0]);
+    const Stream stream = current_stream(params[0]);
+    const Tensor table = torch::stable::new_empty(params[0], {int64_t(n) * kConstantsBytes}, ScalarType::Byte);
+    const int multiprocessors = on_gpu ? multiprocessor_count(params[0]) : 1;
+    size_t done = 0;
+    for (const bool wide : {false, true}) {  // compute types apart
+      std::vector<Slot> some_slots;
+      std::vector<Clock> some_clocks;
+      for (size_t i = 0; i < n; ++i)
+        if ((slot[i].p_type == DType::f64) == wide) {
+          some_slots.push_back(slot[i]);
+          some_clocks.push_back(clock[i]);
+        }
+      if (some_slots.empty()) continue;
+      char* constants = static_cast<char*>(table.mutable_data_ptr()) + done * kConstantsBytes;
+      DITHER_CUDA_OK(op, step_cuda(rule, wide, some_slots.data(), some_clocks.data(), int64_t(some_slots.size()), shared, constants,
+                                   multiprocessors, stream));
+      done += some_slots.size();
+    }
+  }
+  for (auto& [original, copy] : views.copied_back) torch::stable::copy_(original, copy);
+}
+
+template <Device device>
+static Tensor sum_of_squares(Tensors tensors) {
+  const char* op = "sum_of_squares";
+  DITHER_CHECK(!tensors.empty(), op, ": tensors is empty, expected at least one tensor");
+  std::vector<SumPart> parts;
+  Tensors kept;
+  int64_t chunks = 0;
+  const Tensor& head = tensors[0];
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    const auto type = float_type(t);
+    DITHER_CHECK(type, op, ": tensors[", i, "] is ", name_of(t.scalar_type()), ", expected float32, float64, bfloat16 or float16");
+    DITHER_CHECK(t.is_cuda() == head.is_cuda() && (!t.is_cuda() || t.get_device_index() == head.get_device_index()), op, ": tensors[", i,
+                 "] is on ", device_of(t), ", expected ", device_of(head), " like tensors[0]");
+    kept.push_back(memory_of(t) == Memory::dense ? t : torch::stable::contiguous(t));
+    parts.push_back({kept.back().const_data_ptr(), t.numel(), *type, true});
+    chunks += sum_chunks(t.numel());
+  }
+  Tensor out = torch::stable::new_zeros(head, {}, ScalarType::Double);
+  double* total = static_cast<double*>(out.mutable_data_ptr());
+  if constexpr (device == Device::cpu) {
+    const auto sum = DITHER_PICK_ISA(sum_chunk);
+    std::vector<int64_t> first(parts.size() + 1, 0);
+    for (size_t i = 0; i < parts.size(); ++i) first[i + 1] = first[i] + sum_chunks(parts[i].numel);
+    std::vector<double> partial(chunks);
+    parallel(chunks, 2, [&](int64_t lo, int64_t hi) {
+      size_t i = std::upper_bound(first.begin(), first.end(), lo) - first.begin() - 1;
+      for (int64_t c = lo; c < hi; ++c) {
+        while (c >= first[i + 1]) ++i;
+        partial[c] = sum(parts[i], c - first[i]);
+      }
+    });
+    while (partial.size() > 1) {
+      std::vector<double> next(sum_chunks(int64_t(partial.size())));
+      const SumPart level{partial.data(), int64_t(partial.size()), DType::f64, false};
+      for (size_t c = 0; c < next.size(); ++c) next[c] = sum(level, int64_t(c));
+      partial = std::move(next);
+    }
+    if (!partial.empty()) *total = partial[0];
+  } else {
+    const auto guard = device_guard(head);
+    const Tensor partial = torch::stable::new_empty(head, {2 * chunks + 2}, ScalarType::Double);
+    DITHER_CUDA_OK(op, sum_cuda(parts.data(), int64_t(parts.size()), static_cast<double*>(partial.mutable_data_ptr()), total, current_stream(head)));
+  }
+  return out;
+}
+}  // namespace dither
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
+  // One row of `hyper` per group in the order of hyper.h; a NaN lr takes the next tensor of lrs. `states` is slot-major.
+  // `places`: stream, start, run, pitch of each tensor, or empty where nothing is drawn.
+  m.def(
+      "fused_step_(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor(d!)[] products, "
+      "int[] groups, float[] hyper, int[] seeds, int[] places, Tensor(e!)[] emas, Tensor[] masks, Tensor[] lrs, "
+      "Tensor? sum_of_squares, Tensor? grad_scale, Tensor? found_inf) -> ()");
+  m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
+}
+#if !defined(DITHER_EMULATE)
+STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {
+  m.impl("fused_step_", TORCH_BOX(&dither::fused_step_<dither::Device::cpu>));
+  m.impl("sum_of_squares", TORCH_BOX(&dither::sum_of_squares<dither::Device::cpu>));
+}
+#endif
+#if defined(DITHER_CUDA) || defined(DITHER_EMULATE)
+STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, DITHER_CUDA_KEY, m) {
+  m.impl("fused_step_", TORCH_BOX(&dither::fused_step_<dither::Device::cuda>));
+  m.impl("sum_of_squares", TORCH_BOX(&dither::sum_of_squares<dither::Device::cuda>));
+}
+#endif

@@ -1,0 +1,247 @@
+#include "step.h"
+#include "../common/launch.cuh"
+#include "../common/philox.h"
+#include "../common/normal.h"
+
+namespace dither {
+constexpr int kThreads = 256, kVector = 4, kWarps = kThreads / 32;
+constexpr int kSlotsPerLaunch = 200, kClocksPerLaunch = 120;  // kernel arguments hold 32,764 bytes
+constexpr int kStaged = 192;                                  // three tiles of 64 draws cover 128 elements at any offset
+
+struct Clocks {
+  Clock clock[kClocksPerLaunch];
+};
+template <template <class> class R, class T>
+__global__ void derive_kernel(const __grid_constant__ Clocks clocks, int count, const __grid_constant__ Shared shared, char* out) {
+  const int i = threadIdx.x;
+  if (i >= count) return;
+  const Constants<R<T>, T> c = derive<R, T>(clocks.clock[i], shared);
+  static_assert(sizeof c <= kConstantsBytes);
+  *reinterpret_cast<Constants<R<T>, T>*>(out + i * kConstantsBytes) = c;
+}
+
+template <class S>
+struct alignas(kVector * sizeof(S)) Pack {
+  S x[kVector];
+};
+template <class T>
+__device__ inline void load(const void* from, DType type, int64_t i, int n, T (&to)[kVector]) {
+  with_type(type, [&](auto tag) {
+    using S = decltype(tag);
+    const S* x = static_cast<const S*>(from) + i;
+    if (n == kVector && reinterpret_cast<uintptr_t>(x) % sizeof(Pack<S>) == 0) {
+      const Pack<S> pack = *reinterpret_cast<const Pack<S>*>(x);
+      for (int j = 0; j < kVector; ++j) to[j] = T(widen(pack.x[j]));
+    } else {
+      for (int j = 0; j < kVector; ++j) to[j] = j < n ? T(widen(x[j])) : T(0);
+    }
+  });
+}
+template <class T, class S>
+__device__ inline void round_to(T x, bool stochastic, uint32_t w, int slot, S& y) {
+  if constexpr (sizeof(T) == 8 && sizeof(S) == 2) narrow(float(x), y);
+  else if (stochastic) narrow(x, rounding_bits(w, slot), y);
+  else narrow(x, y);
+}
+template <class T>
+__device__ inline void store(const T (&from)[kVector], void* to, DType type, int64_t i, int n, bool stochastic,
+                             const uint32_t (&w)[kVector], int slot) {
+  with_type(type, [&](auto tag) {
+    using S = decltype(tag);
+    S* y = static_cast<S*>(to) + i;
+    Pack<S> pack;
+    for (int j = 0; j < kVector; ++j) round_to(from[j], stochastic, w[j], slot, pack.x[j]);
+    if (n == kVector && reinterpret_cast<uintptr_t>(y) % sizeof(Pack<S>) == 0) *reinterpret_cast<Pack<S>*>(y) = pack;
+    else
+      for (int j = 0; j < n; ++j) y[j] = pack.x[j];
+  });
+}
+
+// One element at any address: for shards whose elements are not consecutive, and for double.
+__device__ inline uint32_t word_at(const Address& a, uint64_t e) {
+  uint32_t w[4];
+  Philox::block(a, e / 64 * 16 + e % 16, w);
+  return w[e % 64 / 16];
+}
+__device__ inline void normal_at(const Address& a, uint64_t e, float& z) {
+  uint32_t w[4];
+  float pair[2];
+  Philox::block(a, e / 64 * 16 + e % 16, w);
+  const int first = e % 64 / 32 * 2;
+  box_muller(w[first], w[first + 1], pair[0], pair[1]);
+  z = pair[e % 32 / 16];
+}
+__device__ inline void normal_at(const Address& a, uint64_t e, double& z) {
+  uint32_t w[4];
+  double pair[2];
+  Philox::block(a, e / 32 * 16 + e % 16, w);
+  box_muller(w[0], w[1], w[2], w[3], pair[0], pair[1]);
+  z = pair[e % 32 / 16];
+}
+
+// Draws for the warp's 128 consecutive elements from `first`, each generator block once; all lanes call together.
+template <bool kNormal>
+__device__ inline void stage(const Address& a, uint64_t first, int lane, uint32_t* staged) {
+  const uint64_t tile = first / 64;
+  const int blocks = int((first + 127) / 64 - tile + 1) * 16;
+  __syncwarp();
+  for (int b = lane; b < blocks; b += 32) {
+    uint32_t w[4];
+    Philox::block(a, tile * 16 + b, w);
+    if (kNormal)
+      for (int pair = 0; pair < 4; pair += 2) {
+        float x, y;
+        box_muller(w[pair], w[pair + 1], x, y);
+        w[pair] = bit_as<uint32_t>(x);
+        w[pair + 1] = bit_as<uint32_t>(y);
+      }
+    for (int i = 0; i < 4; ++i) staged[b / 16 * 64 + 16 * i + b % 16] = w[i];
+  }
+  __syncwarp();
+}
+__device__ inline void draw_words(const Slot& slot, const Address& a, int64_t at, int lane, uint32_t* staged,
+                                  uint32_t (&w)[kVector]) {
+  if (slot.run >= slot.numel) {
+    const uint64_t first = uint64_t(slot.start + at);
+    stage<false>(a, first, lane, staged);
+    for (int j = 0; j < kVector; ++j) w[j] = staged[first % 64 + lane * kVector + j];
+  } else {
+    for (int j = 0; j < kVector; ++j) w[j] = word_at(a, slot.element(at + lane * kVector + j));
+  }
+}
+__device__ inline void draw_normals(const Slot& slot, const Address& a, int64_t at, int lane, uint32_t* staged,
+                                    float (&z)[kVector]) {
+  if (slot.run >= slot.numel) {
+    const uint64_t first = uint64_t(slot.start + at);
+    stage<true>(a, first, lane, staged);
+    for (int j = 0; j < kVector; ++j) z[j] = bit_as<float>(staged[first % 64 + lane * kVector + j]);
+  } else {
+    for (int j = 0; j < kVector; ++j) normal_at(a, slot.element(at + lane * kVector + j), z[j]);
+  }
+}
+__device__ inline void draw_normals(const Slot& slot, const Address& a, int64_t at, int lane, uint32_t*,
+                                    double (&z)[kVector]) {
+  for (int j = 0; j < kVector; ++j) normal_at(a, slot.element(at + lane * kVector + j), z[j]);
+}
+
+struct Slots {
+  Slot slot[kSlotsPerLaunch];
+  int32_t first_block[kSlotsPerLaunch + 1];  // prefix sum of chunks
+  int32_t count, chunk;                      // elements a block takes, a multiple of kThreads * kVector
+};
+static_assert(sizeof(Slots) <= 32700 && sizeof(Clocks) <= 32700, "kernel argument limit");
+
+template <class R, class T>
+__global__ void __launch_bounds__(kThreads)
+step_kernel(const __grid_constant__ Slots b, const char* constants) {
+  DYNAMIC_SHARED(uint32_t, shared);
+  int t = 0;  // the tensor that owns this block
+  for (int end = b.count; end - t > 1;) {
+    const int middle = (t + end) / 2;
+    (b.first_block[middle] <= int(blockIdx.x) ? t : end) = middle;
+  }
+  const Slot& slot = b.slot[t];
+  const auto& c = *reinterpret_cast<const Constants<R, T>*>(constants + t * kConstantsBytes);
+  const R rule = c.rule;
+  const Around<T>& a = c.around;
+  if (a.skip) return;
+  const int lane = threadIdx.x % 32;
+  uint32_t* staged = shared + threadIdx.x / 32 * kStaged;
+  constexpr Kind normal = sizeof(T) == 8 ? Kind::normal64 : Kind::normal32;
+
+  const int64_t begin = int64_t(blockIdx.x - b.first_block[t]) * b.chunk, end = smaller(begin + b.chunk, slot.numel);
+  for (int64_t at = begin + threadIdx.x / 32 * (32 * kVector); at < end; at += kThreads * kVector) {  // per warp
+    const int64_t i = at + lane * kVector;
+    const int n = int(larger<int64_t>(0, smaller<int64_t>(kVector, end - i)));
+    T p[kVector], g[kVector], s[kMaxStates][kVector], z[kVector];
+    uint32_t w[kVector] = {};
+    load(slot.p, slot.p_type, i, n, p);
+    load(slot.g, slot.g_type, i, n, g);
+#pragma unroll
+    for (int k = 0; k < R::states; ++k) load(slot.state[k], slot.state_type[k], i, n, s[k]);
+    const uint32_t kept = slot.mask && n > 0 ? uint32_t(slot.mask[i / 8]) >> (i % 8) : ~0u;
+
+    if (a.gradient) {
+      for (int j = 0; j < kVector; ++j) {
+        const T x = g[j] * a.scale;
+        g[j] = x < -a.clip ? -a.clip : (x > a.clip ? a.clip : x);
+      }
+      if (slot.ema) {
+        T h[kVector];
+        load(slot.ema, slot.ema_type, i, n, h);
+        for (int j = 0; j < kVector; ++j) {
+          const T smoothed = a.first ? g[j] : lerp(h[j], g[j], a.ema_take);
+          g[j] += a.ema_gain * smoothed;
+          if (kept >> j & 1) h[j] = smoothed;
+        }
+        store(h, slot.ema, slot.ema_type, i, n, false, w, 0);
+      }
+      if (a.noise != T(0)) {
+        draw_normals(slot, a.address(normal, kGradientNoise), at, lane, staged, z);
+        for (int j = 0; j < kVector; ++j) g[j] += a.noise * z[j];
+      }
+      if (a.l2 != T(0))
+        for (int j = 0; j < kVector; ++j) g[j] += a.l2 * p[j];
+    }
+    if (a.kick != T(0)) draw_normals(slot, a.address(normal), at, lane, staged, z);
+    if (a.stochastic) draw_words(slot, a.address(Kind::bits), at, lane, staged, w);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      T q = p[j] * a.keep, x[kMaxStates];
+      for (int k = 0; k < R::states; ++k) x[k] = s[k][j];
+      if constexpr (R::states == 0) rule(q, g[j]);
+      else if constexpr (R::states == 1) rule(q, g[j], x[0]);
+      else if constexpr (R::states == 2) rule(q, g[j], x[0], x[1]);
+      else rule(q, g[j], x[0], x[1], x[2]);
+      if (a.kick != T(0)) q += a.kick * z[j];
+      if (kept >> j & 1) {
+        p[j] = q;
+        for (int k = 0; k < R::states; ++k) s[k][j] = x[k];
+      }
+    }
+    store(p, slot.p, slot.p_type, i, n, a.stochastic, w, 0);
+#pragma unroll
+    for (int k = 0; k < R::states; ++k) store(s[k], slot.state[k], slot.state_type[k], i, n, a.stochastic, w, k + 1);
+  }
+}
+
+// Small tensors in small blocks, so that all multiprocessors work; large ones in long runs.
+static int32_t chunk_for(int64_t total, int multiprocessors) {
+  constexpr int64_t least = kThreads * kVector;
+  const int64_t even = total / (int64_t(multiprocessors) * 16) / least * least;
+  return int32_t(larger(least, smaller<int64_t>(even, 16 * least)));
+}
+
+int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int64_t count, const Shared& shared, void* constants,
+              int multiprocessors, Stream stream) {
+  char* table = static_cast<char*>(constants);
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += slots[i].numel;
+  const auto run = [&]<template <class> class R, class T>() -> int {
+    for (int64_t first = 0; first < count; first += kClocksPerLaunch) {
+      Clocks c;
+      const int n = int(smaller<int64_t>(kClocksPerLaunch, count - first));
+      for (int i = 0; i < n; ++i) c.clock[i] = clocks[first + i];
+      if (int error = launch(derive_kernel<R, T>, 1, (n + 31) / 32 * 32, 0, stream)(c, n, shared, table + first * kConstantsBytes))
+        return error;
+    }
+    for (int64_t first = 0; first < count; first += kSlotsPerLaunch) {
+      Slots b;
+      b.count = int32_t(smaller<int64_t>(kSlotsPerLaunch, count - first));
+      b.chunk = chunk_for(total, multiprocessors);
+      b.first_block[0] = 0;
+      for (int i = 0; i < b.count; ++i) {
+        b.slot[i] = slots[first + i];
+        b.first_block[i + 1] = b.first_block[i] + int32_t((b.slot[i].numel + b.chunk - 1) / b.chunk);
+      }
+      const int blocks = b.first_block[b.count];
+      if (blocks == 0) continue;
+      if (int error = launch(step_kernel<R<T>, T>, blocks, kThreads, kWarps * kStaged * sizeof(uint32_t), stream)(
+              b, static_cast<const char*>(table + first * kConstantsBytes)))
+        return error;
+    }
+    return 0;
+  };
+  return wide ? with_rule<true>(rule, run) : with_rule<false>(rule, run);
+}
+}  // namespace dither

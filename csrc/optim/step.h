@@ -1,0 +1,138 @@
+// One optimizer step over many tensors. What happens to an element, in this order: unscale, clip, Grokfast, gradient noise,
+// decay, rule, parameter noise, mask, rounding. All but the rule are run-time branches on the constants derived here.
+#pragma once
+#include "../common/address.h"
+#include "../common/cpu.h"
+#include "../common/dtype.h"
+#include "../common/stream.h"
+#include "rules.h"
+
+namespace dither {
+
+// Gradient noise has streams of its own, so that it never meets the noise of the rule (SGLD).
+constexpr uint32_t kGradientNoise = 0x80000000u;
+
+// Constants around the rule, for one tensor at one step.
+template <class T>
+struct Around {
+  T scale;             // g *= scale: unscaling, sign of maximize, global-norm clip
+  T clip;              // |g| <= clip, or infinity
+  T ema_take, ema_gain;  // h += ema_take (g - h), g += ema_gain h: Grokfast (Lee et al. 2024), eq. 4
+  T noise;             // g += noise z: annealed gradient noise (Neelakantan et al. 2015), variance eta / (1 + t)^gamma
+  T l2;                // g += l2 p
+  T keep;              // p *= keep
+  T kick;              // p += kick z after the rule
+  uint32_t seed[2], stream, time;
+  bool skip, first, gradient, stochastic;  // gradient: g is changed before the rule
+
+  DITHER_HD Address address(Kind kind, uint32_t use = 0) const { return {{seed[0], seed[1]}, stream | use, time, kind}; }
+};
+
+template <class R, class T>
+struct Constants {
+  R rule;
+  Around<T> around;
+};
+
+// Scalars that may live on the device.
+struct Shared {
+  const double* sum_of_squares;  // of all gradients, still scaled; nullptr: no global clip, no finite check
+  const float *grad_scale, *found_inf;
+};
+// One tensor's clock and hyperparameters.
+struct Clock {
+  Hyper hyper;
+  const float* lr;  // overrides hyper.lr
+  void* step;       // float or double, counts completed steps; updated unless the step is skipped
+  void* product;    // NAdam's product of momenta, or nullptr
+  bool wide;
+  uint32_t seed[2], stream;
+};
+
+template <template <class> class R, class T>
+DITHER_HD Constants<R<T>, T> derive(const Clock& clock, const Shared& shared) {
+  Hyper h = clock.hyper;
+  if (clock.lr) h.lr = double(*clock.lr);
+  const auto read = [&](void* x) { return clock.wide ? *static_cast<double*>(x) : double(*static_cast<float*>(x)); };
+  const auto write = [&](void* x, double y) {
+    if (clock.wide) *static_cast<double*>(x) = y;
+    else *static_cast<float*>(x) = float(y);
+  };
+  const double done = read(clock.step);
+  double product = clock.product ? read(clock.product) : 1.0;
+  const int64_t t = int64_t(done) + 1;
+
+  bool skip = shared.found_inf && *shared.found_inf != 0.0f;
+  double scale = shared.grad_scale ? 1.0 / double(*shared.grad_scale) : 1.0;
+  if (shared.sum_of_squares) {
+    const double sum = *shared.sum_of_squares;
+    if (h.skip_nonfinite != 0 && !(sum - sum == 0)) skip = true;
+    if (h.max_norm > 0) {  // torch.nn.utils.clip_grad_norm_
+      const double norm = square_root(sum) * scale, factor = h.max_norm / (norm + 1e-6);
+      scale *= factor < 1 ? factor : (factor >= 1 ? 1 : factor);
+    }
+  }
+  if (h.maximize != 0) scale = -scale;
+
+  Around<T> a{};
+  a.scale = T(scale);
+  a.clip = h.clip_value > 0 ? T(h.clip_value) : T(__builtin_inf());
+  a.first = t == 1;
+  a.ema_take = T(1 - h.grokfast_alpha);
+  a.ema_gain = T(h.grokfast_lamb);
+  a.noise = h.noise_eta > 0 ? T(square_root(h.noise_eta * real_power(double(t), -h.noise_gamma))) : T(0);
+  const bool coupled = h.decoupled == 0;
+  a.l2 = coupled ? T(h.weight_decay / (h.temperature > 0 ? h.data_size : 1)) : T(0);
+  a.keep = coupled || (keeps_p_at_first<R<T>>() && t == 1) ? T(1) : T(1 - h.lr * h.weight_decay);
+  a.kick = h.temperature > 0 ? T(square_root(h.lr * h.temperature)) : T(0);
+  a.seed[0] = clock.seed[0];
+  a.seed[1] = clock.seed[1];
+  a.stream = clock.stream;
+  a.time = uint32_t(t - 1);
+  a.skip = skip;
+  a.stochastic = h.stochastic_rounding != 0;
+  a.gradient = scale != 1 || h.clip_value > 0 || h.grokfast_lamb != 0 || a.noise != T(0) || a.l2 != T(0);
+  Constants<R<T>, T> constants{R<T>(h, t, product), a};
+  if (!skip) {
+    write(clock.step, done + 1);
+    if (clock.product) write(clock.product, product);
+  }
+  return constants;
+}
+
+// One tensor's memory. All pointers walk the same element order.
+struct Slot {
+  void* p;
+  const void* g;
+  void* state[kMaxStates];
+  void* ema;            // Grokfast, or nullptr
+  const uint8_t* mask;  // bit 1 = kept, or nullptr
+  int64_t numel;
+  int64_t start, run, pitch;  // element i has address start + i / run * pitch + i % run
+  DType p_type, g_type, state_type[kMaxStates], ema_type;
+
+  DITHER_HD uint64_t element(int64_t i) const {
+    return uint64_t(run >= numel ? start + i : start + i / run * pitch + i % run);
+  }
+};
+
+constexpr int64_t kUnit = 4096;            // elements that a CPU thread takes at least; a multiple of 8 for the mask
+constexpr int64_t kConstantsBytes = 256;   // room for any Constants<R, T>
+
+DITHER_PER_ISA(void step_range(Rule rule, bool wide, const Slot& slot, const void* constants, int64_t lo, int64_t hi))
+// constants: device memory for count * kConstantsBytes
+int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int64_t count, const Shared& shared, void* constants,
+              int multiprocessors, Stream stream);
+
+template <bool kWide, class F>
+inline auto with_rule(Rule rule, F&& f) {
+  using T = typename ComputeType<kWide>::type;
+  switch (rule) {
+#define X(name, type) \
+  case Rule::name: return f.template operator()<type, T>();
+    DITHER_RULES(X)
+#undef X
+  }
+  return f.template operator()<Sgd, T>();
+}
+}  // namespace dither
