@@ -39,19 +39,20 @@ DITHER_HD void narrow(float x, float& y) { y = x; }
 DITHER_HD void narrow(double x, double& y) { y = x; }
 DITHER_HD void narrow(double x, float& y) { y = float(x); }
 DITHER_HD void narrow(float x, double& y) { y = double(x); }
-DITHER_HD void narrow(float x, bfloat16& y) {
-  const uint32_t b = bit_as<uint32_t>(x);
+DITHER_HD uint32_t nearest_bfloat16(uint32_t b) {
   const uint32_t rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-  y.bits = uint16_t((b & 0x7fffffff) > 0x7f800000 ? (b >> 16 | 0x40) : rounded);  // a NaN stays one
+  return (b & 0x7fffffff) > 0x7f800000 ? (b >> 16 | 0x40) : rounded;  // a NaN stays one
 }
-DITHER_HD void narrow(float x, float16& y) {
-  const uint32_t b = bit_as<uint32_t>(x), sign = b >> 16 & 0x8000, magnitude = b & 0x7fffffff;
+DITHER_HD void narrow(float x, bfloat16& y) { y.bits = uint16_t(nearest_bfloat16(bit_as<uint32_t>(x))); }
+DITHER_HD uint32_t nearest_float16(uint32_t b) {
+  const uint32_t sign = b >> 16 & 0x8000, magnitude = b & 0x7fffffff;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   const uint32_t subnormal = bit_as<uint32_t>(bit_as<float>(magnitude) + 0.5f) - 0x3f000000u;  // adder rounds to 2^-24
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   const uint32_t special = magnitude > 0x7f800000 ? 0x7e00u : 0x7c00u;
-  y.bits = uint16_t((magnitude >= 0x477ff000u ? special : finite) | sign);  // 65520 and above: infinity
+  return (magnitude >= 0x477ff000u ? special : finite) | sign;  // 65520 and above: infinity
 }
+DITHER_HD void narrow(float x, float16& y) { y.bits = uint16_t(nearest_float16(bit_as<uint32_t>(x))); }
 
 // Stochastic rounding: up with the probability of the remainder, r uniform on 16 bits. NaN and infinity pass; values above
 // the largest finite float16 round as to nearest.
@@ -61,9 +62,7 @@ DITHER_HD void narrow(double x, uint32_t, float& y) { y = float(x); }
 DITHER_HD void narrow(float x, uint32_t, double& y) { y = double(x); }
 DITHER_HD void narrow(float x, uint32_t r, bfloat16& y) {
   const uint32_t b = bit_as<uint32_t>(x), up = (b + r) >> 16;
-  bfloat16 nearest;
-  narrow(x, nearest);
-  y.bits = (b & 0x7fffffff) >= 0x7f7f0000 ? nearest.bits : uint16_t(up);
+  y.bits = uint16_t((b & 0x7fffffff) >= 0x7f7f0000 ? nearest_bfloat16(b) : up);
 }
 DITHER_HD void narrow(float x, uint32_t r, float16& y) {
   const uint32_t b = bit_as<uint32_t>(x), sign = b >> 16 & 0x8000, magnitude = b & 0x7fffffff;
@@ -71,20 +70,17 @@ DITHER_HD void narrow(float x, uint32_t r, float16& y) {
   // Below 2^-14 the spacing is 2^-24: in units of 2^-40 the remainder has the 16 bits that r is compared with.
   const uint32_t units = uint32_t(int32_t((magnitude < (113u << 23) ? bit_as<float>(magnitude) : 0.0f) * 0x1p40f));
   const uint32_t subnormal = (units + r) >> 16;
-  float16 nearest;
-  narrow(x, nearest);
   const uint32_t finite = (magnitude < (113u << 23) ? subnormal : normal) | sign;
-  y.bits = magnitude >= 0x477fe000u ? nearest.bits : uint16_t(finite);
+  y.bits = uint16_t(magnitude >= 0x477fe000u ? nearest_float16(b) : finite);
 }
 
-// The 16 bits that round slot j (0 = parameter, 1.. = states) of an element whose random word is w. Slots 0, 1, 2 are
-// pairwise independent: low half, high half, and their sum mod 2^16.
-DITHER_HD uint32_t rounding_bits(uint32_t w, int slot) {
-  const uint32_t low = w & 0xffff, high = w >> 16;
-  return (slot == 0 ? low : slot == 1 ? high : slot == 2 ? low + high : low + 3 * high) & 0xffff;
-}
-
-DITHER_HD int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+// The 16 bits that round slot j (0 = parameter, 1.. = states) of an element whose random word is w: low half, high half,
+// low + high, low + 3 high mod 2^16. The first three are pairwise independent.
+struct RoundingBits {
+  uint32_t from_low, from_high;
+  DITHER_HD explicit RoundingBits(int slot) : from_low(slot == 1 ? 0 : 1), from_high(slot == 0 ? 0 : slot == 3 ? 3 : 1) {}
+  DITHER_HD uint32_t operator()(uint32_t w) const { return ((w & 0xffff) * from_low + (w >> 16) * from_high) & 0xffff; }
+};
 
 // with_type(dtype, [&](auto tag) { using Stored = decltype(tag); ... })
 template <class F>

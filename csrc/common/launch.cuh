@@ -7,7 +7,7 @@
   T* name = reinterpret_cast<T*>(name##_raw)
 template <class... P>
 auto launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem = 0, cudaStream_t stream = nullptr) {
-  return [=](const auto&... args) {
+  return [=](const P&... args) {
     kernel<<<grid, block, smem, stream>>>(args...);
     return int(cudaGetLastError());
   };

@@ -126,7 +126,7 @@ static void stochastic_round_(Tensor out, Tensor x, Ints key, int64_t stream, in
   DITHER_CHECK(x.numel() == out.numel(), op, ": out has ", out.numel(), " elements, expected ", x.numel(), " like x");
   DITHER_CHECK(device_of(x) == device_of(out), op, ": out is on ", device_of(out), ", expected ", device_of(x), " like x");
   DITHER_CHECK(key.size() == 1, op, ": key has ", key.size(), " integers, expected 1 (philox)");
-  const Rounding r{address(op, key, stream, step, start, x.numel(), Kind::bits), *from, *to, start, 0};
+  const Rounding r{address(op, key, stream, step, start, x.numel(), Kind::bits), *from, *to, start};
   const void* p = x.const_data_ptr();
   void* q = out.mutable_data_ptr();
   if constexpr (device == Device::cpu) {

@@ -61,7 +61,7 @@ round_kernel(const __grid_constant__ Rounding r, const void* x, void* out, int64
         const int64_t i = block / 16 * 64 + 16 * p + block % 16 - r.start;
         if (i < 0 || i >= n) continue;
         const float value = float(widen(static_cast<const decltype(from)*>(x)[i]));
-        narrow(value, rounding_bits(w[p], r.slot), static_cast<decltype(to)*>(out)[i]);
+        narrow(value, RoundingBits(0)(w[p]), static_cast<decltype(to)*>(out)[i]);
       }
     });
   });

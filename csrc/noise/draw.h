@@ -153,7 +153,6 @@ struct Rounding {
   Address address;
   DType from, to;
   int64_t start;
-  int slot;
 };
 
 DITHER_PER_ISA(void draw_range(const Draw&, void* out, int64_t lo, int64_t hi))  // out[lo .. hi)

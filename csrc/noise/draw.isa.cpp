@@ -48,7 +48,7 @@ void round_range(const Rounding& r, const void* x, void* out, int64_t lo, int64_
         const From* __restrict from = static_cast<const From*>(x) + (at - r.start);
         To* __restrict to = static_cast<To*>(out) + (at - r.start);
         const uint32_t* __restrict word = w + (at - first);
-        for (int64_t i = 0; i < count; ++i) narrow(float(widen(from[i])), rounding_bits(word[i], r.slot), to[i]);
+        for (int64_t i = 0; i < count; ++i) narrow(float(widen(from[i])), RoundingBits(0)(word[i]), to[i]);
       });
     });
   });

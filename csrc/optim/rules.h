@@ -262,8 +262,5 @@ enum class Rule : int {
 constexpr int kMaxStates = 3;
 
 template <class R>
-constexpr bool keeps_p_at_first() {
-  if constexpr (requires { R::first_step_keeps_p; }) return R::first_step_keeps_p;
-  else return false;
-}
+concept KeepsPAtFirst = R::first_step_keeps_p;
 }  // namespace dither

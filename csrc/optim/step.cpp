@@ -100,9 +100,11 @@ static const float* scalar_on(const char* op, const char* name, const std::optio
 }
 
 template <Device device>
-static void fused_step_(std::string rule_name, Tensors params, Tensors grads, Tensors states, Tensors steps, Tensors products,
-                        Ints groups, Floats hyper, Ints seeds, Ints places, Tensors emas, Tensors masks, Tensors lrs,
-                        std::optional<Tensor> sum_of_squares, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+static void fused_step_(const std::string& rule_name, const Tensors& params, const Tensors& grads, const Tensors& states,
+                        const Tensors& steps, const Tensors& products, const Ints& groups, const Floats& hyper, const Ints& seeds,
+                        const Ints& places, const Tensors& emas, const Tensors& masks, const Tensors& lrs,
+                        const std::optional<Tensor>& sum_of_squares, const std::optional<Tensor>& grad_scale,
+                        const std::optional<Tensor>& found_inf) {
   const auto found = std::find_if(std::begin(kRuleNames), std::end(kRuleNames), [&](const char* n) { return rule_name == n; });
   DITHER_CHECK(found != std::end(kRuleNames), "fused_step_: rule is '", rule_name, "', which is not known");
   const Rule rule = Rule(found - std::begin(kRuleNames));
@@ -275,6 +277,7 @@ static void fused_step_(std::string rule_name, Tensors params, Tensors grads, Te
     std::vector<char> constants(n * kConstantsBytes + 64);
     char* table = constants.data() + (-reinterpret_cast<uintptr_t>(constants.data()) & 63);
     std::vector<int64_t> first_unit(n + 1, 0);
+    int64_t total = 0;
     for (size_t i = 0; i < n; ++i) {
       bool skip = false;
       const auto run = [&]<template <class> class R, class T>() {
@@ -285,10 +288,13 @@ static void fused_step_(std::string rule_name, Tensors params, Tensors grads, Te
       };
       if (slot[i].p_type == DType::f64) with_rule<true>(rule, run);
       else with_rule<false>(rule, run);
+      total += slot[i].numel;
       first_unit[i + 1] = first_unit[i] + (skip ? 0 : (slot[i].numel + kUnit - 1) / kUnit);
     }
     const auto step = DITHER_PICK_ISA(step_range);
-    parallel(first_unit[n], 4, [&](int64_t lo, int64_t hi) {
+    // A second thread costs more than it brings below some hundred thousand elements.
+    const int64_t grain = total < (1 << 17) ? first_unit[n] + 1 : 4;
+    parallel(first_unit[n], grain, [&](int64_t lo, int64_t hi) {
       size_t i = std::upper_bound(first_unit.begin(), first_unit.end(), lo) - first_unit.begin() - 1;
       for (; i < n && first_unit[i] < hi; ++i) {
         const int64_t from = (std::max(lo, first_unit[i]) - first_unit[i]) * kUnit;
@@ -321,7 +327,7 @@ static void fused_step_(std::string rule_name, Tensors params, Tensors grads, Te
 }
 
 template <Device device>
-static Tensor sum_of_squares(Tensors tensors) {
+static Tensor sum_of_squares(const Tensors& tensors) {
   const char* op = "sum_of_squares";
   DITHER_CHECK(!tensors.empty(), op, ": tensors is empty, expected at least one tensor");
   std::vector<SumPart> parts;

@@ -40,7 +40,7 @@ __device__ inline void load(const void* from, DType type, int64_t i, int n, T (&
 template <class T, class S>
 __device__ inline void round_to(T x, bool stochastic, uint32_t w, int slot, S& y) {
   if constexpr (sizeof(T) == 8 && sizeof(S) == 2) narrow(float(x), y);
-  else if (stochastic) narrow(x, rounding_bits(w, slot), y);
+  else if (stochastic) narrow(x, RoundingBits(slot)(w), y);
   else narrow(x, y);
 }
 template <class T>
@@ -161,11 +161,8 @@ step_kernel(const __grid_constant__ Slots b, const char* constants) {
     for (int k = 0; k < R::states; ++k) load(slot.state[k], slot.state_type[k], i, n, s[k]);
     const uint32_t kept = slot.mask && n > 0 ? uint32_t(slot.mask[i / 8]) >> (i % 8) : ~0u;
 
+    for (int j = 0; j < kVector; ++j) g[j] = clamp(g[j] * a.scale, a.clip);
     if (a.gradient) {
-      for (int j = 0; j < kVector; ++j) {
-        const T x = g[j] * a.scale;
-        g[j] = x < -a.clip ? -a.clip : (x > a.clip ? a.clip : x);
-      }
       if (slot.ema) {
         T h[kVector];
         load(slot.ema, slot.ema_type, i, n, h);

@@ -23,7 +23,8 @@ struct Around {
   T keep;              // p *= keep
   T kick;              // p += kick z after the rule
   uint32_t seed[2], stream, time;
-  bool skip, first, gradient, stochastic;  // gradient: g is changed before the rule
+  bool skip, first, stochastic;
+  bool gradient;  // more than scale and clip happens to g before the rule
 
   DITHER_HD Address address(Kind kind, uint32_t use = 0) const { return {{seed[0], seed[1]}, stream | use, time, kind}; }
 };
@@ -33,6 +34,11 @@ struct Constants {
   R rule;
   Around<T> around;
 };
+
+template <class T>
+DITHER_HD T clamp(T x, T bound) {  // NaN stays
+  return x < -bound ? -bound : (x > bound ? bound : x);
+}
 
 // Scalars that may live on the device.
 struct Shared {
@@ -83,7 +89,7 @@ DITHER_HD Constants<R<T>, T> derive(const Clock& clock, const Shared& shared) {
   a.noise = h.noise_eta > 0 ? T(square_root(h.noise_eta * real_power(double(t), -h.noise_gamma))) : T(0);
   const bool coupled = h.decoupled == 0;
   a.l2 = coupled ? T(h.weight_decay / (h.temperature > 0 ? h.data_size : 1)) : T(0);
-  a.keep = coupled || (keeps_p_at_first<R<T>>() && t == 1) ? T(1) : T(1 - h.lr * h.weight_decay);
+  a.keep = coupled || (KeepsPAtFirst<R<T>> && t == 1) ? T(1) : T(1 - h.lr * h.weight_decay);
   a.kick = h.temperature > 0 ? T(square_root(h.lr * h.temperature)) : T(0);
   a.seed[0] = clock.seed[0];
   a.seed[1] = clock.seed[1];
@@ -91,7 +97,7 @@ DITHER_HD Constants<R<T>, T> derive(const Clock& clock, const Shared& shared) {
   a.time = uint32_t(t - 1);
   a.skip = skip;
   a.stochastic = h.stochastic_rounding != 0;
-  a.gradient = scale != 1 || h.clip_value > 0 || h.grokfast_lamb != 0 || a.noise != T(0) || a.l2 != T(0);
+  a.gradient = h.grokfast_lamb != 0 || a.noise != T(0) || a.l2 != T(0);
   Constants<R<T>, T> constants{R<T>(h, t, product), a};
   if (!skip) {
     write(clock.step, done + 1);

@@ -5,19 +5,20 @@ namespace dither::DITHER_ISA {
 constexpr int64_t kBlock = 512;  // elements converted at a time: every buffer stays in L1
 
 template <class R, class T, class... State>
-static inline void update(R rule, T keep, int64_t n, T* __restrict p, const T* __restrict g, State* __restrict... s) {
+static inline void update(R rule, Around<T> a, int64_t n, T* __restrict p, const T* __restrict g, State* __restrict... s) {
+  const T scale = a.scale, clip = a.clip, keep = a.keep;
   for (int64_t i = 0; i < n; ++i) {
     T q = p[i] * keep;
-    rule(q, g[i], s[i]...);
+    rule(q, clamp(g[i] * scale, clip), s[i]...);
     p[i] = q;
   }
 }
 template <class R, class T>
-static inline void update_all(const Constants<R, T>& c, int64_t n, T* p, const T* g, T* const (&s)[kMaxStates]) {
-  if constexpr (R::states == 0) update(c.rule, c.around.keep, n, p, g);
-  else if constexpr (R::states == 1) update(c.rule, c.around.keep, n, p, g, s[0]);
-  else if constexpr (R::states == 2) update(c.rule, c.around.keep, n, p, g, s[0], s[1]);
-  else update(c.rule, c.around.keep, n, p, g, s[0], s[1], s[2]);
+static inline void update_all(const R& rule, const Around<T>& a, int64_t n, T* p, const T* g, T* const (&&s)[kMaxStates]) {
+  if constexpr (R::states == 0) update(rule, a, n, p, g);
+  else if constexpr (R::states == 1) update(rule, a, n, p, g, s[0]);
+  else if constexpr (R::states == 2) update(rule, a, n, p, g, s[0], s[1]);
+  else update(rule, a, n, p, g, s[0], s[1], s[2]);
 }
 
 template <class T>
@@ -34,8 +35,9 @@ static void store(const T* __restrict from, void* to, DType type, int64_t at, in
     if constexpr (sizeof(T) == 8 && sizeof(S) == 2) {
       for (int64_t i = 0; i < n; ++i) narrow(float(from[i]), y[i]);
     } else {
+      const RoundingBits bits(slot);
       if (w)
-        for (int64_t i = 0; i < n; ++i) narrow(from[i], rounding_bits(w[i], slot), y[i]);
+        for (int64_t i = 0; i < n; ++i) narrow(from[i], bits(w[i]), y[i]);
       else
         for (int64_t i = 0; i < n; ++i) narrow(from[i], y[i]);
     }
@@ -79,10 +81,8 @@ static void keep_masked(const uint8_t* mask, int64_t n, const T* __restrict old,
 // Everything before the rule, on a block of the gradient in its buffer.
 template <class T>
 static void prepare(const Slot& slot, const Around<T>& a, int64_t at, int64_t n, const T* __restrict p, T* __restrict g) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T x = g[i] * a.scale;
-    g[i] = x < -a.clip ? -a.clip : (x > a.clip ? a.clip : x);
-  }
+  const T scale = a.scale, clip = a.clip;
+  for (int64_t i = 0; i < n; ++i) g[i] = clamp(g[i] * scale, clip);
   if (slot.ema) {
     alignas(64) T h[kBlock], old[kBlock];
     load(slot.ema, slot.ema_type, at, n, old);
@@ -106,52 +106,47 @@ template <class R, class T>
 static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, int64_t hi) {
   constexpr DType native = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const Around<T>& a = c.around;
-  bool direct = slot.p_type == native && !slot.mask;
-  for (int k = 0; k < R::states; ++k) direct = direct && slot.state_type[k] == native;
-  const bool plain = direct && slot.g_type == native && !a.gradient && a.kick == T(0);
-  const int64_t block = plain ? hi - lo : kBlock;
+  Around<T> inside = a;  // what is left to do in the loop of the rule
+  if (a.gradient) inside.scale = T(1), inside.clip = T(__builtin_inf());
+  // Arrays of the compute type are updated in place; the others, and all under a mask, pass through buffers.
+  void* const memory[1 + kMaxStates] = {slot.p, slot.state[0], slot.state[1], slot.state[2]};
+  const DType type[1 + kMaxStates] = {slot.p_type, slot.state_type[0], slot.state_type[1], slot.state_type[2]};
+  bool direct[1 + kMaxStates], all_direct = true;
+  for (int k = 0; k <= R::states; ++k) all_direct &= direct[k] = type[k] == native && !slot.mask;
+  const bool g_direct = slot.g_type == native && !a.gradient;
+  const int64_t block = all_direct && g_direct && a.kick == T(0) ? hi - lo : kBlock;
 
-  alignas(64) T p_buffer[kBlock], g_buffer[kBlock], s_buffer[kMaxStates][kBlock], old[kBlock];
+  alignas(64) T buffer[1 + kMaxStates][kBlock], g_buffer[kBlock], old[kBlock];
   alignas(64) uint32_t w[kBlock];
   for (int64_t at = lo; at < hi; at += block) {
     const int64_t n = smaller(block, hi - at);
-    T *p = p_buffer, *s[kMaxStates] = {s_buffer[0], s_buffer[1], s_buffer[2]};
-    const T* g = g_buffer;
-    if (direct) {
-      p = static_cast<T*>(slot.p) + at;
-      for (int k = 0; k < R::states; ++k) s[k] = static_cast<T*>(slot.state[k]) + at;
-    } else {
-      load(slot.p, slot.p_type, at, n, p);
-      for (int k = 0; k < R::states; ++k) load(slot.state[k], slot.state_type[k], at, n, s[k]);
+    T* x[1 + kMaxStates] = {};
+    for (int k = 0; k <= R::states; ++k) {
+      x[k] = direct[k] ? static_cast<T*>(memory[k]) + at : buffer[k];
+      if (!direct[k]) load(memory[k], type[k], at, n, x[k]);
     }
-    if (slot.g_type == native && !a.gradient) {
-      g = static_cast<const T*>(slot.g) + at;
-    } else {
+    const T* g = g_direct ? static_cast<const T*>(slot.g) + at : g_buffer;
+    if (!g_direct) {
       load(slot.g, slot.g_type, at, n, g_buffer);
-      if (a.gradient) prepare(slot, a, at, n, p, g_buffer);
+      if (a.gradient) prepare(slot, a, at, n, x[0], g_buffer);
     }
-    update_all(c, n, p, g, s);
+    update_all(c.rule, inside, n, x[0], g, {x[1], x[2], x[3]});
     if (a.kick != T(0)) {
       alignas(64) T z[kBlock];
       draw_normals(slot, a.address(sizeof(T) == 8 ? Kind::normal64 : Kind::normal32), at, n, z);
+      T* __restrict p = x[0];
       for (int64_t i = 0; i < n; ++i) p[i] += a.kick * z[i];
     }
-    if (direct) continue;
-    const uint8_t* mask = slot.mask ? slot.mask + at / 8 : nullptr;
-    const uint32_t* words = nullptr;
-    if (a.stochastic) {
-      draw_words(slot, a.address(Kind::bits), at, n, w);
-      words = w;
+    if (all_direct) continue;
+    if (a.stochastic) draw_words(slot, a.address(Kind::bits), at, n, w);
+    for (int k = 0; k <= R::states; ++k) {
+      if (direct[k]) continue;
+      if (slot.mask) {  // a masked element keeps its bits: both roundings leave a stored value alone
+        load(memory[k], type[k], at, n, old);
+        keep_masked(slot.mask + at / 8, n, old, x[k]);
+      }
+      store(x[k], memory[k], type[k], at, n, a.stochastic ? w : nullptr, k);
     }
-    const auto write = [&](T* x, void* to, DType type, int index) {
-      if (!mask) return store(x, to, type, at, n, words, index);
-      // A masked element keeps its stored bits: what is stored widens to a value that both roundings leave alone.
-      load(to, type, at, n, old);
-      keep_masked(mask, n, old, x);
-      store(x, to, type, at, n, words, index);
-    };
-    write(p, slot.p, slot.p_type, 0);
-    for (int k = 0; k < R::states; ++k) write(s[k], slot.state[k], slot.state_type[k], k + 1);
   }
 }
 

@@ -316,6 +316,10 @@ def fused_step_(
     found_inf: Tensor | None,
 ) -> None:
     """`dither::fused_step_` where no kernel is available: the same step, correct to rounding, not to the bit."""
+    for i, g in enumerate(grads):
+        if g.layout != torch.strided:
+            advice = "use torch.optim.SparseAdam for it, or sparse=False in its embedding"
+            raise RuntimeError(f"{rule}_: grads[{i}] is sparse, expected dense; {advice}")
     n, width, tensor_lrs = len(params), len(fields(Hyper)), iter(lrs)
     rows = [Hyper(*hyper[i : i + width]) for i in range(0, len(hyper), width)]
     for row in rows:

@@ -1,0 +1,483 @@
+"""What all fused optimizers share: collecting tensors, state, noise addresses, clipping, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import TypedDict, Unpack
+
+from .. import ops
+from ..reference.optim import Hyper
+from ._shards import local, place_of, reduce_over_shards
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class Extras(TypedDict, total=False):
+    """Keyword arguments that every optimizer of `dither.optim` takes, in the order in which they act.
+
+    max_norm: clip the norm of all gradients of this optimizer together, as torch.nn.utils.clip_grad_norm_ (one extra read).
+    skip_nonfinite: skip a step whose gradients hold NaN or infinity; nothing advances (shares the read of max_norm).
+    clip_value: clip each coordinate of the gradient to [-clip_value, clip_value].
+    grokfast_lamb, grokfast_alpha: add lamb times the moving average of gradients (Lee et al. 2024); 0 and 0.98.
+    noise_eta, noise_gamma: gradient noise of variance eta / (1 + t)^gamma after t steps (Neelakantan et al. 2015); 0 and 0.55.
+    stochastic_rounding: round bfloat16 and float16 parameters and states up or down at random, right on average.
+    state_dtype: dtype of the moving averages; by default float32 for 16-bit parameters, else the parameter's.
+    seed: of the noise and the rounding; by default drawn from torch's generator when first needed, and kept in state_dict.
+    maximize: ascend. capturable: accepted; on CUDA every step may be captured into a graph. foreach, fused,
+    differentiable: accepted for compatibility; a differentiable step is refused.
+    """
+
+    max_norm: float | None
+    skip_nonfinite: bool
+    clip_value: float | None
+    grokfast_lamb: float
+    grokfast_alpha: float
+    noise_eta: float
+    noise_gamma: float
+    stochastic_rounding: bool
+    state_dtype: torch.dtype | None
+    seed: int | None
+    maximize: bool
+    capturable: bool
+    foreach: bool | None
+    fused: bool | None
+    differentiable: bool
+
+
+_EXTRAS: Extras = {
+    "max_norm": None,
+    "skip_nonfinite": False,
+    "clip_value": None,
+    "grokfast_lamb": 0.0,
+    "grokfast_alpha": 0.98,
+    "noise_eta": 0.0,
+    "noise_gamma": 0.55,
+    "stochastic_rounding": False,
+    "state_dtype": None,
+    "seed": None,
+    "maximize": False,
+    "capturable": False,
+    "foreach": None,
+    "fused": None,
+    "differentiable": False,
+}
+
+# name: lowest allowed, highest allowed, whether the highest is excluded
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "lr": (0, math.inf, True),
+    "eps": (0, math.inf, True),
+    "weight_decay": (0, math.inf, True),
+    "momentum": (0, math.inf, True),
+    "dampening": (-math.inf, math.inf, True),
+    "alpha": (0, 1, True),
+    "lr_decay": (0, math.inf, True),
+    "momentum_decay": (0, math.inf, True),
+    "initial_accumulator_value": (0, math.inf, True),
+    "data_size": (0, math.inf, True),
+    "temperature": (0, math.inf, True),
+    "max_norm": (0, math.inf, True),
+    "clip_value": (0, math.inf, True),
+    "grokfast_lamb": (0, math.inf, True),
+    "grokfast_alpha": (0, 1, False),
+    "noise_eta": (0, math.inf, True),
+    "noise_gamma": (0, math.inf, True),
+}
+
+
+def _check_range(owner: str, name: str, value: Any, low: float, high: float, excluded: bool) -> None:
+    number = float(value)
+    if not (low <= number < high or (number == high and not excluded)):
+        allowed = f"{low} <= {name} {'<' if excluded else '<='} {high}" if math.isfinite(high) else f"a finite number >= {low}"
+        if low == -math.inf:
+            allowed = "a finite number"
+        raise ValueError(f"{owner}: {name} is {number}, expected {allowed}")
+
+
+class FusedOptimizer(Optimizer):
+    """A `torch.optim.Optimizer` whose step is one operator over all tensors of all groups of a device.
+
+    A subclass gives its defaults and tells, for a group, which rule applies (`_rule`), which states it keeps (`_slots`) and
+    which hyperparameters differ from the group's entries of the same name (`_hyper`).
+    """
+
+    _step_supports_amp_scaling = True
+    _decoupled: ClassVar[bool] = False
+    _first_values: ClassVar[dict[str, str]] = {}  # slot -> the group entry it begins with, instead of 0
+
+    def __init__(self, params: Params, defaults: dict[str, Any], extras: Extras) -> None:
+        unknown = set(extras) - set(_EXTRAS)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: unexpected keyword {sorted(unknown)[0]!r}; it takes {', '.join([*defaults, *_EXTRAS])}"
+            )
+        super().__init__(params, {**defaults, **_EXTRAS, **extras})  # type: ignore[arg-type]
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        raise TypeError(f"{type(self).__name__} names no rule")
+
+    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        return {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as torch.optim.Optimizer; hyperparameters are checked first."""
+        owner = type(self).__name__
+        group = {**self.defaults, **param_group}
+        for name, (low, high, excluded) in _RANGES.items():
+            if group.get(name) is not None:
+                _check_range(owner, name, group[name], low, high, excluded)
+        for i, beta in enumerate(group.get("betas", ())):
+            _check_range(owner, f"betas[{i}]", beta, 0, 1, True)
+        if group["differentiable"]:
+            raise ValueError(f"{owner}: differentiable is True, expected False: the fused step has no backward")
+        if group["state_dtype"] not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(f"{owner}: state_dtype is {group['state_dtype']}, expected a floating point dtype or None")
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    # ---- state
+
+    def _streams(self) -> Callable[[Tensor], int]:
+        """Numbers for parameters: their place in the order of registration, never one that is taken."""
+        order = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        taken = {state["stream"] for state in self.state.values() if "stream" in state}
+
+        def number(p: Tensor) -> int:
+            stream = order[p] if order[p] not in taken else max(taken) + 1
+            taken.add(stream)
+            return stream
+
+        return number
+
+    def _init_state(self, p: Tensor, group: dict[str, Any], number: Callable[[Tensor], int]) -> None:
+        if p.is_complex() or not p.is_floating_point():
+            raise TypeError(f"{type(self).__name__}: a parameter is {p.dtype}, expected float32, float64, bfloat16 or float16")
+        state = self.state[p]
+        clock: dict[str, Any] = {
+            "dtype": torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32,
+            "device": "cpu" if p.device.type == "cpu" else p.device,
+        }
+        state.setdefault("step", torch.zeros((), **clock))
+        dtype = group["state_dtype"] or (torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype)
+        for slot in self._all_slots(group):
+            value = group[self._first_values[slot]] if slot in self._first_values else 0.0
+            if slot not in state:
+                state[slot] = torch.full_like(p, value, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+        if self._rule(group) == "nadam":
+            state.setdefault("mu_product", torch.ones((), **clock))
+        if "stream" not in state:
+            state["stream"] = number(p)
+
+    def _all_slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (*self._slots(group), "grokfast_ema") if group["grokfast_lamb"] else self._slots(group)
+
+    def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
+        """Freeze elements of a parameter: where `mask` (bool, param's shape) is False, it and its state keep their bits.
+
+        The mask is kept as one bit per element in the parameter's storage order in `state[param]["mask"]`, and in state_dict.
+        None removes it.
+        """
+        if not any(param is p for group in self.param_groups for p in group["params"]):
+            raise ValueError(f"{type(self).__name__}.set_mask: the tensor is not a parameter of this optimizer")
+        if mask is None:
+            self.state[param].pop("mask", None)
+            return
+        if mask.dtype != torch.bool or mask.shape != param.shape:
+            given, allowed = f"{mask.dtype} of shape {list(mask.shape)}", f"bool of shape {list(param.shape)}"
+            raise ValueError(f"{type(self).__name__}.set_mask: mask is {given}, expected {allowed}")
+        self.state[param]["mask"] = pack_mask(local(mask), local(param))
+
+    # ---- the step
+
+    def _row(self, group: dict[str, Any], lr: float) -> list[float]:
+        betas = group.get("betas")
+        hyper = Hyper(
+            lr=lr,
+            beta1=betas[0] if betas else 0.9,
+            beta2=betas[1] if betas else 0.999,
+            eps=group.get("eps", 1e-8),
+            weight_decay=group.get("weight_decay", 0.0),
+            decoupled=self._decoupled,
+            maximize=group["maximize"],
+            max_norm=group["max_norm"] or 0.0,
+            clip_value=group["clip_value"] or 0.0,
+            noise_eta=group["noise_eta"],
+            noise_gamma=group["noise_gamma"],
+            grokfast_alpha=group["grokfast_alpha"],
+            grokfast_lamb=group["grokfast_lamb"],
+            stochastic_rounding=group["stochastic_rounding"],
+            skip_nonfinite=group["skip_nonfinite"],
+        )
+        for name, value in self._hyper(group).items():
+            setattr(hyper, name, value)
+        return hyper.row()
+
+    def _is_random(self, group: dict[str, Any]) -> bool:
+        return bool(group["noise_eta"] or group["stochastic_rounding"] or self._hyper(group).get("temperature"))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; `closure` re-evaluates the model and returns the loss, as in torch.optim."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._fused_step()
+        return loss
+
+    @torch.compiler.disable
+    def _fused_step(self) -> None:
+        batches: dict[tuple[str, torch.device], _Batch] = {}
+        clip = False
+        for group in self.param_groups:
+            with_grad = [(p, g) for p in group["params"] if (g := p.grad) is not None]
+            if not with_grad:
+                continue
+            params, grads = [p for p, _ in with_grad], [g for _, g in with_grad]
+            states = self._states_of(params, group)
+            if self._is_random(group) and group["seed"] is None:
+                group["seed"] = int(torch.randint(2**63 - 1, ()))
+            clip = clip or group["max_norm"] is not None or group["skip_nonfinite"]
+            rule = self._rule(group)
+            for device, some in _by_device(params):
+                batch = batches.setdefault((rule, device), _Batch(self._slots(group)))
+                if some is None:
+                    batch.extend(self, group, params, grads, states)
+                else:
+                    pick = operator.itemgetter(*some, some[0])  # one more, so that a single index gives a tuple too
+                    batch.extend(self, group, *(list(pick(each)[:-1]) for each in (params, grads, states)))
+        for batch in batches.values():
+            batch.unwrap()
+        norms = _norms(batches.values()) if clip and batches else {}
+        for (rule, device), batch in batches.items():
+            batch.run(rule, norms.get(device), _on(device, self, "grad_scale"), _on(device, self, "found_inf"))
+
+    def _states_of(self, params: list[Tensor], group: dict[str, Any]) -> list[dict[str, Any]]:
+        """The state of each parameter, begun where it is missing."""
+        state, needed = self.state, ("step", *self._all_slots(group))
+        states = [state[p] for p in params]
+        if not all(name in st for name in needed for st in states):
+            number = self._streams()
+            for p, st in zip(params, states):
+                if not all(name in st for name in needed):
+                    self._init_state(p, group, number)
+        return states
+
+    # ---- checkpoints
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class, or of the torch.optim class with the same states.
+
+        States keep the dtype they were saved with (torch would cast them to the parameter's).
+        """
+        final: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            self._check_state_dict(state_dict)
+            final.append(state_dict)
+
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved_ids = [i for saved_group in final[0]["param_groups"] for i in saved_group["params"]]
+        mine = [(p, group) for group in self.param_groups for p in group["params"]]
+        for saved_id, (p, group) in zip(saved_ids, mine):
+            saved = final[0]["state"].get(saved_id)
+            if saved is None:
+                continue
+            state = self.state[p]
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    state[name] = _restored(name, value, p)
+                elif value is None:  # torch.optim.SGD before its first momentum step
+                    del state[name]
+            if "step" not in state and any(slot in state for slot in self._slots(group)):
+                state["step"] = torch.ones((), device="cpu" if p.device.type == "cpu" else p.device)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        owner = f"{type(self).__name__}.load_state_dict"
+        for name in ("state", "param_groups"):
+            if name not in state_dict:
+                raise ValueError(f"{owner}: state_dict has no {name!r}")
+        index = 0
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
+            merged = {**group, **{k: v for k, v in saved_group.items() if k != "params"}}
+            for saved_id, p in zip(saved_group["params"], group["params"]):
+                saved = state_dict["state"].get(saved_id)
+                index += 1
+                if not saved or all(v is None for v in saved.values()):
+                    continue
+                for slot in self._slots(merged):
+                    if slot not in saved:
+                        raise ValueError(
+                            f"{owner}: the state of params[{index - 1}] holds {sorted(saved)}, expected {slot!r} among them"
+                        )
+                    if isinstance(saved[slot], Tensor) and saved[slot].shape != p.shape:
+                        given = f"{slot!r} of params[{index - 1}] has shape {list(saved[slot].shape)}"
+                        raise ValueError(f"{owner}: {given}, expected {list(p.shape)}")
+
+
+def _restored(name: str, value: Tensor, p: Tensor) -> Tensor:
+    """A copy of a saved state on p's device, in its own dtype and p's memory order."""
+    if name in ("step", "mu_product"):
+        return value.detach().to(device="cpu" if p.device.type == "cpu" else p.device, copy=True).view(())
+    if name == "mask":
+        return value.detach().to(device=local(p).device, copy=True)
+    if value.dtype == torch.float64 and p.dtype != torch.float64:
+        value = value.float()
+    if value.shape == p.shape:
+        return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value.detach())
+    return value.detach().to(p.device, copy=True)
+
+
+_is_cpu = operator.attrgetter("is_cpu")
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) is torch.nn.Parameter or type(t) is Tensor
+
+
+def _operator() -> Callable[..., None]:
+    op = ops.native.fused_step_
+    return getattr(op, "default", op)  # the overload itself is dispatched faster than its packet
+
+
+def _on(device: torch.device, owner: Optimizer, name: str) -> Tensor | None:
+    value = getattr(owner, name, None)
+    return None if value is None else value.detach().to(device=device, dtype=torch.float32)
+
+
+def _by_device(params: list[Tensor]) -> list[tuple[torch.device, list[int] | None]]:
+    """Devices and the indices of their parameters; None where one device has them all."""
+    if all(map(_is_cpu, params)):
+        return [(params[0].device, None)]
+    indices: dict[torch.device, list[int]] = {}
+    for i, p in enumerate(params):
+        indices.setdefault(p.device, []).append(i)
+    return [(device, some if len(indices) > 1 else None) for device, some in indices.items()]
+
+
+class _Batch:
+    """The tensors of one rule on one device, in the operator's lists."""
+
+    def __init__(self, slots: tuple[str, ...]) -> None:
+        self.slots: dict[str, list[Tensor]] = {name: [] for name in slots}
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.states: list[dict[str, Any]] = []
+        self.groups: list[int] = []
+        self.hyper: list[float] = []
+        self.seeds: list[int] = []
+        self.lrs: list[Tensor] = []
+        self.random = self.smooth = False
+        self.places: list[int] = []  # stream, start, run, pitch of each parameter
+        self.sharded: list[Tensor] = []  # the gradients as given, where any is a DTensor
+
+    def extend(
+        self,
+        optimizer: FusedOptimizer,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+    ) -> None:
+        self.groups += [len(self.seeds)] * len(params)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            self.lrs.append(lr.detach().float())
+            lr = math.nan
+        self.hyper += optimizer._row(group, float(lr))
+        self.seeds.append(group["seed"] or 0)
+        self.random = self.random or optimizer._is_random(group)
+        self.smooth = self.smooth or bool(group["grokfast_lamb"])
+        self.params += params
+        self.grads += grads
+        self.states += states
+        for name, collected in self.slots.items():
+            collected += [st[name] for st in states]
+
+    def unwrap(self) -> None:
+        """Replace DTensors by their local shards."""
+        if self.random:
+            for p, st in zip(self.params, self.states):
+                self.places += (st["stream"], *place_of(p))
+        if not all(map(_is_plain, self.params)):
+            self.sharded = self.grads
+            self.grads = [local(g, like=p) for p, g in zip(self.params, self.grads)]
+            self.params = [local(p) for p in self.params]
+            self.slots = {name: [local(s) for s in slot] for name, slot in self.slots.items()}
+
+    def run(self, rule: str, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        emas, masks = [], []
+        if self.smooth:
+            emas = [local(st["grokfast_ema"]) if "grokfast_ema" in st else p for st, p in zip(self.states, self.params)]
+        if any("mask" in st for st in self.states):
+            none = torch.empty(0, dtype=torch.uint8, device=self.params[0].device)
+            masks = [st.get("mask", none) for st in self.states]
+        torch.autograd.graph.increment_version(self.params)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            _operator()(
+                rule,
+                self.params,
+                self.grads,
+                [s for slot in self.slots.values() for s in slot],
+                [st["step"] for st in self.states],
+                [st["mu_product"] for st in self.states] if rule == "nadam" else [],
+                self.groups,
+                self.hyper,
+                self.seeds,
+                self.places,
+                emas,
+                masks,
+                self.lrs,
+                norm,
+                grad_scale,
+                found_inf,
+            )
+
+
+def _norms(batches: Iterable[_Batch]) -> dict[torch.device, Tensor]:
+    """The sum of squares of all gradients, on every device that has some."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for batch in batches:
+        if batch.sharded:
+            total = reduce_over_shards(batch.sharded, ops.native.sum_of_squares)
+        else:
+            total = ops.native.sum_of_squares(batch.grads)
+        by_device.setdefault(batch.params[0].device, []).append(total)
+    everything = [t for totals in by_device.values() for t in totals]
+    if len(everything) == 1:
+        return dict.fromkeys(by_device, everything[0])
+    return {device: torch.stack([t.to(device) for t in everything]).sum() for device in by_device}
+
+
+def pack_mask(mask: Tensor, like: Tensor | None = None) -> Tensor:
+    """A bool mask as one bit per element (uint8, lowest bit first), in the storage order of `like` (default: row-major)."""
+    ordered = mask.contiguous() if like is None else torch.empty_like(like, dtype=torch.bool).copy_(mask)
+    flat = ordered.as_strided((ordered.numel(),), (1,)).to(torch.uint8)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(1, dtype=torch.uint8)
+
+
+__all__ = ["Extras", "FusedOptimizer", "Params", "Unpack", "pack_mask"]
