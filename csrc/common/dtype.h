@@ -66,7 +66,7 @@ DITHER_HD void narrow(float x, uint32_t r, bfloat16& y) {
 }
 DITHER_HD void narrow(float x, uint32_t r, float16& y) {
   const uint32_t b = bit_as<uint32_t>(x), sign = b >> 16 & 0x8000, magnitude = b & 0x7fffffff;
-  const uint32_t normal = (magnitude - (112u << 23) + (r & 0x1fff)) >> 13;
+  const uint32_t normal = (magnitude - (112u << 23) + (r >> 3)) >> 13;
   // Below 2^-14 the spacing is 2^-24: in units of 2^-40 the remainder has the 16 bits that r is compared with.
   const uint32_t units = uint32_t(int32_t((magnitude < (113u << 23) ? bit_as<float>(magnitude) : 0.0f) * 0x1p40f));
   const uint32_t subnormal = (units + r) >> 16;

@@ -140,8 +140,8 @@ static void stochastic_round_(Tensor out, Tensor x, Ints key, int64_t stream, in
 }  // namespace dither
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
-  m.def("draw_(Tensor(a!) out, str distribution, float[] parameters, int[] bounds, int[] key, int stream, int step, int start, bool add) -> ()");
-  m.def("stochastic_round_(Tensor(a!) out, Tensor x, int[] key, int stream, int step, int start) -> ()");
+  m.def("draw_(Tensor(a!) out, str distribution, float[] parameters, int[] bounds, int[] key, SymInt stream, SymInt step, SymInt start, bool add) -> ()");
+  m.def("stochastic_round_(Tensor(a!) out, Tensor x, int[] key, SymInt stream, SymInt step, SymInt start) -> ()");
 }
 #if !defined(DITHER_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {

@@ -131,7 +131,7 @@ DITHER_HD void put(Value z, float16& out) {
 template <class Value, class Out>
 DITHER_HD void add(Value z, Out& out) {
   if constexpr (__is_class(Out)) put(widen(out) + float(z), out);
-  else put(Value(out) + z, out);
+  else out = static_cast<Out>(out + z);
 }
 template <class F>
 DITHER_HD void with_stored(Stored s, F&& f) {

@@ -21,8 +21,8 @@ static void draw_with(Generator g, const D& draw, const Draw& d, void* out, int6
                                   [&](const uint32_t* w, int64_t first, int64_t n, int64_t at, int64_t count) {
     with_stored(d.stored, [&]<class Out>(Out) {
       Out* __restrict o = static_cast<Out*>(out) + (at - d.start);
-      if constexpr (sizeof(Out) == sizeof(Value) && !__is_class(Out))
-        if (count == n && !d.add && Out(0.5) == Out(Value(0.5))) return values(draw, w, n, reinterpret_cast<Value*>(o));
+      if constexpr (__is_same(Out, Value))
+        if (count == n && !d.add) return values(draw, w, n, o);
       values(draw, w, n, buffer);
       const Value* __restrict z = buffer + (at - first);
       if (d.add)

@@ -70,6 +70,15 @@ def key_of(seed: Seed, engine: str = "philox") -> list[int]:
     return [(v + 2**63) % 2**64 - 2**63 for v in values]
 
 
+def _where(name: str, address: Address) -> tuple[list[int], int, int, int]:
+    unknown = set(address) - set(Address.__annotations__)
+    if unknown or "seed" not in address:
+        given = f"unexpected keyword {sorted(unknown)[0]!r}" if unknown else "missing keyword 'seed'"
+        raise TypeError(f"{name}: {given}; an address is seed, stream, step, start, engine")
+    key = key_of(address["seed"], address.get("engine", "philox"))
+    return key, address.get("stream", 0), address.get("step", 0), address.get("start", 0)
+
+
 def _draw(
     out: Tensor,
     distribution: str,
@@ -78,14 +87,9 @@ def _draw(
     address: Address,
     add: bool = False,
 ) -> Tensor:
-    unknown = set(address) - set(Address.__annotations__)
-    if unknown or "seed" not in address:
-        given = f"unexpected keyword {sorted(unknown)[0]!r}" if unknown else "missing keyword 'seed'"
-        raise TypeError(f"{distribution}: {given}; an address is seed, stream, step, start, engine")
-    if out.requires_grad and out.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError(f"{distribution}_: out is a leaf that requires grad; wrap the call in torch.no_grad()")
-    key = key_of(address["seed"], address.get("engine", "philox"))
-    where = (key, address.get("stream", 0), address.get("step", 0), address.get("start", 0))
+    if torch.is_grad_enabled() and out.requires_grad and (not add or (out if out._base is None else out._base).is_leaf):
+        raise RuntimeError(f"{distribution}_: out requires grad, its gradient would be wrong; use torch.no_grad() or detach()")
+    where = _where(distribution, address)
     work = out if out.is_contiguous() else out.contiguous()
     ops.native.draw_(work, distribution, parameters, bounds, *where, add)
     if work is not out:
@@ -227,7 +231,6 @@ def stochastic_round(x: Tensor, dtype: torch.dtype = torch.bfloat16, **address: 
     NaN and infinity pass; values beyond the largest finite one round to nearest. Engine: philox only.
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    key = key_of(address["seed"], address.get("engine", "philox"))
-    where = (key, address.get("stream", 0), address.get("step", 0), address.get("start", 0))
+    where = _where("stochastic_round", address)
     ops.native.stochastic_round_(out, x.detach().contiguous(), *where)
     return out

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import reference
+from .reference.optim import Hyper as Hyper
 
 try:
     from . import _C
@@ -50,6 +51,8 @@ else:
 
         if written:
             _library.impl(name, bump, "ADInplaceOrView", with_keyset=True)
+        if not op._schema.returns:
+            _library.impl(name, lambda *args: None, "Meta")  # meta and fake tensors: nothing to write
         _library.impl(name, _OPS[name], "CompositeExplicitAutograd")
 
     for _name in _OPS:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict, Unpack
 
 from .. import ops
-from ..reference.optim import Hyper
+from ..ops import Hyper
 from ._shards import local, place_of, reduce_over_shards
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
