@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,11 @@ def torch_root() -> Path:
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]
     for root in [Path(p) / "torch" for p in dict.fromkeys(paths) if p]:
         if (root / "lib" / "libtorch_cpu.so").exists():
+            found = re.search(r"__version__ = '(\d+)\.(\d+)", (root / "version.py").read_text())
+            if found and (int(found[1]), int(found[2])) < (2, 10):
+                sys.exit(
+                    f"dither needs torch >= 2.10 and found {found[1]}.{found[2]} in {root}.\nRun `pip install -U torch` first."
+                )
             return root
     sys.exit(
         "dither builds against the torch you already have, and found none.\n"

@@ -20,23 +20,53 @@ __global__ void derive_kernel(const __grid_constant__ Clocks clocks, int count, 
   *reinterpret_cast<Constants<R<T>, T>*>(out + i * kConstantsBytes) = c;
 }
 
+template <int kBytes>
+struct alignas(kBytes) Words {
+  uint32_t w[kBytes / 4];
+};
+// Four stored elements, not yet converted: all loads of an iteration are under way before the first is waited for.
+template <class T>
+using Raw = Words<kVector * sizeof(T)>;
+template <int kSize, int kBytes>
+__device__ inline void fetch(const void* from, int64_t i, int n, Words<kBytes>& raw) {
+  const char* x = static_cast<const char*>(from) + i * kSize;
+  if (n == kVector && reinterpret_cast<uintptr_t>(x) % (kVector * kSize) == 0) {
+    constexpr int part = kVector * kSize < 16 ? kVector * kSize : 16;
+#pragma unroll
+    for (int b = 0; b < kVector * kSize / part; ++b) {
+      const auto words = reinterpret_cast<const Words<part>*>(x)[b];
+      for (int k = 0; k < part / 4; ++k) raw.w[b * (part / 4) + k] = words.w[k];
+    }
+  } else {
+    for (int k = 0; k < kVector * kSize / 4; ++k) raw.w[k] = 0;
+    for (int j = 0; j < n; ++j) {
+      if constexpr (kSize == 2) raw.w[j / 2] |= uint32_t(reinterpret_cast<const uint16_t*>(x)[j]) << (16 * (j % 2));
+      else
+        for (int k = 0; k < kSize / 4; ++k) raw.w[j * (kSize / 4) + k] = reinterpret_cast<const uint32_t*>(x)[j * (kSize / 4) + k];
+    }
+  }
+}
+template <class T, int kBytes>
+__device__ inline void fetch(const void* from, DType type, int64_t i, int n, Words<kBytes>& raw) {
+  if (type == DType::f32) fetch<4>(from, i, n, raw);
+  else if (type != DType::f64) fetch<2>(from, i, n, raw);
+  else if constexpr (sizeof(T) == 8) fetch<8>(from, i, n, raw);
+}
+template <class T, int kBytes>
+__device__ inline void decode(const Words<kBytes>& raw, DType type, T (&to)[kVector]) {
+  for (int j = 0; j < kVector; ++j) {
+    const uint16_t half = uint16_t(raw.w[j / 2] >> (16 * (j % 2)));
+    if (type == DType::f32) to[j] = T(bit_as<float>(raw.w[j]));
+    else if (type == DType::bf16) to[j] = T(widen(bfloat16{half}));
+    else if (type == DType::f16) to[j] = T(widen(float16{half}));
+    else if constexpr (sizeof(T) == 8) to[j] = bit_as<double>(uint64_t(raw.w[2 * j + 1]) << 32 | raw.w[2 * j]);
+  }
+}
+
 template <class S>
 struct alignas(kVector * sizeof(S)) Pack {
   S x[kVector];
 };
-template <class T>
-__device__ inline void load(const void* from, DType type, int64_t i, int n, T (&to)[kVector]) {
-  with_type(type, [&](auto tag) {
-    using S = decltype(tag);
-    const S* x = static_cast<const S*>(from) + i;
-    if (n == kVector && reinterpret_cast<uintptr_t>(x) % sizeof(Pack<S>) == 0) {
-      const Pack<S> pack = *reinterpret_cast<const Pack<S>*>(x);
-      for (int j = 0; j < kVector; ++j) to[j] = T(widen(pack.x[j]));
-    } else {
-      for (int j = 0; j < kVector; ++j) to[j] = j < n ? T(widen(x[j])) : T(0);
-    }
-  });
-}
 template <class T, class S>
 __device__ inline void round_to(T x, bool stochastic, uint32_t w, int slot, S& y) {
   if constexpr (sizeof(T) == 8 && sizeof(S) == 2) narrow(float(x), y);
@@ -131,8 +161,9 @@ struct Slots {
 };
 static_assert(sizeof(Slots) <= 32700 && sizeof(Clocks) <= 32700, "kernel argument limit");
 
+// At least 16 warps a multiprocessor with four 16-byte loads each under way in every lane.
 template <class R, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
 step_kernel(const __grid_constant__ Slots b, const char* constants) {
   DYNAMIC_SHARED(uint32_t, shared);
   int t = 0;  // the tensor that owns this block
@@ -155,17 +186,24 @@ step_kernel(const __grid_constant__ Slots b, const char* constants) {
     const int n = int(larger<int64_t>(0, smaller<int64_t>(kVector, end - i)));
     T p[kVector], g[kVector], s[kMaxStates][kVector], z[kVector];
     uint32_t w[kVector] = {};
-    load(slot.p, slot.p_type, i, n, p);
-    load(slot.g, slot.g_type, i, n, g);
+    Raw<T> raw_p, raw_g, raw_s[kMaxStates];
+    fetch<T>(slot.p, slot.p_type, i, n, raw_p);
+    fetch<T>(slot.g, slot.g_type, i, n, raw_g);
 #pragma unroll
-    for (int k = 0; k < R::states; ++k) load(slot.state[k], slot.state_type[k], i, n, s[k]);
+    for (int k = 0; k < R::states; ++k) fetch<T>(slot.state[k], slot.state_type[k], i, n, raw_s[k]);
     const uint32_t kept = slot.mask && n > 0 ? uint32_t(slot.mask[i / 8]) >> (i % 8) : ~0u;
+    decode(raw_p, slot.p_type, p);
+    decode(raw_g, slot.g_type, g);
+#pragma unroll
+    for (int k = 0; k < R::states; ++k) decode(raw_s[k], slot.state_type[k], s[k]);
 
     for (int j = 0; j < kVector; ++j) g[j] = clamp(g[j] * a.scale, a.clip);
     if (a.gradient) {
       if (slot.ema) {
         T h[kVector];
-        load(slot.ema, slot.ema_type, i, n, h);
+        Raw<T> raw;
+        fetch<T>(slot.ema, slot.ema_type, i, n, raw);
+        decode(raw, slot.ema_type, h);
         for (int j = 0; j < kVector; ++j) {
           const T smoothed = a.first ? g[j] : lerp(h[j], g[j], a.ema_take);
           g[j] += a.ema_gain * smoothed;

@@ -4,21 +4,32 @@
 namespace dither::DITHER_ISA {
 constexpr int64_t kBlock = 512;  // elements converted at a time: every buffer stays in L1
 
-template <class R, class T, class... State>
-static inline void update(R rule, Around<T> a, int64_t n, T* __restrict p, const T* __restrict g, State* __restrict... s) {
+// The loop of the rule over arrays of one stored type; w: the words of stochastic rounding.
+template <bool kRandom, class R, class T, class S, class... State>
+static inline void update(R rule, Around<T> a, int64_t n, const uint32_t* __restrict w, S* __restrict p, const S* __restrict g,
+                          State* __restrict... s) {
   const T scale = a.scale, clip = a.clip, keep = a.keep;
+  const auto round = [](T x, uint32_t word, int slot, S& y) __attribute__((always_inline)) {
+    if constexpr (kRandom) narrow(x, RoundingBits(slot)(word), y);
+    else narrow(x, y);
+  };
   for (int64_t i = 0; i < n; ++i) {
-    T q = p[i] * keep;
-    rule(q, clamp(g[i] * scale, clip), s[i]...);
-    p[i] = q;
+    const uint32_t word = kRandom ? w[i] : 0;
+    T q = T(widen(p[i])) * keep;
+    [&](auto... x) __attribute__((always_inline)) {
+      rule(q, clamp(T(widen(g[i])) * scale, clip), x...);
+      [[maybe_unused]] int slot = 1;
+      (round(x, word, slot++, s[i]), ...);
+    }(T(widen(s[i]))...);
+    round(q, word, 0, p[i]);
   }
 }
-template <class R, class T>
-static inline void update_all(const R& rule, const Around<T>& a, int64_t n, T* p, const T* g, T* const (&&s)[kMaxStates]) {
-  if constexpr (R::states == 0) update(rule, a, n, p, g);
-  else if constexpr (R::states == 1) update(rule, a, n, p, g, s[0]);
-  else if constexpr (R::states == 2) update(rule, a, n, p, g, s[0], s[1]);
-  else update(rule, a, n, p, g, s[0], s[1], s[2]);
+template <bool kRandom, class R, class T, class S>
+static inline void update_all(const R& rule, const Around<T>& a, int64_t n, const uint32_t* w, S* p, const S* g, S* const (&s)[kMaxStates]) {
+  if constexpr (R::states == 0) update<kRandom>(rule, a, n, w, p, g);
+  else if constexpr (R::states == 1) update<kRandom>(rule, a, n, w, p, g, s[0]);
+  else if constexpr (R::states == 2) update<kRandom>(rule, a, n, w, p, g, s[0], s[1]);
+  else update<kRandom>(rule, a, n, w, p, g, s[0], s[1], s[2]);
 }
 
 template <class T>
@@ -102,19 +113,44 @@ static void prepare(const Slot& slot, const Around<T>& a, int64_t at, int64_t n,
     for (int64_t i = 0; i < n; ++i) g[i] += a.l2 * p[i];
 }
 
+// Nothing but bfloat16: converted in registers.
+template <class R>
+static void step_bfloat16(const Slot& slot, const Constants<R, float>& c, int64_t lo, int64_t hi) {
+  const auto at = [&](void* x, int64_t i) { return static_cast<bfloat16*>(x) + i; };
+  alignas(64) uint32_t w[kBlock];
+  const int64_t block = c.around.stochastic ? kBlock : hi - lo;
+  for (int64_t i = lo; i < hi; i += block) {
+    const int64_t n = smaller(block, hi - i);
+    bfloat16* const s[] = {at(slot.state[0], i), at(slot.state[1], i), at(slot.state[2], i)};
+    const bfloat16* g = static_cast<const bfloat16*>(slot.g) + i;
+    if (c.around.stochastic) {
+      draw_words(slot, c.around.address(Kind::bits), i, n, w);
+      update_all<true>(c.rule, c.around, n, w, at(slot.p, i), g, s);
+    } else {
+      update_all<false>(c.rule, c.around, n, nullptr, at(slot.p, i), g, s);
+    }
+  }
+}
+
 template <class R, class T>
 static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, int64_t hi) {
   constexpr DType native = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const Around<T>& a = c.around;
-  Around<T> inside = a;  // what is left to do in the loop of the rule
-  if (a.gradient) inside.scale = T(1), inside.clip = T(__builtin_inf());
-  // Arrays of the compute type are updated in place; the others, and all under a mask, pass through buffers.
+  const bool inside = !a.gradient && a.kick == T(0) && !slot.mask;  // all happens in the loop of the rule
   void* const memory[1 + kMaxStates] = {slot.p, slot.state[0], slot.state[1], slot.state[2]};
   const DType type[1 + kMaxStates] = {slot.p_type, slot.state_type[0], slot.state_type[1], slot.state_type[2]};
+  if constexpr (sizeof(T) == 4) {
+    bool bf16 = inside && slot.g_type == DType::bf16;
+    for (int k = 0; k <= R::states; ++k) bf16 &= type[k] == DType::bf16;
+    if (bf16) return step_bfloat16(slot, c, lo, hi);
+  }
+  // Arrays of the compute type are updated in place; the others, and all under a mask, pass through buffers.
   bool direct[1 + kMaxStates], all_direct = true;
   for (int k = 0; k <= R::states; ++k) all_direct &= direct[k] = type[k] == native && !slot.mask;
   const bool g_direct = slot.g_type == native && !a.gradient;
-  const int64_t block = all_direct && g_direct && a.kick == T(0) ? hi - lo : kBlock;
+  const int64_t block = all_direct && g_direct && inside ? hi - lo : kBlock;
+  Around<T> left = a;  // what is left to do in the loop of the rule
+  if (a.gradient) left.scale = T(1), left.clip = T(__builtin_inf());
 
   alignas(64) T buffer[1 + kMaxStates][kBlock], g_buffer[kBlock], old[kBlock];
   alignas(64) uint32_t w[kBlock];
@@ -130,7 +166,7 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
       load(slot.g, slot.g_type, at, n, g_buffer);
       if (a.gradient) prepare(slot, a, at, n, x[0], g_buffer);
     }
-    update_all(c.rule, inside, n, x[0], g, {x[1], x[2], x[3]});
+    update_all<false>(c.rule, left, n, nullptr, x[0], g, {x[1], x[2], x[3]});
     if (a.kick != T(0)) {
       alignas(64) T z[kBlock];
       draw_normals(slot, a.address(sizeof(T) == 8 ? Kind::normal64 : Kind::normal32), at, n, z);

@@ -6,6 +6,7 @@ definitions in `dither.reference`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,10 @@ import torch
 from . import reference
 from .reference.optim import Hyper as Hyper
 
-try:
-    from . import _C
-except ImportError as error:  # pragma: no cover - platforms without kernels
-    if getattr(error, "name", None) != "dither._C":
-        raise
-    _C = None  # type: ignore[assignment]
+if importlib.util.find_spec("._C", __package__) is None:  # a platform without kernels
+    _C: Any = None
+else:
+    from . import _C  # type: ignore[no-redef]
 
 _OPS = {
     "draw_": reference.noise.draw_,

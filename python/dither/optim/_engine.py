@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from typing_extensions import TypedDict, Unpack
 
 from .. import ops
 from ..ops import Hyper
-from ._shards import local, place_of, reduce_over_shards
+from ._shards import agreed, local, place_of, reduce_over_shards
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -188,8 +189,7 @@ class FusedOptimizer(Optimizer):
     def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
         """Freeze elements of a parameter: where `mask` (bool, param's shape) is False, it and its state keep their bits.
 
-        The mask is kept as one bit per element in the parameter's storage order in `state[param]["mask"]`, and in state_dict.
-        None removes it.
+        The mask is kept as one bit per element, row-major, in `state[param]["mask"]` and in state_dict. None removes it.
         """
         if not any(param is p for group in self.param_groups for p in group["params"]):
             raise ValueError(f"{type(self).__name__}.set_mask: the tensor is not a parameter of this optimizer")
@@ -199,7 +199,7 @@ class FusedOptimizer(Optimizer):
         if mask.dtype != torch.bool or mask.shape != param.shape:
             given, allowed = f"{mask.dtype} of shape {list(mask.shape)}", f"bool of shape {list(param.shape)}"
             raise ValueError(f"{type(self).__name__}.set_mask: mask is {given}, expected {allowed}")
-        self.state[param]["mask"] = pack_mask(local(mask), local(param))
+        self.state[param]["mask"] = pack_mask(local(mask, like=param))
 
     # ---- the step
 
@@ -254,7 +254,7 @@ class FusedOptimizer(Optimizer):
             params, grads = [p for p, _ in with_grad], [g for _, g in with_grad]
             states = self._states_of(params, group)
             if self._is_random(group) and group["seed"] is None:
-                group["seed"] = int(torch.randint(2**63 - 1, ()))
+                group["seed"] = agreed(int(torch.randint(2**63 - 1, ())), params)
             clip = clip or group["max_norm"] is not None or group["skip_nonfinite"]
             rule = self._rule(group)
             for device, some in _by_device(params):
@@ -286,67 +286,104 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class, or of the torch.optim class with the same states.
 
-        States keep the dtype they were saved with (torch would cast them to the parameter's).
+        States keep the dtype they were saved with (torch would cast them to the parameter's). Keywords of `Extras` that the
+        saved groups lack stay as they are. What does not fit is refused before anything changes.
         """
-        final: list[dict[str, Any]] = []
+        final: dict[str, Any] = {}
 
-        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            self._check_state_dict(state_dict)
-            final.append(state_dict)
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self._check_state_dict(given)
+            groups = given["param_groups"]
+            if len(groups) == len(self.param_groups):  # else torch says so
+                kept = [{name: group[name] for name in self.defaults} for group in self.param_groups]
+                groups = [{**mine, **saved} for mine, saved in zip(kept, groups)]
+            final.update(given, param_groups=groups)
+            return final
 
-        handle = self.register_load_state_dict_pre_hook(check)
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore(final), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        saved_ids = [i for saved_group in final[0]["param_groups"] for i in saved_group["params"]]
+            before.remove()
+            after.remove()
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        saved_ids = [i for saved_group in state_dict["param_groups"] for i in saved_group["params"]]
         mine = [(p, group) for group in self.param_groups for p in group["params"]]
         for saved_id, (p, group) in zip(saved_ids, mine):
-            saved = final[0]["state"].get(saved_id)
-            if saved is None:
-                continue
-            state = self.state[p]
-            for name, value in saved.items():
-                if isinstance(value, Tensor):
+            state = self.state.get(p, {})
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor) or name in _CLOCKS:
                     state[name] = _restored(name, value, p)
                 elif value is None:  # torch.optim.SGD before its first momentum step
                     del state[name]
             if "step" not in state and any(slot in state for slot in self._slots(group)):
-                state["step"] = torch.ones((), device="cpu" if p.device.type == "cpu" else p.device)
+                state["step"] = _restored("step", 1.0, p)
+        number = self._streams()
+        for p, _ in mine:
+            if "step" in self.state.get(p, {}) and "stream" not in self.state[p]:
+                self.state[p]["stream"] = number(p)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         owner = f"{type(self).__name__}.load_state_dict"
         for name in ("state", "param_groups"):
             if name not in state_dict:
                 raise ValueError(f"{owner}: state_dict has no {name!r}")
+        own = set(self.defaults) - {*_EXTRAS, "decoupled_weight_decay"}  # this one is younger than some checkpoints
+        foreign = _all_hyperparameters() - {*self.defaults, "params"}
         index = 0
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups):
+        for i, (saved_group, group) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
+            for name in sorted((own - set(saved_group)) | (foreign & set(saved_group))):
+                problem = f"lacks {name!r}" if name in own else f"holds {name!r}"
+                raise ValueError(
+                    f"{owner}: param_groups[{i}] {problem}, expected {', '.join(sorted(own))}: another optimizer's?"
+                )
             merged = {**group, **{k: v for k, v in saved_group.items() if k != "params"}}
             for saved_id, p in zip(saved_group["params"], group["params"]):
-                saved = state_dict["state"].get(saved_id)
+                saved = {k: v for k, v in state_dict["state"].get(saved_id, {}).items() if v is not None}
+                if set(saved) - {"stream", "mask"}:
+                    self._check_state(f"{owner}: the state of params[{index}]", saved, p, merged)
                 index += 1
-                if not saved or all(v is None for v in saved.values()):
-                    continue
-                for slot in self._slots(merged):
-                    if slot not in saved:
-                        raise ValueError(
-                            f"{owner}: the state of params[{index - 1}] holds {sorted(saved)}, expected {slot!r} among them"
-                        )
-                    if isinstance(saved[slot], Tensor) and saved[slot].shape != p.shape:
-                        given = f"{slot!r} of params[{index - 1}] has shape {list(saved[slot].shape)}"
-                        raise ValueError(f"{owner}: {given}, expected {list(p.shape)}")
+
+    def _check_state(self, where: str, saved: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
+        slots, rule = self._slots(group), self._rule(group)
+        clocks = _CLOCKS if rule == "nadam" else () if rule in ("sgd", "momentum") else ("step",)  # torch.optim.SGD has none
+        for name in (*slots, *clocks):
+            if name not in saved:
+                raise ValueError(f"{where} holds {sorted(saved)}, expected {name!r} among them")
+        shapes = {name: list(p.shape) for name in (*slots, "grokfast_ema")}
+        shapes["mask"] = [(local(p).numel() + 7) // 8]
+        for name in shapes.keys() & saved.keys():
+            given = list(saved[name].shape) if isinstance(saved[name], Tensor) else type(saved[name]).__name__
+            if given != shapes[name]:
+                raise ValueError(f"{where} has {name!r} of shape {given}, expected {shapes[name]}")
 
 
-def _restored(name: str, value: Tensor, p: Tensor) -> Tensor:
+_CLOCKS = ("step", "mu_product")
+
+
+def _all_hyperparameters() -> set[str]:
+    """The names of the arguments of all optimizers."""
+    classes: list[type] = FusedOptimizer.__subclasses__()
+    for cls in classes:
+        classes += cls.__subclasses__()
+    return {name for cls in classes for name in inspect.signature(cls).parameters}
+
+
+def _restored(name: str, value: Any, p: Tensor) -> Tensor:
     """A copy of a saved state on p's device, in its own dtype and p's memory order."""
-    if name in ("step", "mu_product"):
-        return value.detach().to(device="cpu" if p.device.type == "cpu" else p.device, copy=True).view(())
+    if name in _CLOCKS:  # torch.optim of old kept numbers
+        clock = torch.as_tensor(value, dtype=torch.float64 if getattr(value, "dtype", None) == torch.float64 else torch.float32)
+        return clock.detach().to(device="cpu" if p.device.type == "cpu" else p.device, copy=True).view(())
     if name == "mask":
         return value.detach().to(device=local(p).device, copy=True)
     if value.dtype == torch.float64 and p.dtype != torch.float64:
         value = value.float()
     if value.shape == p.shape:
-        return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value.detach())
+        copy = torch.empty_like(p, dtype=value.dtype, requires_grad=False)
+        local(copy).copy_(local(value.detach(), like=p))
+        return copy
     return value.detach().to(p.device, copy=True)
 
 
@@ -433,7 +470,7 @@ class _Batch:
             emas = [local(st["grokfast_ema"]) if "grokfast_ema" in st else p for st, p in zip(self.states, self.params)]
         if any("mask" in st for st in self.states):
             none = torch.empty(0, dtype=torch.uint8, device=self.params[0].device)
-            masks = [st.get("mask", none) for st in self.states]
+            masks = [_in_storage_order(st["mask"], p) if "mask" in st else none for st, p in zip(self.states, self.params)]
         torch.autograd.graph.increment_version(self.params)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             _operator()(
@@ -478,6 +515,10 @@ def pack_mask(mask: Tensor, like: Tensor | None = None) -> Tensor:
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=mask.device)
     return (padded * weights).sum(1, dtype=torch.uint8)
+
+
+def _in_storage_order(bits: Tensor, p: Tensor) -> Tensor:
+    return bits if p.is_contiguous() else pack_mask(ops.reference.optim.unpack_mask(bits, p.shape), p)
 
 
 __all__ = ["Extras", "FusedOptimizer", "Params", "Unpack", "pack_mask"]

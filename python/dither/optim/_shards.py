@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 try:
-    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 except ImportError:  # torch built without distributed
     DTensor = None  # type: ignore[assignment, misc]
 
@@ -22,14 +23,17 @@ def is_sharded(t: Tensor) -> bool:
 
 
 def local(t: Tensor, like: Tensor | None = None) -> Tensor:
-    """The local shard of a DTensor (a gradient is first brought to the placements of its parameter), or t itself."""
-    if not is_sharded(t):
-        return t
+    """The local shard of a DTensor, or t itself; where `like` is given, the part of t, whole or sharded, that `like` holds."""
     d: Any = t
-    if like is not None and is_sharded(like) and tuple(d.placements) != tuple(like.placements):  # type: ignore[attr-defined]
-        d = d.redistribute(placements=like.placements)  # type: ignore[attr-defined]
-    shard: Tensor = d.to_local()
-    return shard
+    if like is not None and is_sharded(like):
+        mine: Any = like
+        if not is_sharded(t):
+            d = DTensor.from_local(t, mine.device_mesh, [Replicate()] * mine.device_mesh.ndim, run_check=False)
+        if tuple(d.placements) != tuple(mine.placements):
+            d = d.redistribute(placements=mine.placements)
+    elif like is not None and is_sharded(t):
+        d = d.full_tensor()
+    return d.to_local() if is_sharded(d) else d  # type: ignore[no-any-return]
 
 
 def place_of(p: Tensor) -> Place:
@@ -44,21 +48,33 @@ def place_of(p: Tensor) -> Place:
     cut = [i for i in range(len(shape)) if size[i] != shape[i]]
     if not cut or 0 in size:
         return 0, max(d.to_local().numel(), 1), 0
-    # Dimensions after the last cut one are whole: a run is contiguous from there on. More than one cut dimension with
-    # leading rows needs two pitches.
+    # Dimensions after the last cut one are whole: a run is contiguous from there on, and the runs of one index before it
+    # are equally far apart. Runs need two pitches where an earlier dimension is cut and one before that is not single.
     last = cut[-1]
-    if len(cut) > 1 and any(size[i] != 1 for i in range(last) if i in cut or i > cut[0]):
+    if len(cut) > 1 and any(n != 1 for n in size[: cut[-2]]):
         raise RuntimeError(
             "noise and stochastic rounding: a parameter sharded along two dimensions has no single pattern of addresses"
         )
-    inner = 1
-    for n in shape[last + 1 :]:
-        inner *= n
-    strides = [1] * len(shape)
-    for i in range(len(shape) - 2, -1, -1):
-        strides[i] = strides[i + 1] * shape[i + 1]
-    start = sum(o * s for o, s in zip(offset, strides))
+    for i in cut:
+        by = [(q, d.device_mesh.size(k)) for k, q in enumerate(d.placements) if getattr(q, "dim", None) == i]
+        for k, (q, _) in enumerate(by):  # a strided shard is contiguous where later ones cut it evenly into its strides
+            later, total = math.prod(n for _, n in by[k + 1 :]), math.prod(n for _, n in by)
+            if type(q) is not Shard and (q.split_factor != later or shape[i] % total):
+                raise RuntimeError(f"noise and stochastic rounding: a parameter of shape {shape} is sharded into strides")
+    inner = math.prod(shape[last + 1 :])
+    start = sum(o * math.prod(shape[i + 1 :]) for i, o in enumerate(offset))
     return start, size[last] * inner, shape[last] * inner
+
+
+def agreed(number: int, tensors: list[Tensor]) -> int:
+    """The first rank's number, where tensors are DTensors: the ranks of a mesh draw the same noise."""
+    meshes = dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t))  # type: ignore[attr-defined]
+    for mesh in meshes:
+        word = torch.tensor(number, device=mesh.device_type)
+        for dim in range(mesh.ndim):
+            torch.distributed.broadcast(word, group=mesh.get_group(dim), group_src=0)
+        number = int(word)
+    return number
 
 
 def reduce_over_shards(tensors: list[Tensor], reduce: Callable[[list[Tensor]], Tensor]) -> Tensor:
@@ -71,7 +87,7 @@ def reduce_over_shards(tensors: list[Tensor], reduce: Callable[[list[Tensor]], T
                 d = d.full_tensor()
                 groups.setdefault(None, []).append(d)
                 continue
-            cut = tuple(i for i, q in enumerate(d.placements) if isinstance(q, Shard))
+            cut = tuple(i for i, q in enumerate(d.placements) if not isinstance(q, Replicate))
             groups.setdefault((d.device_mesh, cut) if cut else None, []).append(d.to_local())
         else:
             groups.setdefault(None, []).append(t)

@@ -1,0 +1,40 @@
+# Everything in a virtual environment of its own; nothing else is touched.
+# TORCH: what pip installs, e.g. `make test TORCH=torch==2.12.0`. PYTHON: 3.10 or newer.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m dither demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.demo
+	$(BIN)/python -m dither bench
+
+lint: $(VENV)/.test
+	$(BIN)/python -m pip install -q ruff mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q ".[demo,bench]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q ".[demo,bench,test,oracles]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist dither-demo

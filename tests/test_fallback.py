@@ -1,0 +1,45 @@
+"""Where no kernels were compiled, and on devices without them, dither.reference does the work."""
+
+import subprocess
+import sys
+import textwrap
+
+import torch
+
+import dither
+
+WITHOUT_KERNELS = """
+    import importlib.util
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name == "._C" else find_spec(name, package)
+    import torch, dither
+    assert dither.build_info()["compiled"] is False
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(5, 3))
+    opt = dither.optim.AdamW([p], lr=0.1, max_norm=1.0, noise_eta=0.01, seed=3, skip_nonfinite=True)
+    for t in range(3):
+        p.grad = torch.ones(5, 3) * (t + 1)
+        opt.step()
+    print(" ".join(f"{v:.6f}" for v in p.detach().flatten().tolist()))
+    print(" ".join(f"{v:.5f}" for v in dither.noise.normal(4, seed=1, stream=2).tolist()))
+"""
+
+
+def test_the_package_works_without_its_extension():
+    code = textwrap.dedent(WITHOUT_KERNELS)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    params, normals = ([float(v) for v in line.split()] for line in run.stdout.splitlines())
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(5, 3))
+    opt = dither.optim.AdamW([p], lr=0.1, max_norm=1.0, noise_eta=0.01, seed=3, skip_nonfinite=True)
+    for t in range(3):
+        p.grad = torch.ones(5, 3) * (t + 1)
+        opt.step()
+    torch.testing.assert_close(torch.tensor(params), p.detach().flatten(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(normals), dither.noise.normal(4, seed=1, stream=2), atol=1e-4, rtol=0)
+
+
+def test_meta_tensors_trace_without_work():
+    x = torch.empty(2**40, device="meta")
+    assert dither.noise.normal_(x, seed=1) is x
