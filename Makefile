@@ -17,7 +17,8 @@ bench: $(VENV)/.demo
 	$(BIN)/python -m dither bench
 
 lint: $(VENV)/.test
-	$(BIN)/python -m pip install -q ruff mypy
+	$(BIN)/python -m pip install -q ruff mypy clang-format
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 SOURCES = pyproject.toml setup.py CMakeLists.txt $(shell find csrc python -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')

@@ -7,11 +7,13 @@ namespace dither {
 template <class T>
 DITHER_HD void chacha20(const T (&s)[16], T (&x)[16]) {
   for (int i = 0; i < 16; ++i) x[i] = s[i];
+  // clang-format off
 #define DITHER_QUARTER(a, b, c, d)                              \
   x[a] += x[b], x[d] ^= x[a], x[d] = x[d] << 16 | x[d] >> 16,   \
   x[c] += x[d], x[b] ^= x[c], x[b] = x[b] << 12 | x[b] >> 20,   \
   x[a] += x[b], x[d] ^= x[a], x[d] = x[d] << 8 | x[d] >> 24,    \
   x[c] += x[d], x[b] ^= x[c], x[b] = x[b] << 7 | x[b] >> 25
+  // clang-format on
   for (int r = 0; r < 10; ++r) {
     DITHER_QUARTER(0, 4, 8, 12);
     DITHER_QUARTER(1, 5, 9, 13);

@@ -18,8 +18,8 @@ constexpr int kIsaCount = 3;
   namespace avx512 {                \
   declaration;                      \
   }
-#define DITHER_PICK_ISA(function)                                             \
-  (::dither::capability() == ::dither::Isa::avx512   ? ::dither::avx512::function \
+#define DITHER_PICK_ISA(function)                                               \
+  (::dither::capability() == ::dither::Isa::avx512 ? ::dither::avx512::function \
    : ::dither::capability() == ::dither::Isa::avx2 ? ::dither::avx2::function   \
                                                    : ::dither::baseline::function)
 #else
@@ -32,7 +32,7 @@ constexpr int kIsaCount = 1;
 #endif
 
 constexpr const char* kIsaNames[] = {"default", "avx2", "avx512"};
-Isa best_capability();             // what this machine can run
-Isa capability();                  // what is in use: the best, or DITHER_CPU_CAPABILITY=default|avx2|avx512
+Isa best_capability();                         // what this machine can run
+Isa capability();                              // what is in use: the best, or DITHER_CPU_CAPABILITY=default|avx2|avx512
 const char* set_capability(const char* name);  // nullptr, or why not
 }  // namespace dither

@@ -2,7 +2,7 @@
 #pragma once
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-#define DYNAMIC_SHARED(T, name)                       \
+#define DYNAMIC_SHARED(T, name)                      \
   extern __shared__ __align__(16) char name##_raw[]; \
   T* name = reinterpret_cast<T*>(name##_raw)
 template <class... P>

@@ -18,10 +18,10 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 #define DITHER_CHECK STD_TORCH_CHECK
-#define DITHER_CUDA_OK(op, call)                                     \
-  do {                                                               \
-    const int error_ = (call);                                       \
-    DITHER_CHECK(error_ == 0, op, ": CUDA error ", error_);          \
+#define DITHER_CUDA_OK(op, call)                            \
+  do {                                                      \
+    const int error_ = (call);                              \
+    DITHER_CHECK(error_ == 0, op, ": CUDA error ", error_); \
   } while (0)
 
 // The same CUDA sources, run on CPU fibers under another namespace, serve the tests.
@@ -99,11 +99,14 @@ inline std::optional<DType> float_type(const Tensor& t) {
 }
 
 // key: one int64 for Philox, four for ChaCha20.
-inline Address address(const std::string& op, const Ints& key, int64_t stream, int64_t step, int64_t start, int64_t n, Kind kind) {
-  DITHER_CHECK(key.size() == 1 || key.size() == 4, op, ": key has ", key.size(), " integers, expected 1 (philox) or 4 (chacha20)");
+inline Address address(const std::string& op, const Ints& key, int64_t stream, int64_t step, int64_t start, int64_t n,
+                       Kind kind) {
+  DITHER_CHECK(key.size() == 1 || key.size() == 4, op, ": key has ", key.size(),
+               " integers, expected 1 (philox) or 4 (chacha20)");
   DITHER_CHECK(stream >= 0 && stream >> 32 == 0, op, ": stream is ", stream, ", expected 0 <= stream < 2^32");
   DITHER_CHECK(step >= 0 && step >> 32 == 0, op, ": step is ", step, ", expected 0 <= step < 2^32");
-  DITHER_CHECK(start >= 0 && start <= kMaxElement - n, op, ": start is ", start, ", expected 0 <= start and start + numel <= 2^60");
+  DITHER_CHECK(start >= 0 && start <= kMaxElement - n, op, ": start is ", start,
+               ", expected 0 <= start and start + numel <= 2^60");
   Address a{{}, uint32_t(stream), uint32_t(step), kind};
   for (size_t i = 0; i < key.size(); ++i) {
     a.key[2 * i] = uint32_t(key[i]);

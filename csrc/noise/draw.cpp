@@ -26,8 +26,8 @@ static constexpr struct {
   Distribution value;
   size_t parameters, bounds;
 } kDistributions[] = {
-    {"normal", Distribution::normal, 2, 0},   {"uniform", Distribution::uniform, 2, 0},
-    {"laplace", Distribution::laplace, 2, 0}, {"rademacher", Distribution::rademacher, 0, 0},
+    {"normal", Distribution::normal, 2, 0},       {"uniform", Distribution::uniform, 2, 0},
+    {"laplace", Distribution::laplace, 2, 0},     {"rademacher", Distribution::rademacher, 0, 0},
     {"bernoulli", Distribution::bernoulli, 1, 0}, {"randint", Distribution::randint, 0, 2},
     {"bits", Distribution::bits, 0, 1},  // bounds: the kind
 };
@@ -44,11 +44,12 @@ static Draw checked(const Tensor& out, const std::string& name, const Floats& pa
       DITHER_CHECK(parameters.size() == each.parameters && bounds.size() == each.bounds, op, ": got ", parameters.size(),
                    " parameters and ", bounds.size(), " bounds, expected ", each.parameters, " and ", each.bounds);
     }
-  DITHER_CHECK(known, "draw_: distribution is '", name, "', expected normal, uniform, laplace, rademacher, bernoulli, randint or bits");
+  DITHER_CHECK(known, "draw_: distribution is '", name,
+               "', expected normal, uniform, laplace, rademacher, bernoulli, randint or bits");
   const auto stored = stored_type(out);
   const bool is_float = float_type(out).has_value();
-  const bool allowed = d.distribution == Distribution::bits        ? out.scalar_type() == ScalarType::Int
-                       : d.distribution == Distribution::randint   ? stored && !is_float && out.scalar_type() != ScalarType::Bool
+  const bool allowed = d.distribution == Distribution::bits      ? out.scalar_type() == ScalarType::Int
+                       : d.distribution == Distribution::randint ? stored && !is_float && out.scalar_type() != ScalarType::Bool
                        : d.distribution == Distribution::bernoulli ? stored.has_value()
                                                                    : is_float;
   DITHER_CHECK(allowed, op, ": out is ", name_of(out.scalar_type()), ", expected ",
@@ -65,26 +66,30 @@ static Draw checked(const Tensor& out, const std::string& name, const Floats& pa
   Kind kind = Kind::bits;
   switch (d.distribution) {
     case Distribution::normal:
-      DITHER_CHECK(std::isfinite(d.a) && std::isfinite(d.b) && d.b >= 0, op, ": mean, std are ", d.a, ", ", d.b, ", expected finite and std >= 0");
+      DITHER_CHECK(std::isfinite(d.a) && std::isfinite(d.b) && d.b >= 0, op, ": mean, std are ", d.a, ", ", d.b,
+                   ", expected finite and std >= 0");
       kind = d.stored == Stored::f64 ? Kind::normal64 : Kind::normal32;
       break;
     case Distribution::uniform:
-      DITHER_CHECK(std::isfinite(d.a) && std::isfinite(d.b) && d.a <= d.b, op, ": low, high are ", d.a, ", ", d.b, ", expected finite and low <= high");
+      DITHER_CHECK(std::isfinite(d.a) && std::isfinite(d.b) && d.a <= d.b, op, ": low, high are ", d.a, ", ", d.b,
+                   ", expected finite and low <= high");
       break;
     case Distribution::laplace:
-      DITHER_CHECK(std::isfinite(d.a) && std::isfinite(d.b) && d.b >= 0, op, ": loc, scale are ", d.a, ", ", d.b, ", expected finite and scale >= 0");
+      DITHER_CHECK(std::isfinite(d.a) && std::isfinite(d.b) && d.b >= 0, op, ": loc, scale are ", d.a, ", ", d.b,
+                   ", expected finite and scale >= 0");
       break;
-    case Distribution::bernoulli:
-      DITHER_CHECK(d.a >= 0 && d.a <= 1, op, ": p is ", d.a, ", expected 0 <= p <= 1");
-      break;
+    case Distribution::bernoulli: DITHER_CHECK(d.a >= 0 && d.a <= 1, op, ": p is ", d.a, ", expected 0 <= p <= 1"); break;
     case Distribution::randint: {
       DITHER_CHECK(bounds[0] < bounds[1], op, ": low, high are ", bounds[0], ", ", bounds[1], ", expected low < high");
-      const int bits = out.scalar_type() == ScalarType::Byte || out.scalar_type() == ScalarType::Char ? 8 : out.scalar_type() == ScalarType::Short ? 16 : out.scalar_type() == ScalarType::Int ? 32 : 64;
+      const int bits = out.scalar_type() == ScalarType::Byte || out.scalar_type() == ScalarType::Char ? 8
+                       : out.scalar_type() == ScalarType::Short                                       ? 16
+                       : out.scalar_type() == ScalarType::Int                                         ? 32
+                                                                                                      : 64;
       if (bits < 64) {
         const bool is_signed = out.scalar_type() != ScalarType::Byte;
         const int64_t least = is_signed ? -(int64_t(1) << (bits - 1)) : 0, most = least + (int64_t(1) << bits);
-        DITHER_CHECK(bounds[0] >= least && bounds[1] <= most, op, ": low, high are ", bounds[0], ", ", bounds[1], ", expected ", least,
-                     " <= low and high <= ", most, " for ", name_of(out.scalar_type()));
+        DITHER_CHECK(bounds[0] >= least && bounds[1] <= most, op, ": low, high are ", bounds[0], ", ", bounds[1], ", expected ",
+                     least, " <= low and high <= ", most, " for ", name_of(out.scalar_type()));
       }
       d.low = bounds[0];
       d.range = uint64_t(bounds[1]) - uint64_t(bounds[0]);
@@ -121,7 +126,8 @@ static void stochastic_round_(Tensor out, Tensor x, Ints key, int64_t stream, in
   const char* op = "stochastic_round_";
   const auto from = float_type(x), to = float_type(out);
   DITHER_CHECK(from && *from != DType::f64, op, ": x is ", name_of(x.scalar_type()), ", expected float32, bfloat16 or float16");
-  DITHER_CHECK(to == DType::bf16 || to == DType::f16, op, ": out is ", name_of(out.scalar_type()), ", expected bfloat16 or float16");
+  DITHER_CHECK(to == DType::bf16 || to == DType::f16, op, ": out is ", name_of(out.scalar_type()),
+               ", expected bfloat16 or float16");
   DITHER_CHECK(x.is_contiguous() && out.is_contiguous(), op, ": x and out must be contiguous");
   DITHER_CHECK(x.numel() == out.numel(), op, ": out has ", out.numel(), " elements, expected ", x.numel(), " like x");
   DITHER_CHECK(device_of(x) == device_of(out), op, ": out is on ", device_of(out), ", expected ", device_of(x), " like x");
@@ -140,7 +146,9 @@ static void stochastic_round_(Tensor out, Tensor x, Ints key, int64_t stream, in
 }  // namespace dither
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
-  m.def("draw_(Tensor(a!) out, str distribution, float[] parameters, int[] bounds, int[] key, SymInt stream, SymInt step, SymInt start, bool add) -> ()");
+  m.def(
+      "draw_(Tensor(a!) out, str distribution, float[] parameters, int[] bounds, int[] key, SymInt stream, SymInt step, SymInt "
+      "start, bool add) -> ()");
   m.def("stochastic_round_(Tensor(a!) out, Tensor x, int[] key, SymInt stream, SymInt step, SymInt start) -> ()");
 }
 #if !defined(DITHER_EMULATE)

@@ -9,7 +9,7 @@ constexpr int kDrawThreads = 256;
 // One thread draws one generator block; 16 neighbouring threads write 16 neighbouring elements.
 template <class Generator, class D>
 __global__ void __launch_bounds__(kDrawThreads)
-draw_kernel(const __grid_constant__ D draw, const __grid_constant__ Draw d, void* out, int64_t n) {
+    draw_kernel(const __grid_constant__ D draw, const __grid_constant__ Draw d, void* out, int64_t n) {
   using Value = typename D::Value;
   constexpr int per_pair = sizeof(Value) / 2, tile = 32 * Generator::words / per_pair;
   const int64_t block = d.start / tile * 16 + int64_t(blockIdx.x) * kDrawThreads + threadIdx.x;
@@ -51,7 +51,7 @@ int draw_cuda(const Draw& d, void* out, int64_t n, Stream stream) {
 }
 
 __global__ void __launch_bounds__(kDrawThreads)
-round_kernel(const __grid_constant__ Rounding r, const void* x, void* out, int64_t n) {
+    round_kernel(const __grid_constant__ Rounding r, const void* x, void* out, int64_t n) {
   const int64_t block = r.start / 64 * 16 + int64_t(blockIdx.x) * kDrawThreads + threadIdx.x;
   uint32_t w[Philox::words];
   Philox::block(r.address, uint64_t(block), w);

@@ -16,10 +16,10 @@ struct Draw {
   Distribution distribution;
   Stored stored;
   bool add;
-  double a, b;     // normal: mean, std. uniform: low, high. bernoulli: p. laplace: loc, scale
-  int64_t low;     // randint: low + floor(2^-64 word range)
+  double a, b;  // normal: mean, std. uniform: low, high. bernoulli: p. laplace: loc, scale
+  int64_t low;  // randint: low + floor(2^-64 word range)
   uint64_t range;
-  int64_t start;   // address of out[0]
+  int64_t start;  // address of out[0]
 };
 
 // A distribution turns the words of elements 32 g + k and 32 g + 16 + k into two values: two words for 4-byte values, four

@@ -19,18 +19,18 @@ static void draw_with(Generator g, const D& draw, const Draw& d, void* out, int6
   alignas(64) Value buffer[4096 / sizeof(Value)];
   for_each_run<sizeof(Value) / 4>(g, d.address, d.start + lo, d.start + hi,
                                   [&](const uint32_t* w, int64_t first, int64_t n, int64_t at, int64_t count) {
-    with_stored(d.stored, [&]<class Out>(Out) {
-      Out* __restrict o = static_cast<Out*>(out) + (at - d.start);
-      if constexpr (__is_same(Out, Value))
-        if (count == n && !d.add) return values(draw, w, n, o);
-      values(draw, w, n, buffer);
-      const Value* __restrict z = buffer + (at - first);
-      if (d.add)
-        for (int64_t i = 0; i < count; ++i) add(z[i], o[i]);
-      else
-        for (int64_t i = 0; i < count; ++i) put(z[i], o[i]);
-    });
-  });
+                                    with_stored(d.stored, [&]<class Out>(Out) {
+                                      Out* __restrict o = static_cast<Out*>(out) + (at - d.start);
+                                      if constexpr (__is_same(Out, Value))
+                                        if (count == n && !d.add) return values(draw, w, n, o);
+                                      values(draw, w, n, buffer);
+                                      const Value* __restrict z = buffer + (at - first);
+                                      if (d.add)
+                                        for (int64_t i = 0; i < count; ++i) add(z[i], o[i]);
+                                      else
+                                        for (int64_t i = 0; i < count; ++i) put(z[i], o[i]);
+                                    });
+                                  });
 }
 
 void draw_range(const Draw& d, void* out, int64_t lo, int64_t hi) {
@@ -43,14 +43,14 @@ void draw_range(const Draw& d, void* out, int64_t lo, int64_t hi) {
 void round_range(const Rounding& r, const void* x, void* out, int64_t lo, int64_t hi) {
   for_each_run<1>(Philox{}, r.address, r.start + lo, r.start + hi,
                   [&](const uint32_t* w, int64_t first, int64_t, int64_t at, int64_t count) {
-    with_type(r.from, [&]<class From>(From) {
-      with_type(r.to, [&]<class To>(To) {
-        const From* __restrict from = static_cast<const From*>(x) + (at - r.start);
-        To* __restrict to = static_cast<To*>(out) + (at - r.start);
-        const uint32_t* __restrict word = w + (at - first);
-        for (int64_t i = 0; i < count; ++i) narrow(float(widen(from[i])), RoundingBits(0)(word[i]), to[i]);
-      });
-    });
-  });
+                    with_type(r.from, [&]<class From>(From) {
+                      with_type(r.to, [&]<class To>(To) {
+                        const From* __restrict from = static_cast<const From*>(x) + (at - r.start);
+                        To* __restrict to = static_cast<To*>(out) + (at - r.start);
+                        const uint32_t* __restrict word = w + (at - first);
+                        for (int64_t i = 0; i < count; ++i) narrow(float(widen(from[i])), RoundingBits(0)(word[i]), to[i]);
+                      });
+                    });
+                  });
 }
 }  // namespace dither::DITHER_ISA

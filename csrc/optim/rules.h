@@ -30,8 +30,11 @@ struct Momentum {
   static constexpr int states = 1;
   T keep, take, from_g, from_buffer, step;
   DITHER_HD Momentum(const Hyper& h, int64_t t, double&)
-      : keep(t == 1 ? T(0) : T(h.momentum)), take(t == 1 ? T(1) : T(1 - h.dampening)),
-        from_g(h.nesterov != 0 ? T(1) : T(0)), from_buffer(h.nesterov != 0 ? T(h.momentum) : T(1)), step(T(h.lr)) {}
+      : keep(t == 1 ? T(0) : T(h.momentum)),
+        take(t == 1 ? T(1) : T(1 - h.dampening)),
+        from_g(h.nesterov != 0 ? T(1) : T(0)),
+        from_buffer(h.nesterov != 0 ? T(h.momentum) : T(1)),
+        step(T(h.lr)) {}
   DITHER_HD void operator()(T& p, T g, T& buffer) const {
     buffer = keep * buffer + take * g;
     p -= step * (from_g * g + from_buffer * buffer);
@@ -46,8 +49,12 @@ struct Adam {
   T step;     // eta / bc1
   T v_scale;  // 1 / sqrt(bc2)
   DITHER_HD Adam(const Hyper& h, int64_t t, double&)
-      : take1(T(1 - h.beta1)), beta2(T(h.beta2)), take2(T(1 - h.beta2)), eps(T(h.eps)),
-        step(T(h.lr / (1 - power(h.beta1, t)))), v_scale(T(1 / square_root(1 - power(h.beta2, t)))) {}
+      : take1(T(1 - h.beta1)),
+        beta2(T(h.beta2)),
+        take2(T(1 - h.beta2)),
+        eps(T(h.eps)),
+        step(T(h.lr / (1 - power(h.beta1, t)))),
+        v_scale(T(1 / square_root(1 - power(h.beta2, t)))) {}
   DITHER_HD void moments(T g, T& m, T& v) const {
     m = lerp(m, g, take1);
     v = beta2 * v + take2 * (g * g);
@@ -90,7 +97,10 @@ struct NAdam {
   static constexpr int states = 2;
   T take1, beta2, take2, eps, v_scale, step_g, step_m;
   DITHER_HD NAdam(const Hyper& h, int64_t t, double& product)
-      : take1(T(1 - h.beta1)), beta2(T(h.beta2)), take2(T(1 - h.beta2)), eps(T(h.eps)),
+      : take1(T(1 - h.beta1)),
+        beta2(T(h.beta2)),
+        take2(T(1 - h.beta2)),
+        eps(T(h.eps)),
         v_scale(T(1 / (1 - power(h.beta2, t)))) {
     const double mu = h.beta1 * (1 - 0.5 * real_power(0.96, double(t) * h.momentum_decay));
     const double mu_next = h.beta1 * (1 - 0.5 * real_power(0.96, double(t + 1) * h.momentum_decay));
@@ -110,8 +120,7 @@ template <class T>
 struct Adagrad {
   static constexpr int states = 1;
   T eps, step;
-  DITHER_HD Adagrad(const Hyper& h, int64_t t, double&)
-      : eps(T(h.eps)), step(T(h.lr / (1 + double(t - 1) * h.lr_decay))) {}
+  DITHER_HD Adagrad(const Hyper& h, int64_t t, double&) : eps(T(h.eps)), step(T(h.lr / (1 + double(t - 1) * h.lr_decay))) {}
   DITHER_HD void operator()(T& p, T g, T& sum) const {
     sum += g * g;
     p -= step * g / (square_root(sum) + eps);
@@ -162,7 +171,10 @@ struct DiffGrad {
   T take1, beta2, take2, eps;
   T step;  // eta sqrt(bc2) / bc1
   DITHER_HD DiffGrad(const Hyper& h, int64_t t, double&)
-      : take1(T(1 - h.beta1)), beta2(T(h.beta2)), take2(T(1 - h.beta2)), eps(T(h.eps)),
+      : take1(T(1 - h.beta1)),
+        beta2(T(h.beta2)),
+        take2(T(1 - h.beta2)),
+        eps(T(h.eps)),
         step(T(h.lr * square_root(1 - power(h.beta2, t)) / (1 - power(h.beta1, t)))) {}
   DITHER_HD void operator()(T& p, T g, T& m, T& v, T& previous) const {
     m = lerp(m, g, take1);
@@ -211,8 +223,12 @@ struct Adopt {
   static constexpr bool first_step_keeps_p = true;
   T take1, keep2, take2, eps, bound, step;
   DITHER_HD Adopt(const Hyper& h, int64_t t, double&)
-      : take1(t == 1 ? T(0) : T(1 - h.beta1)), keep2(t == 1 ? T(0) : T(h.beta2)), take2(t == 1 ? T(1) : T(1 - h.beta2)),
-        eps(T(h.eps)), bound(T(square_root(square_root(double(t - 1))))), step(t == 1 ? T(0) : T(h.lr)) {}
+      : take1(t == 1 ? T(0) : T(1 - h.beta1)),
+        keep2(t == 1 ? T(0) : T(h.beta2)),
+        take2(t == 1 ? T(1) : T(1 - h.beta2)),
+        eps(T(h.eps)),
+        bound(T(square_root(square_root(double(t - 1))))),
+        step(t == 1 ? T(0) : T(h.lr)) {}
   DITHER_HD void operator()(T& p, T g, T& m, T& v) const {
     T u = g / larger(square_root(v), eps);
     u = u < -bound ? -bound : (u > bound ? bound : u);
@@ -229,8 +245,12 @@ struct Ano {
   static constexpr int states = 2;
   T take1, beta2, take2, eps, step, v_scale;
   DITHER_HD Ano(const Hyper& h, int64_t t, double&)
-      : take1(T(kLogarithmic ? 1 / logarithm(double(larger<int64_t>(2, t))) : 1 - h.beta1)), beta2(T(h.beta2)),
-        take2(T(1 - h.beta2)), eps(T(h.eps)), step(T(h.lr)), v_scale(T(kLogarithmic ? 1 : 1 / (1 - power(h.beta2, t)))) {}
+      : take1(T(kLogarithmic ? 1 / logarithm(double(larger<int64_t>(2, t))) : 1 - h.beta1)),
+        beta2(T(h.beta2)),
+        take2(T(1 - h.beta2)),
+        eps(T(h.eps)),
+        step(T(h.lr)),
+        v_scale(T(kLogarithmic ? 1 : 1 / (1 - power(h.beta2, t)))) {}
   DITHER_HD void operator()(T& p, T g, T& m, T& v) const {
     m = lerp(m, g, take1);
     const T square = g * g, gain = take2 * square;
@@ -240,19 +260,23 @@ struct Ano {
   }
 };
 
+// clang-format off
 template <class T> using RmsPropPlain = RmsProp<T, false, false>;
 template <class T> using RmsPropMomentum = RmsProp<T, false, true>;
 template <class T> using RmsPropCentered = RmsProp<T, true, false>;
 template <class T> using RmsPropCenteredMomentum = RmsProp<T, true, true>;
 template <class T> using AnoFixed = Ano<T, false>;
 template <class T> using AnoLog = Ano<T, true>;
+// clang-format on
 
-// name, rule, number of states
+// name, rule
+// clang-format off
 #define DITHER_RULES(X)                                                                                        \
   X(sgd, Sgd) X(momentum, Momentum) X(adam, Adam) X(amsgrad, AmsGrad) X(adamax, Adamax) X(nadam, NAdam)        \
   X(adagrad, Adagrad) X(rmsprop, RmsPropPlain) X(rmsprop_momentum, RmsPropMomentum)                            \
   X(rmsprop_centered, RmsPropCentered) X(rmsprop_centered_momentum, RmsPropCenteredMomentum) X(lion, Lion)     \
   X(diffgrad, DiffGrad) X(adabelief, AdaBelief) X(adopt, Adopt) X(ano, AnoFixed) X(anolog, AnoLog)
+// clang-format on
 
 enum class Rule : int {
 #define X(name, type) name,

@@ -81,7 +81,8 @@ static void check_disjoint(const char* op, const Tensors& params) {
   std::sort(sorted.begin(), sorted.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (size_t k = 1; k < sorted.size(); ++k)
     DITHER_CHECK(sorted[k].begin >= sorted[k - 1].end, op, ": params[", std::max(sorted[k].index, sorted[k - 1].index),
-                 "] shares memory with params[", std::min(sorted[k].index, sorted[k - 1].index), "], expected disjoint tensors");
+                 "] shares memory with params[", std::min(sorted[k].index, sorted[k - 1].index),
+                 "], expected disjoint tensors");
   seen = std::move(ranges);
 }
 
@@ -93,16 +94,17 @@ struct Views {
 
 static const float* scalar_on(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& p) {
   if (!t) return nullptr;
-  DITHER_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == 1, op, ": ", name, " is ", name_of(t->scalar_type()), " with ",
-               t->numel(), " elements, expected one float32");
-  DITHER_CHECK(device_of(*t) == device_of(p), op, ": ", name, " is on ", device_of(*t), ", expected ", device_of(p), " like params[0]");
+  DITHER_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == 1, op, ": ", name, " is ", name_of(t->scalar_type()),
+               " with ", t->numel(), " elements, expected one float32");
+  DITHER_CHECK(device_of(*t) == device_of(p), op, ": ", name, " is on ", device_of(*t), ", expected ", device_of(p),
+               " like params[0]");
   return static_cast<const float*>(t->const_data_ptr());
 }
 
 template <Device device>
 static void fused_step_(const std::string& rule_name, const Tensors& params, const Tensors& grads, const Tensors& states,
-                        const Tensors& steps, const Tensors& products, const Ints& groups, const Floats& hyper, const Ints& seeds,
-                        const Ints& places, const Tensors& emas, const Tensors& masks, const Tensors& lrs,
+                        const Tensors& steps, const Tensors& products, const Ints& groups, const Floats& hyper,
+                        const Ints& seeds, const Ints& places, const Tensors& emas, const Tensors& masks, const Tensors& lrs,
                         const std::optional<Tensor>& sum_of_squares, const std::optional<Tensor>& grad_scale,
                         const std::optional<Tensor>& found_inf) {
   const auto found = std::find_if(std::begin(kRuleNames), std::end(kRuleNames), [&](const char* n) { return rule_name == n; });
@@ -143,8 +145,8 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
       group_lr[r] = scalar_on(op, "lr", lrs[used++], params[0]);
     }
     for (int k = 0; k < kHyper; ++k)
-      DITHER_CHECK(std::isfinite(hyper[r * kHyper + k]) || (k == 0 && group_lr[r]), op, ": ", kHyperNames[k], " of group ", r, " is ",
-                   hyper[r * kHyper + k], ", expected a finite number");
+      DITHER_CHECK(std::isfinite(hyper[r * kHyper + k]) || (k == 0 && group_lr[r]), op, ": ", kHyperNames[k], " of group ", r,
+                   " is ", hyper[r * kHyper + k], ", expected a finite number");
     random = random || rows[r].noise_eta > 0 || rows[r].temperature > 0 || rows[r].stochastic_rounding != 0;
   }
   DITHER_CHECK(!random || places.size() == 4 * n, op, ": places is empty, expected 4 entries a tensor: noise needs an address");
@@ -152,7 +154,8 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
   Shared shared{nullptr, scalar_on(op, "grad_scale", grad_scale, params[0]), scalar_on(op, "found_inf", found_inf, params[0])};
   if (sum_of_squares) {
     DITHER_CHECK(sum_of_squares->scalar_type() == ScalarType::Double && sum_of_squares->numel() == 1, op,
-                 ": sum_of_squares is ", name_of(sum_of_squares->scalar_type()), " with ", sum_of_squares->numel(), " elements, expected one float64");
+                 ": sum_of_squares is ", name_of(sum_of_squares->scalar_type()), " with ", sum_of_squares->numel(),
+                 " elements, expected one float64");
     DITHER_CHECK(device_of(*sum_of_squares) == device_of(params[0]), op, ": sum_of_squares is on ", device_of(*sum_of_squares),
                  ", expected ", device_of(params[0]), " like params[0]");
     shared.sum_of_squares = static_cast<const double*>(sum_of_squares->const_data_ptr());
@@ -167,15 +170,17 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
   };
   const auto check_float = [&](const Tensor& t, const char* name, size_t i) {
     const auto type = float_type(t);
-    DITHER_CHECK(type, op, ": ", list(name, i), " is ", name_of(t.scalar_type()), ", expected float32, float64, bfloat16 or float16");
+    DITHER_CHECK(type, op, ": ", list(name, i), " is ", name_of(t.scalar_type()),
+                 ", expected float32, float64, bfloat16 or float16");
     return *type;
   };
   const auto check_like_param = [&](const Tensor& t, const char* name, size_t i, const Tensor& p, size_t param, DType p_type) {
     at_home(t, name, i);
     const DType type = check_float(t, name, i);
-    DITHER_CHECK(same_shape(t, p), op, ": ", list(name, i), " has shape ", shape_of(t), ", expected ", shape_of(p), " like params[", param, "]");
-    DITHER_CHECK(type != DType::f64 || p_type == DType::f64, op, ": ", list(name, i), " is float64, expected ", name_of(p.scalar_type()),
-                 " or float32 like params[", param, "]");
+    DITHER_CHECK(same_shape(t, p), op, ": ", list(name, i), " has shape ", shape_of(t), ", expected ", shape_of(p),
+                 " like params[", param, "]");
+    DITHER_CHECK(type != DType::f64 || p_type == DType::f64, op, ": ", list(name, i), " is float64, expected ",
+                 name_of(p.scalar_type()), " or float32 like params[", param, "]");
     return type;
   };
 
@@ -189,7 +194,8 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
     s.p_type = check_float(p, "params", i);
     s.numel = p.numel();
     const Memory memory = memory_of(p);
-    DITHER_CHECK(memory != Memory::overlap, op, ": params[", i, "] overlaps itself (an expanded tensor?), expected one place per element");
+    DITHER_CHECK(memory != Memory::overlap, op, ": params[", i,
+                 "] overlaps itself (an expanded tensor?), expected one place per element");
     s.g_type = check_like_param(grads[i], "grads", i, p, i, s.p_type);
     // Draws and masks follow fixed orders; everything else may walk the memory of p, whatever its strides.
     bool own_layout = memory == Memory::dense && (!random || p.is_contiguous());
@@ -208,19 +214,23 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
       const Tensor& m = masks[i];
       if (m.numel() > 0 || p.numel() == 0) {
         at_home(m, "masks", i);
-        DITHER_CHECK(m.scalar_type() == ScalarType::Byte && m.is_contiguous() && m.numel() == (s.numel + 7) / 8, op, ": masks[", i, "] is ",
-                     name_of(m.scalar_type()), " with ", m.numel(), " elements, expected ", (s.numel + 7) / 8, " contiguous uint8, one bit per element of params[", i, "]");
-        DITHER_CHECK(relayout[i] != 2 || p.is_contiguous(), op, ": params[", i, "] has a mask and strides of its own, which allows neither noise nor "
+        DITHER_CHECK(m.scalar_type() == ScalarType::Byte && m.is_contiguous() && m.numel() == (s.numel + 7) / 8, op, ": masks[",
+                     i, "] is ", name_of(m.scalar_type()), " with ", m.numel(), " elements, expected ", (s.numel + 7) / 8,
+                     " contiguous uint8, one bit per element of params[", i, "]");
+        DITHER_CHECK(relayout[i] != 2 || p.is_contiguous(), op, ": params[", i,
+                     "] has a mask and strides of its own, which allows neither noise nor "
                      "states of other strides; make it contiguous");
         s.mask = p.numel() ? static_cast<const uint8_t*>(m.const_data_ptr()) : nullptr;
       }
     }
     const int64_t group = groups[i];
-    DITHER_CHECK(group >= 0 && size_t(group) < n_groups, op, ": groups[", i, "] is ", group, ", expected 0 <= group < ", n_groups);
+    DITHER_CHECK(group >= 0 && size_t(group) < n_groups, op, ": groups[", i, "] is ", group, ", expected 0 <= group < ",
+                 n_groups);
     const auto clock_of = [&](const Tensor& t, const char* name) {
       at_home(t, name, i);
-      DITHER_CHECK((t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double) && t.numel() == 1, op, ": ", list(name, i), " is ",
-                   name_of(t.scalar_type()), " with ", t.numel(), " elements, expected one float32 or float64");
+      DITHER_CHECK((t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double) && t.numel() == 1, op, ": ",
+                   list(name, i), " is ", name_of(t.scalar_type()), " with ", t.numel(),
+                   " elements, expected one float32 or float64");
       return t.mutable_data_ptr();
     };
     Clock& c = clock[i];
@@ -230,8 +240,8 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
     c.wide = steps[i].scalar_type() == ScalarType::Double;
     if (!products.empty()) {
       c.product = clock_of(products[i], "products");
-      DITHER_CHECK(products[i].scalar_type() == steps[i].scalar_type(), op, ": products[", i, "] is ", name_of(products[i].scalar_type()),
-                   ", expected ", name_of(steps[i].scalar_type()), " like steps[", i, "]");
+      DITHER_CHECK(products[i].scalar_type() == steps[i].scalar_type(), op, ": products[", i, "] is ",
+                   name_of(products[i].scalar_type()), ", expected ", name_of(steps[i].scalar_type()), " like steps[", i, "]");
     }
     c.seed[0] = uint32_t(seeds[group]);
     c.seed[1] = uint32_t(uint64_t(seeds[group]) >> 32);
@@ -241,9 +251,12 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
       s.start = places[4 * i + 1];
       s.run = places[4 * i + 2];
       s.pitch = places[4 * i + 3];
-      DITHER_CHECK(stream >= 0 && stream < int64_t(kGradientNoise), op, ": stream of params[", i, "] is ", stream, ", expected 0 <= stream < 2^31");
-      DITHER_CHECK(s.numel == 0 || (s.start >= 0 && s.run > 0 && s.pitch >= 0 && s.element(s.numel - 1) < uint64_t(kMaxElement)), op,
-                   ": place of params[", i, "] is start ", s.start, ", run ", s.run, ", pitch ", s.pitch, ", expected elements below 2^60");
+      DITHER_CHECK(stream >= 0 && stream < int64_t(kGradientNoise), op, ": stream of params[", i, "] is ", stream,
+                   ", expected 0 <= stream < 2^31");
+      DITHER_CHECK(
+          s.numel == 0 || (s.start >= 0 && s.run > 0 && s.pitch >= 0 && s.element(s.numel - 1) < uint64_t(kMaxElement)), op,
+          ": place of params[", i, "] is start ", s.start, ", run ", s.run, ", pitch ", s.pitch,
+          ", expected elements below 2^60");
       c.stream = uint32_t(stream);
     }
   }
@@ -318,8 +331,8 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
         }
       if (some_slots.empty()) continue;
       char* constants = static_cast<char*>(table.mutable_data_ptr()) + done * kConstantsBytes;
-      DITHER_CUDA_OK(op, step_cuda(rule, wide, some_slots.data(), some_clocks.data(), int64_t(some_slots.size()), shared, constants,
-                                   multiprocessors, stream));
+      DITHER_CUDA_OK(op, step_cuda(rule, wide, some_slots.data(), some_clocks.data(), int64_t(some_slots.size()), shared,
+                                   constants, multiprocessors, stream));
       done += some_slots.size();
     }
   }
@@ -337,9 +350,10 @@ static Tensor sum_of_squares(const Tensors& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
     const auto type = float_type(t);
-    DITHER_CHECK(type, op, ": tensors[", i, "] is ", name_of(t.scalar_type()), ", expected float32, float64, bfloat16 or float16");
-    DITHER_CHECK(t.is_cuda() == head.is_cuda() && (!t.is_cuda() || t.get_device_index() == head.get_device_index()), op, ": tensors[", i,
-                 "] is on ", device_of(t), ", expected ", device_of(head), " like tensors[0]");
+    DITHER_CHECK(type, op, ": tensors[", i, "] is ", name_of(t.scalar_type()),
+                 ", expected float32, float64, bfloat16 or float16");
+    DITHER_CHECK(t.is_cuda() == head.is_cuda() && (!t.is_cuda() || t.get_device_index() == head.get_device_index()), op,
+                 ": tensors[", i, "] is on ", device_of(t), ", expected ", device_of(head), " like tensors[0]");
     kept.push_back(memory_of(t) == Memory::dense ? t : torch::stable::contiguous(t));
     parts.push_back({kept.back().const_data_ptr(), t.numel(), *type, true});
     chunks += sum_chunks(t.numel());
@@ -368,7 +382,8 @@ static Tensor sum_of_squares(const Tensors& tensors) {
   } else {
     const auto guard = device_guard(head);
     const Tensor partial = torch::stable::new_empty(head, {2 * chunks + 2}, ScalarType::Double);
-    DITHER_CUDA_OK(op, sum_cuda(parts.data(), int64_t(parts.size()), static_cast<double*>(partial.mutable_data_ptr()), total, current_stream(head)));
+    DITHER_CUDA_OK(op, sum_cuda(parts.data(), int64_t(parts.size()), static_cast<double*>(partial.mutable_data_ptr()), total,
+                                current_stream(head)));
   }
   return out;
 }
@@ -378,7 +393,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
   // One row of `hyper` per group in the order of hyper.h; a NaN lr takes the next tensor of lrs. `states` is slot-major.
   // `places`: stream, start, run, pitch of each tensor, or empty where nothing is drawn.
   m.def(
-      "fused_step_(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor(d!)[] products, "
+      "fused_step_(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor(d!)[] "
+      "products, "
       "int[] groups, float[] hyper, int[] seeds, int[] places, Tensor(e!)[] emas, Tensor[] masks, Tensor[] lrs, "
       "Tensor? sum_of_squares, Tensor? grad_scale, Tensor? found_inf) -> ()");
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");

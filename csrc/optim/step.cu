@@ -12,7 +12,8 @@ struct Clocks {
   Clock clock[kClocksPerLaunch];
 };
 template <template <class> class R, class T>
-__global__ void derive_kernel(const __grid_constant__ Clocks clocks, int count, const __grid_constant__ Shared shared, char* out) {
+__global__ void derive_kernel(const __grid_constant__ Clocks clocks, int count, const __grid_constant__ Shared shared,
+                              char* out) {
   const int i = threadIdx.x;
   if (i >= count) return;
   const Constants<R<T>, T> c = derive<R, T>(clocks.clock[i], shared);
@@ -42,7 +43,8 @@ __device__ inline void fetch(const void* from, int64_t i, int n, Words<kBytes>& 
     for (int j = 0; j < n; ++j) {
       if constexpr (kSize == 2) raw.w[j / 2] |= uint32_t(reinterpret_cast<const uint16_t*>(x)[j]) << (16 * (j % 2));
       else
-        for (int k = 0; k < kSize / 4; ++k) raw.w[j * (kSize / 4) + k] = reinterpret_cast<const uint32_t*>(x)[j * (kSize / 4) + k];
+        for (int k = 0; k < kSize / 4; ++k)
+          raw.w[j * (kSize / 4) + k] = reinterpret_cast<const uint32_t*>(x)[j * (kSize / 4) + k];
     }
   }
 }
@@ -149,8 +151,7 @@ __device__ inline void draw_normals(const Slot& slot, const Address& a, int64_t 
     for (int j = 0; j < kVector; ++j) normal_at(a, slot.element(at + lane * kVector + j), z[j]);
   }
 }
-__device__ inline void draw_normals(const Slot& slot, const Address& a, int64_t at, int lane, uint32_t*,
-                                    double (&z)[kVector]) {
+__device__ inline void draw_normals(const Slot& slot, const Address& a, int64_t at, int lane, uint32_t*, double (&z)[kVector]) {
   for (int j = 0; j < kVector; ++j) normal_at(a, slot.element(at + lane * kVector + j), z[j]);
 }
 
@@ -164,7 +165,7 @@ static_assert(sizeof(Slots) <= 32700 && sizeof(Clocks) <= 32700, "kernel argumen
 // At least 16 warps a multiprocessor with four 16-byte loads each under way in every lane.
 template <class R, class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
-step_kernel(const __grid_constant__ Slots b, const char* constants) {
+    step_kernel(const __grid_constant__ Slots b, const char* constants) {
   DYNAMIC_SHARED(uint32_t, shared);
   int t = 0;  // the tensor that owns this block
   for (int end = b.count; end - t > 1;) {
@@ -247,8 +248,8 @@ static int32_t chunk_for(int64_t total, int multiprocessors) {
   return int32_t(larger(least, smaller<int64_t>(even, 16 * least)));
 }
 
-int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int64_t count, const Shared& shared, void* constants,
-              int multiprocessors, Stream stream) {
+int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int64_t count, const Shared& shared,
+              void* constants, int multiprocessors, Stream stream) {
   char* table = static_cast<char*>(constants);
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += slots[i].numel;
@@ -257,7 +258,8 @@ int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int6
       Clocks c;
       const int n = int(smaller<int64_t>(kClocksPerLaunch, count - first));
       for (int i = 0; i < n; ++i) c.clock[i] = clocks[first + i];
-      if (int error = launch(derive_kernel<R, T>, 1, (n + 31) / 32 * 32, 0, stream)(c, n, shared, table + first * kConstantsBytes))
+      if (int error =
+              launch(derive_kernel<R, T>, 1, (n + 31) / 32 * 32, 0, stream)(c, n, shared, table + first * kConstantsBytes))
         return error;
     }
     for (int64_t first = 0; first < count; first += kSlotsPerLaunch) {

@@ -15,13 +15,13 @@ constexpr uint32_t kGradientNoise = 0x80000000u;
 // Constants around the rule, for one tensor at one step.
 template <class T>
 struct Around {
-  T scale;             // g *= scale: unscaling, sign of maximize, global-norm clip
-  T clip;              // |g| <= clip, or infinity
+  T scale;               // g *= scale: unscaling, sign of maximize, global-norm clip
+  T clip;                // |g| <= clip, or infinity
   T ema_take, ema_gain;  // h += ema_take (g - h), g += ema_gain h: Grokfast (Lee et al. 2024), eq. 4
-  T noise;             // g += noise z: annealed gradient noise (Neelakantan et al. 2015), variance eta / (1 + t)^gamma
-  T l2;                // g += l2 p
-  T keep;              // p *= keep
-  T kick;              // p += kick z after the rule
+  T noise;               // g += noise z: annealed gradient noise (Neelakantan et al. 2015), variance eta / (1 + t)^gamma
+  T l2;                  // g += l2 p
+  T keep;                // p *= keep
+  T kick;                // p += kick z after the rule
   uint32_t seed[2], stream, time;
   bool skip, first, stochastic;
   bool gradient;  // more than scale and clip happens to g before the rule
@@ -117,18 +117,16 @@ struct Slot {
   int64_t start, run, pitch;  // element i has address start + i / run * pitch + i % run
   DType p_type, g_type, state_type[kMaxStates], ema_type;
 
-  DITHER_HD uint64_t element(int64_t i) const {
-    return uint64_t(run >= numel ? start + i : start + i / run * pitch + i % run);
-  }
+  DITHER_HD uint64_t element(int64_t i) const { return uint64_t(run >= numel ? start + i : start + i / run * pitch + i % run); }
 };
 
-constexpr int64_t kUnit = 4096;            // elements that a CPU thread takes at least; a multiple of 8 for the mask
-constexpr int64_t kConstantsBytes = 256;   // room for any Constants<R, T>
+constexpr int64_t kUnit = 4096;           // elements that a CPU thread takes at least; a multiple of 8 for the mask
+constexpr int64_t kConstantsBytes = 256;  // room for any Constants<R, T>
 
 DITHER_PER_ISA(void step_range(Rule rule, bool wide, const Slot& slot, const void* constants, int64_t lo, int64_t hi))
 // constants: device memory for count * kConstantsBytes
-int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int64_t count, const Shared& shared, void* constants,
-              int multiprocessors, Stream stream);
+int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int64_t count, const Shared& shared,
+              void* constants, int multiprocessors, Stream stream);
 
 template <bool kWide, class F>
 inline auto with_rule(Rule rule, F&& f) {

@@ -25,7 +25,8 @@ static inline void update(R rule, Around<T> a, int64_t n, const uint32_t* __rest
   }
 }
 template <bool kRandom, class R, class T, class S>
-static inline void update_all(const R& rule, const Around<T>& a, int64_t n, const uint32_t* w, S* p, const S* g, S* const (&s)[kMaxStates]) {
+static inline void update_all(const R& rule, const Around<T>& a, int64_t n, const uint32_t* w, S* p, const S* g,
+                              S* const (&s)[kMaxStates]) {
   if constexpr (R::states == 0) update<kRandom>(rule, a, n, w, p, g);
   else if constexpr (R::states == 1) update<kRandom>(rule, a, n, w, p, g, s[0]);
   else if constexpr (R::states == 2) update<kRandom>(rule, a, n, w, p, g, s[0], s[1]);
@@ -40,7 +41,8 @@ static void load(const void* from, DType type, int64_t at, int64_t n, T* __restr
   });
 }
 template <class T>
-static void store(const T* __restrict from, void* to, DType type, int64_t at, int64_t n, const uint32_t* __restrict w, int slot) {
+static void store(const T* __restrict from, void* to, DType type, int64_t at, int64_t n, const uint32_t* __restrict w,
+                  int slot) {
   with_type(type, [&]<class S>(S) {
     S* __restrict y = static_cast<S*>(to) + at;
     if constexpr (sizeof(T) == 8 && sizeof(S) == 2) {
@@ -69,18 +71,19 @@ static void draw_normals(const Slot& slot, const Address& a, int64_t at, int64_t
   for_each_address(slot, at, n, [&](int64_t element, int64_t offset, int64_t count) {
     for_each_run<sizeof(T) / 4>(Philox{}, a, element, element + count,
                                 [&](const uint32_t* w, int64_t first, int64_t whole, int64_t from, int64_t part) {
-      alignas(64) T buffer[4096 / sizeof(T)];
-      normals(w, whole, buffer);
-      __builtin_memcpy(z + offset + (from - element), buffer + (from - first), size_t(part) * sizeof(T));
-    });
+                                  alignas(64) T buffer[4096 / sizeof(T)];
+                                  normals(w, whole, buffer);
+                                  __builtin_memcpy(z + offset + (from - element), buffer + (from - first),
+                                                   size_t(part) * sizeof(T));
+                                });
   });
 }
 static void draw_words(const Slot& slot, const Address& a, int64_t at, int64_t n, uint32_t* __restrict out) {
   for_each_address(slot, at, n, [&](int64_t element, int64_t offset, int64_t count) {
     for_each_run<1>(Philox{}, a, element, element + count,
                     [&](const uint32_t* w, int64_t first, int64_t, int64_t from, int64_t part) {
-      __builtin_memcpy(out + offset + (from - element), w + (from - first), size_t(part) * 4);
-    });
+                      __builtin_memcpy(out + offset + (from - element), w + (from - first), size_t(part) * 4);
+                    });
   });
 }
 

@@ -11,10 +11,11 @@ template <Device device>
 static void triad_(const Tensors& written, const Tensors& read, int64_t lists_written, int64_t lists_read) {
   const char* op = "triad_";
   const int64_t lists = lists_written + lists_read;
-  DITHER_CHECK(lists_written >= 0 && lists_read >= 0 && lists >= 1 && lists <= kMaxLists, op, ": got ", lists, " lists, expected 1 to ", kMaxLists);
+  DITHER_CHECK(lists_written >= 0 && lists_read >= 0 && lists >= 1 && lists <= kMaxLists, op, ": got ", lists,
+               " lists, expected 1 to ", kMaxLists);
   const size_t n = lists_written ? written.size() / lists_written : read.size() / lists_read;
-  DITHER_CHECK(written.size() == n * lists_written && read.size() == n * lists_read, op, ": got ", written.size(), " and ", read.size(),
-               " tensors, expected ", n * lists_written, " and ", n * lists_read);
+  DITHER_CHECK(written.size() == n * lists_written && read.size() == n * lists_read, op, ": got ", written.size(), " and ",
+               read.size(), " tensors, expected ", n * lists_written, " and ", n * lists_read);
   if (n == 0) return;
   std::vector<Roof> roofs(n);
   std::vector<int64_t> numel(n), first(n + 1, 0);
@@ -25,7 +26,8 @@ static void triad_(const Tensors& written, const Tensors& read, int64_t lists_wr
     r.count = int(lists);
     const auto add = [&](const Tensor& t, int k) {
       if (k == 0) numel[i] = t.numel();
-      DITHER_CHECK(t.is_contiguous() && t.numel() == numel[i], op, ": tensor ", i, " of list ", k, " must be contiguous with ", numel[i], " elements");
+      DITHER_CHECK(t.is_contiguous() && t.numel() == numel[i], op, ": tensor ", i, " of list ", k, " must be contiguous with ",
+                   numel[i], " elements");
       r.x[k] = t.mutable_data_ptr();
       r.item[k] = int64_t(t.element_size());
     };
