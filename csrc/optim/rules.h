@@ -230,7 +230,7 @@ struct Adopt {
         bound(T(square_root(square_root(double(t - 1))))),
         step(t == 1 ? T(0) : T(h.lr)) {}
   DITHER_HD void operator()(T& p, T g, T& m, T& v) const {
-    T u = g / larger(square_root(v), eps);
+    T u = g / maximum(square_root(v), eps);
     u = u < -bound ? -bound : (u > bound ? bound : u);
     m = lerp(m, u, take1);
     p -= step * m;
