@@ -82,6 +82,8 @@ struct RoundingBits {
   DITHER_HD uint32_t operator()(uint32_t w) const { return ((w & 0xffff) * from_low + (w >> 16) * from_high) & 0xffff; }
 };
 
+DITHER_HD int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
 // with_type(dtype, [&](auto tag) { using Stored = decltype(tag); ... })
 template <class F>
 DITHER_HD void with_type(DType t, F&& f) {

@@ -88,8 +88,8 @@ inline std::string device_of(const Tensor& t) {
   if (t.is_cpu()) return "cpu";
   return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
 }
-inline std::optional<DType> float_type(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline std::optional<DType> float_type(ScalarType t) {
+  switch (t) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Double: return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
@@ -97,6 +97,7 @@ inline std::optional<DType> float_type(const Tensor& t) {
     default: return std::nullopt;
   }
 }
+inline std::optional<DType> float_type(const Tensor& t) { return float_type(t.scalar_type()); }
 
 // key: one int64 for Philox, four for ChaCha20.
 inline Address address(const std::string& op, const Ints& key, int64_t stream, int64_t step, int64_t start, int64_t n,

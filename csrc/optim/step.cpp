@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "../common/torch.h"
 #include "norm.h"
@@ -26,30 +27,50 @@ static const char* const kHyperNames[] = {
 
 static std::string list(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
-static std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) s += (d ? ", " : "") + std::to_string(t.size(d));
-  return s + "]";
-}
-static bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
-}
+using Extents = decltype(std::declval<Tensor>().sizes());
+
+// What the checks and the kernels ask of a tensor, each asked once: a thousand small tensors are mostly questions.
+struct Seen {
+  const Tensor& tensor;
+  Extents sizes;
+  int64_t numel;
+  ScalarType scalar_type;
+  std::optional<DType> type;
+  bool cuda, contiguous;
+
+  explicit Seen(const Tensor& t)
+      : tensor(t),
+        sizes(t.sizes()),
+        numel(1),
+        scalar_type(t.scalar_type()),
+        type(float_type(scalar_type)),
+        cuda(t.is_cuda()),
+        contiguous(t.is_contiguous()) {
+    for (const int64_t size : sizes) numel *= size;
+  }
+  std::string shape() const {
+    std::string s = "[";
+    for (size_t d = 0; d < sizes.size(); ++d) s += (d ? ", " : "") + std::to_string(sizes[d]);
+    return s + "]";
+  }
+};
+static bool same_shape(const Seen& a, const Seen& b) { return std::ranges::equal(a.sizes, b.sizes); }
 // Strides of dimensions with one element mean nothing.
-static bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.numel() <= 1) return true;
-  const auto n = a.sizes(), x = a.strides(), y = b.strides();
-  for (size_t d = 0; d < n.size(); ++d)
-    if (n[d] != 1 && x[d] != y[d]) return false;
+static bool same_layout(const Seen& a, const Seen& b) {
+  if ((a.contiguous && b.contiguous) || a.numel <= 1) return true;
+  const auto x = a.tensor.strides(), y = b.tensor.strides();
+  for (size_t d = 0; d < a.sizes.size(); ++d)
+    if (a.sizes[d] != 1 && x[d] != y[d]) return false;
   return true;
 }
 
 enum class Memory { dense, gaps, overlap };
-static Memory memory_of(const Tensor& t) {
-  if (t.is_contiguous()) return Memory::dense;
+static Memory memory_of(const Seen& t) {
+  if (t.contiguous) return Memory::dense;
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
+  const auto strides = t.tensor.strides();
+  for (size_t d = 0; d < t.sizes.size(); ++d)
+    if (t.sizes[d] > 1) dims.emplace_back(strides[d], t.sizes[d]);
   std::sort(dims.begin(), dims.end());
   int64_t span = 1;  // elements from the first to the last of the dimensions seen
   Memory m = Memory::dense;
@@ -62,28 +83,21 @@ static Memory memory_of(const Tensor& t) {
 }
 
 // Two parameters that share memory would be stepped in an undefined order. The last list seen is remembered.
-static void check_disjoint(const char* op, const Tensors& params) {
-  struct Range {
-    uintptr_t begin, end;
-    size_t index;
-    bool operator==(const Range&) const = default;
-  };
-  static thread_local std::vector<Range> seen;
-  std::vector<Range> ranges;
-  ranges.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    if (params[i].numel() == 0 || !params[i].is_contiguous()) continue;
-    const auto begin = reinterpret_cast<uintptr_t>(params[i].const_data_ptr());
-    ranges.push_back({begin, begin + params[i].numel() * params[i].element_size(), i});
-  }
-  if (ranges == seen) return;
+struct Range {
+  uintptr_t begin, end;
+  size_t index;
+  bool operator==(const Range&) const = default;
+};
+static void check_disjoint(const char* op, std::vector<Range>&& ranges) {
+  static thread_local std::vector<Range> known;
+  if (ranges == known) return;
   auto sorted = ranges;
   std::sort(sorted.begin(), sorted.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (size_t k = 1; k < sorted.size(); ++k)
     DITHER_CHECK(sorted[k].begin >= sorted[k - 1].end, op, ": params[", std::max(sorted[k].index, sorted[k - 1].index),
                  "] shares memory with params[", std::min(sorted[k].index, sorted[k - 1].index),
                  "], expected disjoint tensors");
-  seen = std::move(ranges);
+  known = std::move(ranges);
 }
 
 // A tensor as the kernels see it: itself, or a copy in another layout that is copied back after the step.
@@ -164,84 +178,94 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
   // Check everything before anything is written.
   const std::string home = device_of(params[0]);
   const bool on_gpu = params[0].is_cuda();
-  const auto at_home = [&](const Tensor& t, const char* name, size_t i) {
-    const bool same = t.is_cuda() == on_gpu && (!on_gpu || t.get_device_index() == params[0].get_device_index());
-    DITHER_CHECK(same, op, ": ", list(name, i), " is on ", device_of(t), ", expected ", home, " like params[0]");
+  const int32_t home_index = on_gpu ? params[0].get_device_index() : 0;
+  const auto at_home = [&](const Tensor& t, bool cuda, const char* name, size_t i) {
+    DITHER_CHECK(cuda == on_gpu && (!cuda || t.get_device_index() == home_index), op, ": ", list(name, i), " is on ",
+                 device_of(t), ", expected ", home, " like params[0]");
   };
-  const auto check_float = [&](const Tensor& t, const char* name, size_t i) {
-    const auto type = float_type(t);
-    DITHER_CHECK(type, op, ": ", list(name, i), " is ", name_of(t.scalar_type()),
+  const auto see = [&](const Tensor& t, const char* name, size_t i) {
+    const Seen seen(t);
+    at_home(t, seen.cuda, name, i);
+    DITHER_CHECK(seen.type, op, ": ", list(name, i), " is ", name_of(seen.scalar_type),
                  ", expected float32, float64, bfloat16 or float16");
-    return *type;
+    return seen;
   };
-  const auto check_like_param = [&](const Tensor& t, const char* name, size_t i, const Tensor& p, size_t param, DType p_type) {
-    at_home(t, name, i);
-    const DType type = check_float(t, name, i);
-    DITHER_CHECK(same_shape(t, p), op, ": ", list(name, i), " has shape ", shape_of(t), ", expected ", shape_of(p),
+  const auto see_like_param = [&](const Tensor& t, const char* name, size_t i, const Seen& p, size_t param) {
+    const Seen seen = see(t, name, i);
+    DITHER_CHECK(same_shape(seen, p), op, ": ", list(name, i), " has shape ", seen.shape(), ", expected ", p.shape(),
                  " like params[", param, "]");
-    DITHER_CHECK(type != DType::f64 || p_type == DType::f64, op, ": ", list(name, i), " is float64, expected ",
-                 name_of(p.scalar_type()), " or float32 like params[", param, "]");
-    return type;
+    DITHER_CHECK(seen.type != DType::f64 || p.type == DType::f64, op, ": ", list(name, i), " is float64, expected ",
+                 name_of(p.scalar_type), " or float32 like params[", param, "]");
+    return seen;
   };
 
   std::vector<Slot> slot(n);
   std::vector<Clock> clock(n);
   std::vector<char> relayout(n, 0);
+  std::vector<Range> ranges;
+  ranges.reserve(n);
   for (size_t i = 0; i < n; ++i) {
-    const Tensor& p = params[i];
     Slot& s = slot[i];
-    at_home(p, "params", i);
-    s.p_type = check_float(p, "params", i);
-    s.numel = p.numel();
+    const Seen p = see(params[i], "params", i);
+    s.p_type = *p.type;
+    s.numel = p.numel;
     const Memory memory = memory_of(p);
     DITHER_CHECK(memory != Memory::overlap, op, ": params[", i,
                  "] overlaps itself (an expanded tensor?), expected one place per element");
-    s.g_type = check_like_param(grads[i], "grads", i, p, i, s.p_type);
+    const Seen g = see_like_param(grads[i], "grads", i, p, i);
+    s.g_type = *g.type;
     // Draws and masks follow fixed orders; everything else may walk the memory of p, whatever its strides.
-    bool own_layout = memory == Memory::dense && (!random || p.is_contiguous());
+    bool own_layout = memory == Memory::dense && (!random || p.contiguous);
     for (int k = 0; k < slots; ++k) {
-      s.state_type[k] = check_like_param(states[k * n + i], "states", k * n + i, p, i, s.p_type);
-      own_layout = own_layout && same_layout(states[k * n + i], p);
+      const Seen state = see_like_param(states[k * n + i], "states", k * n + i, p, i);
+      s.state_type[k] = *state.type;
+      own_layout = own_layout && same_layout(state, p);
     }
     if (!emas.empty()) {
-      s.ema_type = check_like_param(emas[i], "emas", i, p, i, s.p_type);
-      own_layout = own_layout && same_layout(emas[i], p);
+      const Seen ema = see_like_param(emas[i], "emas", i, p, i);
+      s.ema_type = *ema.type;
+      own_layout = own_layout && same_layout(ema, p);
     }
-    const bool g_fits = same_layout(grads[i], p);
-    own_layout = own_layout && (g_fits || grads[i].scalar_type() == p.scalar_type());
+    const bool g_fits = same_layout(g, p);
+    own_layout = own_layout && (g_fits || g.scalar_type == p.scalar_type);
     relayout[i] = !own_layout ? 2 : !g_fits ? 1 : 0;
+    if (p.contiguous && s.numel > 0) {
+      const auto begin = reinterpret_cast<uintptr_t>(params[i].const_data_ptr());
+      ranges.push_back({begin, begin + s.numel * size_of(s.p_type), i});
+    }
     if (!masks.empty()) {
       const Tensor& m = masks[i];
-      if (m.numel() > 0 || p.numel() == 0) {
-        at_home(m, "masks", i);
+      if (m.numel() > 0 || p.numel == 0) {
+        at_home(m, m.is_cuda(), "masks", i);
         DITHER_CHECK(m.scalar_type() == ScalarType::Byte && m.is_contiguous() && m.numel() == (s.numel + 7) / 8, op, ": masks[",
                      i, "] is ", name_of(m.scalar_type()), " with ", m.numel(), " elements, expected ", (s.numel + 7) / 8,
                      " contiguous uint8, one bit per element of params[", i, "]");
-        DITHER_CHECK(relayout[i] != 2 || p.is_contiguous(), op, ": params[", i,
+        DITHER_CHECK(relayout[i] != 2 || p.contiguous, op, ": params[", i,
                      "] has a mask and strides of its own, which allows neither noise nor "
                      "states of other strides; make it contiguous");
-        s.mask = p.numel() ? static_cast<const uint8_t*>(m.const_data_ptr()) : nullptr;
+        s.mask = p.numel ? static_cast<const uint8_t*>(m.const_data_ptr()) : nullptr;
       }
     }
     const int64_t group = groups[i];
     DITHER_CHECK(group >= 0 && size_t(group) < n_groups, op, ": groups[", i, "] is ", group, ", expected 0 <= group < ",
                  n_groups);
-    const auto clock_of = [&](const Tensor& t, const char* name) {
-      at_home(t, name, i);
-      DITHER_CHECK((t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double) && t.numel() == 1, op, ": ",
-                   list(name, i), " is ", name_of(t.scalar_type()), " with ", t.numel(),
-                   " elements, expected one float32 or float64");
+    const auto clock_of = [&](const Tensor& t, const char* name, bool& wide) {
+      at_home(t, t.is_cuda(), name, i);
+      const ScalarType type = t.scalar_type();
+      wide = type == ScalarType::Double;
+      DITHER_CHECK((wide || type == ScalarType::Float) && t.numel() == 1, op, ": ", list(name, i), " is ", name_of(type),
+                   " with ", t.numel(), " elements, expected one float32 or float64");
       return t.mutable_data_ptr();
     };
     Clock& c = clock[i];
     c.hyper = rows[group];
     c.lr = group_lr[group];
-    c.step = clock_of(steps[i], "steps");
-    c.wide = steps[i].scalar_type() == ScalarType::Double;
+    c.step = clock_of(steps[i], "steps", c.wide);
     if (!products.empty()) {
-      c.product = clock_of(products[i], "products");
-      DITHER_CHECK(products[i].scalar_type() == steps[i].scalar_type(), op, ": products[", i, "] is ",
-                   name_of(products[i].scalar_type()), ", expected ", name_of(steps[i].scalar_type()), " like steps[", i, "]");
+      bool wide = false;
+      c.product = clock_of(products[i], "products", wide);
+      DITHER_CHECK(wide == c.wide, op, ": products[", i, "] is ", wide ? "float64" : "float32", ", expected ",
+                   c.wide ? "float64" : "float32", " like steps[", i, "]");
     }
     c.seed[0] = uint32_t(seeds[group]);
     c.seed[1] = uint32_t(uint64_t(seeds[group]) >> 32);
@@ -260,7 +284,7 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
       c.stream = uint32_t(stream);
     }
   }
-  check_disjoint(op, params);
+  check_disjoint(op, std::move(ranges));
 
   Views views;
   const auto view = [&](const Tensor& t, bool copy, bool written) -> void* {
@@ -287,17 +311,26 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
   }
 
   if constexpr (device == Device::cpu) {
-    std::vector<char> constants(n * kConstantsBytes + 64);
-    char* table = constants.data() + (-reinterpret_cast<uintptr_t>(constants.data()) & 63);
+    const auto constants = std::make_unique_for_overwrite<char[]>(n * kConstantsBytes + 64);
+    char* table = constants.get() + (-reinterpret_cast<uintptr_t>(constants.get()) & 63);
+    double done = 0;
     std::vector<int64_t> first_unit(n + 1, 0);
     int64_t total = 0;
     for (size_t i = 0; i < n; ++i) {
       bool skip = false;
+      // Tensors of one group and step share their constants, but for the stream of their noise.
+      const bool again = i > 0 && groups[i] == groups[i - 1] && products.empty() && slot[i].p_type == slot[i - 1].p_type &&
+                         clock[i].done() == done;
+      done = clock[i].done();
       const auto run = [&]<template <class> class R, class T>() {
-        const auto c = derive<R, T>(clock[i], shared);
-        static_assert(sizeof c <= kConstantsBytes);
-        std::memcpy(table + i * kConstantsBytes, &c, sizeof c);
+        using C = Constants<R<T>, T>;
+        static_assert(sizeof(C) <= kConstantsBytes);
+        C& c = *reinterpret_cast<C*>(table + i * kConstantsBytes);
+        if (again) std::memcpy(&c, table + (i - 1) * kConstantsBytes, sizeof c);
+        else c = derive<R, T>(clock[i], shared);
+        c.around.stream = clock[i].stream;
         skip = c.around.skip;
+        if (again && !skip) clock[i].advance();
       };
       if (slot[i].p_type == DType::f64) with_rule<true>(rule, run);
       else with_rule<false>(rule, run);
@@ -354,7 +387,7 @@ static Tensor sum_of_squares(const Tensors& tensors) {
                  ", expected float32, float64, bfloat16 or float16");
     DITHER_CHECK(t.is_cuda() == head.is_cuda() && (!t.is_cuda() || t.get_device_index() == head.get_device_index()), op,
                  ": tensors[", i, "] is on ", device_of(t), ", expected ", device_of(head), " like tensors[0]");
-    kept.push_back(memory_of(t) == Memory::dense ? t : torch::stable::contiguous(t));
+    kept.push_back(memory_of(Seen(t)) == Memory::dense ? t : torch::stable::contiguous(t));
     parts.push_back({kept.back().const_data_ptr(), t.numel(), *type, true});
     chunks += sum_chunks(t.numel());
   }

@@ -53,20 +53,24 @@ struct Clock {
   void* product;    // NAdam's product of momenta, or nullptr
   bool wide;
   uint32_t seed[2], stream;
+
+  DITHER_HD double read(const void* x) const {
+    return wide ? *static_cast<const double*>(x) : double(*static_cast<const float*>(x));
+  }
+  DITHER_HD void write(void* x, double y) const {
+    if (wide) *static_cast<double*>(x) = y;
+    else *static_cast<float*>(x) = float(y);
+  }
+  DITHER_HD double done() const { return read(step); }
+  DITHER_HD void advance() const { write(step, done() + 1); }
 };
 
 template <template <class> class R, class T>
 DITHER_HD Constants<R<T>, T> derive(const Clock& clock, const Shared& shared) {
   Hyper h = clock.hyper;
   if (clock.lr) h.lr = double(*clock.lr);
-  const auto read = [&](void* x) { return clock.wide ? *static_cast<double*>(x) : double(*static_cast<float*>(x)); };
-  const auto write = [&](void* x, double y) {
-    if (clock.wide) *static_cast<double*>(x) = y;
-    else *static_cast<float*>(x) = float(y);
-  };
-  const double done = read(clock.step);
-  double product = clock.product ? read(clock.product) : 1.0;
-  const int64_t t = int64_t(done) + 1;
+  double product = clock.product ? clock.read(clock.product) : 1.0;
+  const int64_t t = int64_t(clock.done()) + 1;
 
   bool skip = shared.found_inf && *shared.found_inf != 0.0f;
   double scale = shared.grad_scale ? 1.0 / double(*shared.grad_scale) : 1.0;
@@ -100,8 +104,8 @@ DITHER_HD Constants<R<T>, T> derive(const Clock& clock, const Shared& shared) {
   a.gradient = h.grokfast_lamb != 0 || a.noise != T(0) || a.l2 != T(0);
   Constants<R<T>, T> constants{R<T>(h, t, product), a};
   if (!skip) {
-    write(clock.step, done + 1);
-    if (clock.product) write(clock.product, product);
+    clock.advance();
+    if (clock.product) clock.write(clock.product, product);
   }
   return constants;
 }

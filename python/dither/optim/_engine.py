@@ -94,7 +94,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 
 def _check_range(owner: str, name: str, value: Any, low: float, high: float, excluded: bool) -> None:
     number = float(value)
-    if not (low <= number < high or (number == high and not excluded)):
+    if not (low <= number < high or (number == high and not excluded)) or math.isinf(number):
         allowed = f"{low} <= {name} {'<' if excluded else '<='} {high}" if math.isfinite(high) else f"a finite number >= {low}"
         if low == -math.inf:
             allowed = "a finite number"
@@ -120,6 +120,9 @@ class FusedOptimizer(Optimizer):
             )
         super().__init__(params, {**defaults, **_EXTRAS, **extras})  # type: ignore[arg-type]
 
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where entries of a new group do not go together."""
+
     def _rule(self, group: dict[str, Any]) -> str:
         raise TypeError(f"{type(self).__name__} names no rule")
 
@@ -142,6 +145,7 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"{owner}: differentiable is True, expected False: the fused step has no backward")
         if group["state_dtype"] not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(f"{owner}: state_dtype is {group['state_dtype']}, expected a floating point dtype or None")
+        self._check(group)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -334,11 +338,10 @@ class FusedOptimizer(Optimizer):
         foreign = _all_hyperparameters() - {*self.defaults, "params"}
         index = 0
         for i, (saved_group, group) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
-            for name in sorted((own - set(saved_group)) | (foreign & set(saved_group))):
-                problem = f"lacks {name!r}" if name in own else f"holds {name!r}"
-                raise ValueError(
-                    f"{owner}: param_groups[{i}] {problem}, expected {', '.join(sorted(own))}: another optimizer's?"
-                )
+            wrong = [*(f"lacks {k!r}" for k in own - set(saved_group)), *(f"holds {k!r}" for k in foreign & set(saved_group))]
+            if wrong:
+                expected = ", ".join(sorted(own))
+                raise ValueError(f"{owner}: param_groups[{i}] {min(wrong)}, expected {expected}: another optimizer's?")
             merged = {**group, **{k: v for k, v in saved_group.items() if k != "params"}}
             for saved_id, p in zip(saved_group["params"], group["params"]):
                 saved = {k: v for k, v in state_dict["state"].get(saved_id, {}).items() if v is not None}

@@ -26,12 +26,15 @@ class SGD(FusedOptimizer):
         nesterov: bool = False,
         **extras: Unpack[Extras],
     ) -> None:
-        if nesterov and (momentum <= 0 or dampening != 0):
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, defaults, extras)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        momentum, dampening = group["momentum"], group["dampening"]
+        if group["nesterov"] and (momentum <= 0 or dampening != 0):
             raise ValueError(
                 f"SGD: nesterov with momentum {momentum} and dampening {dampening}, expected momentum > 0 and dampening 0"
             )
-        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, defaults, extras)
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "momentum" if group["momentum"] else "sgd"
@@ -62,10 +65,14 @@ class SGLD(FusedOptimizer):
         weight_decay: float = 0.0,
         **extras: Unpack[Extras],
     ) -> None:
-        if data_size <= 0 or temperature <= 0:
-            raise ValueError(f"SGLD: data_size is {data_size} and temperature {temperature}, expected both > 0")
         defaults = {"lr": lr, "data_size": data_size, "temperature": temperature, "weight_decay": weight_decay}
         super().__init__(params, defaults, extras)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        if group["data_size"] <= 0 or group["temperature"] <= 0:
+            raise ValueError(
+                f"SGLD: data_size is {group['data_size']} and temperature {group['temperature']}, expected both > 0"
+            )
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "sgd"

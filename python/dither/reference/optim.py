@@ -369,4 +369,6 @@ def fused_step_(
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """`dither::sum_of_squares` where no kernel is available."""
+    if not tensors:
+        raise RuntimeError("sum_of_squares: tensors is empty, expected at least one tensor")
     return torch.stack([t.detach().double().square().sum() for t in tensors]).sum()
