@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/.demo
+bench: $(VENV)/.test
 	$(BIN)/python -m dither bench
 
 lint: $(VENV)/.test
@@ -30,11 +30,11 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install -q ".[demo,bench]"
+	$(BIN)/python -m pip install -q ".[demo]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install -q ".[demo,bench,test,oracles]"
+	$(BIN)/python -m pip install -q ".[demo,test,oracles]"
 	touch $@
 
 clean:

@@ -27,18 +27,16 @@ static const char* const kHyperNames[] = {
 
 static std::string list(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
-using Extents = decltype(std::declval<Tensor>().sizes());
-
 // What the checks and the kernels ask of a tensor, each asked once: a thousand small tensors are mostly questions.
 struct Seen {
-  const Tensor& tensor;
-  Extents sizes;
+  const Listed& tensor;
+  std::span<const int64_t> sizes;
   int64_t numel;
   ScalarType scalar_type;
   std::optional<DType> type;
   bool cuda, contiguous;
 
-  explicit Seen(const Tensor& t)
+  explicit Seen(const Listed& t)
       : tensor(t),
         sizes(t.sizes()),
         numel(1),
@@ -103,7 +101,7 @@ static void check_disjoint(const char* op, std::vector<Range>&& ranges) {
 // A tensor as the kernels see it: itself, or a copy in another layout that is copied back after the step.
 struct Views {
   std::vector<std::pair<Tensor, Tensor>> copied_back;  // original, copy
-  Tensors kept;                                        // read-only copies
+  std::vector<Tensor> kept;                            // read-only copies
 };
 
 static const float* scalar_on(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& p) {
@@ -179,18 +177,18 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
   const std::string home = device_of(params[0]);
   const bool on_gpu = params[0].is_cuda();
   const int32_t home_index = on_gpu ? params[0].get_device_index() : 0;
-  const auto at_home = [&](const Tensor& t, bool cuda, const char* name, size_t i) {
+  const auto at_home = [&](const Listed& t, bool cuda, const char* name, size_t i) {
     DITHER_CHECK(cuda == on_gpu && (!cuda || t.get_device_index() == home_index), op, ": ", list(name, i), " is on ",
                  device_of(t), ", expected ", home, " like params[0]");
   };
-  const auto see = [&](const Tensor& t, const char* name, size_t i) {
+  const auto see = [&](const Listed& t, const char* name, size_t i) {
     const Seen seen(t);
     at_home(t, seen.cuda, name, i);
     DITHER_CHECK(seen.type, op, ": ", list(name, i), " is ", name_of(seen.scalar_type),
                  ", expected float32, float64, bfloat16 or float16");
     return seen;
   };
-  const auto see_like_param = [&](const Tensor& t, const char* name, size_t i, const Seen& p, size_t param) {
+  const auto see_like_param = [&](const Listed& t, const char* name, size_t i, const Seen& p, size_t param) {
     const Seen seen = see(t, name, i);
     DITHER_CHECK(same_shape(seen, p), op, ": ", list(name, i), " has shape ", seen.shape(), ", expected ", p.shape(),
                  " like params[", param, "]");
@@ -234,7 +232,7 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
       ranges.push_back({begin, begin + s.numel * size_of(s.p_type), i});
     }
     if (!masks.empty()) {
-      const Tensor& m = masks[i];
+      const Listed& m = masks[i];
       if (m.numel() > 0 || p.numel == 0) {
         at_home(m, m.is_cuda(), "masks", i);
         DITHER_CHECK(m.scalar_type() == ScalarType::Byte && m.is_contiguous() && m.numel() == (s.numel + 7) / 8, op, ": masks[",
@@ -249,7 +247,7 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
     const int64_t group = groups[i];
     DITHER_CHECK(group >= 0 && size_t(group) < n_groups, op, ": groups[", i, "] is ", group, ", expected 0 <= group < ",
                  n_groups);
-    const auto clock_of = [&](const Tensor& t, const char* name, bool& wide) {
+    const auto clock_of = [&](const Listed& t, const char* name, bool& wide) {
       at_home(t, t.is_cuda(), name, i);
       const ScalarType type = t.scalar_type();
       wide = type == ScalarType::Double;
@@ -287,7 +285,7 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
   check_disjoint(op, std::move(ranges));
 
   Views views;
-  const auto view = [&](const Tensor& t, bool copy, bool written) -> void* {
+  const auto view = [&](const Listed& t, bool copy, bool written) -> void* {
     if (!copy || t.is_contiguous()) return written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
     Tensor flat = torch::stable::contiguous(t);
     if (written) views.copied_back.emplace_back(t, flat);
@@ -377,18 +375,22 @@ static Tensor sum_of_squares(const Tensors& tensors) {
   const char* op = "sum_of_squares";
   DITHER_CHECK(!tensors.empty(), op, ": tensors is empty, expected at least one tensor");
   std::vector<SumPart> parts;
-  Tensors kept;
+  std::vector<Tensor> kept;
   int64_t chunks = 0;
-  const Tensor& head = tensors[0];
+  const Tensor head = tensors[0];
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& t = tensors[i];
+    const Listed& t = tensors[i];
     const auto type = float_type(t);
     DITHER_CHECK(type, op, ": tensors[", i, "] is ", name_of(t.scalar_type()),
                  ", expected float32, float64, bfloat16 or float16");
     DITHER_CHECK(t.is_cuda() == head.is_cuda() && (!t.is_cuda() || t.get_device_index() == head.get_device_index()), op,
                  ": tensors[", i, "] is on ", device_of(t), ", expected ", device_of(head), " like tensors[0]");
-    kept.push_back(memory_of(Seen(t)) == Memory::dense ? t : torch::stable::contiguous(t));
-    parts.push_back({kept.back().const_data_ptr(), t.numel(), *type, true});
+    const void* x = t.const_data_ptr();
+    if (memory_of(Seen(t)) != Memory::dense) {
+      kept.push_back(torch::stable::contiguous(t));
+      x = kept.back().const_data_ptr();
+    }
+    parts.push_back({x, t.numel(), *type, true});
     chunks += sum_chunks(t.numel());
   }
   Tensor out = torch::stable::new_zeros(head, {}, ScalarType::Double);

@@ -24,7 +24,7 @@ static void triad_(const Tensors& written, const Tensors& read, int64_t lists_wr
     Roof& r = roofs[i];
     r.written = int(lists_written);
     r.count = int(lists);
-    const auto add = [&](const Tensor& t, int k) {
+    const auto add = [&](const Listed& t, int k) {
       if (k == 0) numel[i] = t.numel();
       DITHER_CHECK(t.is_contiguous() && t.numel() == numel[i], op, ": tensor ", i, " of list ", k, " must be contiguous with ",
                    numel[i], " elements");
@@ -46,7 +46,7 @@ static void triad_(const Tensors& written, const Tensors& read, int64_t lists_wr
       sink += total;
     });
   } else {
-    const Tensor& head = written.empty() ? read[0] : written[0];
+    const Tensor head = written.empty() ? read[0] : written[0];
     const auto guard = device_guard(head);
     for (size_t i = 0; i < n; ++i) DITHER_CUDA_OK(op, roof_cuda(roofs[i], numel[i], current_stream(head)));
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -252,11 +253,14 @@ class FusedOptimizer(Optimizer):
         batches: dict[tuple[str, torch.device], _Batch] = {}
         clip = False
         for group in self.param_groups:
-            with_grad = [(p, g) for p in group["params"] if (g := p.grad) is not None]
-            if not with_grad:
+            params: list[Tensor] = group["params"]
+            grads: list[Any] = [p.grad for p in params]
+            if not all(map(operator.is_not, grads, itertools.repeat(None))):
+                params = [p for p, g in zip(params, grads) if g is not None]
+                grads = [g for g in grads if g is not None]
+            if not params:
                 continue
-            params, grads = [p for p, _ in with_grad], [g for _, g in with_grad]
-            states = self._states_of(params, group)
+            states, columns = self._states_of(params, group)
             if self._is_random(group) and group["seed"] is None:
                 group["seed"] = agreed(int(torch.randint(2**63 - 1, ())), params)
             clip = clip or group["max_norm"] is not None or group["skip_nonfinite"]
@@ -264,26 +268,29 @@ class FusedOptimizer(Optimizer):
             for device, some in _by_device(params):
                 batch = batches.setdefault((rule, device), _Batch(self._slots(group)))
                 if some is None:
-                    batch.extend(self, group, params, grads, states)
+                    batch.extend(self, group, params, grads, states, columns)
                 else:
                     pick = operator.itemgetter(*some, some[0])  # one more, so that a single index gives a tuple too
-                    batch.extend(self, group, *(list(pick(each)[:-1]) for each in (params, grads, states)))
+                    some_of = [list(pick(each)[:-1]) for each in (params, grads, states, *columns)]
+                    batch.extend(self, group, some_of[0], some_of[1], some_of[2], some_of[3:])
         for batch in batches.values():
             batch.unwrap()
         norms = _norms(batches.values()) if clip and batches else {}
         for (rule, device), batch in batches.items():
             batch.run(rule, norms.get(device), _on(device, self, "grad_scale"), _on(device, self, "found_inf"))
 
-    def _states_of(self, params: list[Tensor], group: dict[str, Any]) -> list[dict[str, Any]]:
-        """The state of each parameter, begun where it is missing."""
-        state, needed = self.state, ("step", *self._all_slots(group))
-        states = [state[p] for p in params]
-        if not all(name in st for name in needed for st in states):
+    def _states_of(self, params: list[Tensor], group: dict[str, Any]) -> tuple[list[dict[str, Any]], list[list[Tensor]]]:
+        """The state of each parameter, begun where it is missing; and of all of them the step, the slots and Grokfast's."""
+        states = list(map(self.state.__getitem__, params))
+        needed = ("step", *self._all_slots(group))
+        try:
+            return states, [[st[name] for st in states] for name in needed]
+        except KeyError:
             number = self._streams()
             for p, st in zip(params, states):
                 if not all(name in st for name in needed):
                     self._init_state(p, group, number)
-        return states
+            return states, [[st[name] for st in states] for name in needed]
 
     # ---- checkpoints
 
@@ -393,10 +400,6 @@ def _restored(name: str, value: Any, p: Tensor) -> Tensor:
 _is_cpu = operator.attrgetter("is_cpu")
 
 
-def _is_plain(t: Tensor) -> bool:
-    return type(t) is torch.nn.Parameter or type(t) is Tensor
-
-
 def _operator() -> Callable[..., None]:
     op = ops.native.fused_step_
     return getattr(op, "default", op)  # the overload itself is dispatched faster than its packet
@@ -425,6 +428,7 @@ class _Batch:
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
+        self.steps: list[Tensor] = []
         self.groups: list[int] = []
         self.hyper: list[float] = []
         self.seeds: list[int] = []
@@ -440,6 +444,7 @@ class _Batch:
         params: list[Tensor],
         grads: list[Tensor],
         states: list[dict[str, Any]],
+        columns: list[list[Tensor]],
     ) -> None:
         self.groups += [len(self.seeds)] * len(params)
         lr = group["lr"]
@@ -453,15 +458,16 @@ class _Batch:
         self.params += params
         self.grads += grads
         self.states += states
-        for name, collected in self.slots.items():
-            collected += [st[name] for st in states]
+        self.steps += columns[0]
+        for collected, column in zip(self.slots.values(), columns[1:]):
+            collected += column
 
     def unwrap(self) -> None:
         """Replace DTensors by their local shards."""
         if self.random:
             for p, st in zip(self.params, self.states):
                 self.places += (st["stream"], *place_of(p))
-        if not all(map(_is_plain, self.params)):
+        if not {Tensor, torch.nn.Parameter}.issuperset(map(type, self.params)):
             self.sharded = self.grads
             self.grads = [local(g, like=p) for p, g in zip(self.params, self.grads)]
             self.params = [local(p) for p in self.params]
@@ -471,7 +477,7 @@ class _Batch:
         emas, masks = [], []
         if self.smooth:
             emas = [local(st["grokfast_ema"]) if "grokfast_ema" in st else p for st, p in zip(self.states, self.params)]
-        if any("mask" in st for st in self.states):
+        if any(map(operator.contains, self.states, itertools.repeat("mask"))):
             none = torch.empty(0, dtype=torch.uint8, device=self.params[0].device)
             masks = [_in_storage_order(st["mask"], p) if "mask" in st else none for st, p in zip(self.states, self.params)]
         torch.autograd.graph.increment_version(self.params)
@@ -481,7 +487,7 @@ class _Batch:
                 self.params,
                 self.grads,
                 [s for slot in self.slots.values() for s in slot],
-                [st["step"] for st in self.states],
+                self.steps,
                 [st["mu_product"] for st in self.states] if rule == "nadam" else [],
                 self.groups,
                 self.hyper,

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# All that a machine with a GPU should do, in under ten minutes: build for its GPU, run the tests on it, compare the bits of CPU
+# and CUDA, time the kernels. It installs nothing but dither: torch, numpy, pybind11, cmake, ninja, nvcc, pytest and scipy
+# must be there; peers are timed where they are installed.
+#   PYTHON=python3 OUT=bench/results bash bench/gpu_visit.sh
+# writes to $OUT: build.log, tests.log, bits.log, <date>-<gpu>.json, <date>-<gpu>.md. The exit status is 0 if all of it succeeded.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-bench/results}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+SECONDS=0
+failed=()
+
+phase() { # name, most seconds, log, command...: stops at the end of the ten minutes in any case
+    local name=$1 most=$2 log=$3 left=$((580 - SECONDS))
+    shift 3
+    [ "$left" -lt "$most" ] && most=$left
+    if timeout --signal=INT --kill-after=10 "$most" "$@" >"$log" 2>&1; then
+        echo "$name: done after $SECONDS s"
+    else
+        failed+=("$name")
+        echo "$name: FAILED after $SECONDS s; the end of $log:"
+    fi
+    tail -n 12 "$log"
+}
+
+read -r arch gpu < <("$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}", torch.cuda.get_device_name().replace(" ", "-"))') || exit 1
+echo "$gpu, compute capability $arch"
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch} DITHER_BUILD_DIR=${DITHER_BUILD_DIR:-build/cmake}
+phase build 240 "$OUT/build.log" "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -v -e .
+workers=$("$PYTHON" -c 'import xdist; print("-n 6")' 2>/dev/null)
+# shellcheck disable=SC2086
+phase tests 240 "$OUT/tests.log" "$PYTHON" -m pytest -q $workers -k "cuda and not emulated_cuda"
+phase bits 60 "$OUT/bits.log" "$PYTHON" bench/compare_bits.py
+result="$OUT/$(date +%F)-$gpu"
+phase bench 240 "$OUT/bench.log" "$PYTHON" -m dither bench --device cuda --json "$result.json" --markdown "$result.md"
+echo "after $SECONDS s: ${#failed[@]} failed ${failed[*]}"
+[ "${#failed[@]}" -eq 0 ]

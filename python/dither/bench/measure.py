@@ -1,0 +1,139 @@
+"""Time a kernel, what a user would call instead, and the roof, in turns: A B C, B C A, C A B, ..."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Setting:
+    device: torch.device
+    quick: bool
+    threads: int
+
+    @property
+    def rounds(self) -> int:
+        return 3 if self.quick else 15
+
+    def scaled(self, numel: int) -> int:
+        return numel // 10 if self.quick else numel
+
+
+@dataclass
+class Contest:
+    """What is timed for one case.
+
+    bytes: the least that must be read and written. roof: a loop that moves just these.
+    """
+
+    subject: Callable[[], object]
+    peers: dict[str, Callable[[], object]]
+    bytes: int
+    elements: int
+    roof: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table. `prepare` allocates; what it made is freed after the row."""
+
+    family: str
+    name: str
+    size: str
+    prepare: Callable[[], Contest]
+    threads: int | None = None  # default: those of the setting
+
+
+@dataclass
+class Row:
+    """Seconds are medians; ratios are medians over rounds of the quotient within a round, so that drift cancels."""
+
+    family: str
+    name: str
+    size: str
+    threads: int
+    bytes: int
+    elements: int
+    seconds: float
+    cold_seconds: float
+    spread: float  # (third quartile - first quartile) / median
+    roof_seconds: float | None = None
+    of_roof: float | None = None  # the roof's time / ours
+    peer_seconds: dict[str, float] = field(default_factory=dict)
+    speedups: dict[str, float] = field(default_factory=dict)  # the peer's time / ours
+
+
+def measure(case: Case, setting: Setting) -> Row:
+    """Run a case: every contender in turns with its data as the last call left it, then the subject with cold caches."""
+    threads = case.threads or setting.threads
+    torch.set_num_threads(threads)
+    try:
+        contest = case.prepare()
+        runs = {"": contest.subject, **contest.peers, **({"roof": contest.roof} if contest.roof else {})}
+        hot = _turns(runs, setting, flush=None)
+        cold = _turns({"": contest.subject}, setting, flush=_Flush(setting.device))
+    finally:
+        torch.set_num_threads(setting.threads)
+    size = contest.bytes, contest.elements
+    del contest, runs
+    gc.collect()
+    ours = hot.pop("")
+    middle, (low, _, high) = statistics.median(ours), statistics.quantiles(ours, n=4)
+    row = Row(case.family, case.name, case.size, threads, *size, middle, statistics.median(cold[""]), (high - low) / middle)
+    for name, times in hot.items():
+        ratio = statistics.median(t / own for t, own in zip(times, ours))
+        if name == "roof":
+            row.roof_seconds, row.of_roof = statistics.median(times), ratio
+        else:
+            row.peer_seconds[name], row.speedups[name] = statistics.median(times), ratio
+    return row
+
+
+def _turns(
+    runs: dict[str, Callable[[], object]], setting: Setting, flush: Callable[[], object] | None
+) -> dict[str, list[float]]:
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    clock = _cuda_seconds if setting.device.type == "cuda" else _seconds
+    for name in names * 2:
+        runs[name]()  # warm
+    for _ in range(setting.rounds):
+        for name in names:
+            if flush:
+                flush()
+            elif len(names) > 1:
+                runs[name]()  # its own data, not its neighbour's, is what the caches hold
+            times[name].append(clock(runs[name]))
+        names = names[1:] + names[:1]
+    return times
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+class _Flush:
+    """Rewrite more memory than any cache holds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.zeros(1 << 28, dtype=torch.uint8, device=device)
+
+    def __call__(self) -> None:
+        self.memory.add_(1)

@@ -1,0 +1,99 @@
+"""The table of a benchmark run: on the terminal, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ops import build_info
+from .measure import Row, Setting
+
+_PEERS = ("pytorch-optimizer", "torch-optimizer", "adabelief-pytorch", "torch-adopt", "timm")
+_NOTE = (
+    "Medians; all contenders of a row were timed in turns within one run. GB/s: least bytes over time. Roof: a loop that moves "
+    "the same bytes with next to no arithmetic; 100 % is its speed. Cold: caches flushed before every call. A number "
+    "behind a peer is its time divided by dither's."
+)
+
+
+class Report:
+    def __init__(self, setting: Setting) -> None:
+        self.rows: list[Row] = []
+        self.about: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "device": device_name(setting.device),
+            "threads": setting.threads,
+            "command": " ".join(["python -m dither", *sys.argv[1:]]),
+            "quick": setting.quick,
+            "python": platform.python_version(),
+            **build_info(),
+            "peers": {name: version for name in _PEERS if (version := _version(name))},
+        }
+        print(f"{self.about['device']}, {setting.threads} threads, torch {torch.__version__}", flush=True)
+        print(_line(_HEADERS), flush=True)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(_line(_cells(row)), flush=True)
+
+    def write_json(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**self.about, "rows": [dataclasses.asdict(r) for r in self.rows]}, indent=1) + "\n")
+
+    def write_markdown(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = "\n".join(f"- {name}: {value}" for name, value in self.about.items() if value not in ("", {}, None))
+        lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADERS, ["---"] * len(_HEADERS), *map(_cells, self.rows))]
+        path.write_text(f"# Benchmarks, {self.about['date']}\n\n{about}\n\n{_NOTE}\n\n" + "\n".join(lines) + "\n")
+
+
+_HEADERS = ["case", "size", "time", "GB/s", "of roof", "cold", "peers"]
+_WIDTHS = [-46, -11, 9, 6, 7, 9]
+
+
+def _line(cells: list[str]) -> str:
+    aligned = [f"{c:<{-w}}" if w < 0 else f"{c:>{w}}" for c, w in zip(cells, _WIDTHS)]
+    return " ".join([*aligned, " " + cells[-1]])
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.name if row.threads > 1 else f"{row.name}, 1 thread",
+        row.size,
+        _time(row.seconds),
+        f"{row.bytes / row.seconds / 1e9:.1f}" if row.bytes else "",
+        f"{row.of_roof:.0%}" if row.of_roof else "",
+        _time(row.cold_seconds),
+        ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row.speedups.items()),
+    ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.processor() or platform.machine()
