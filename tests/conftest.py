@@ -1,6 +1,7 @@
 """One fixture runs every kernel test on each implementation: the CPU kernels, the CUDA sources on CPU fibers, and CUDA."""
 
 import functools
+import os
 import pathlib
 import subprocess
 import sys
@@ -29,9 +30,11 @@ def emulator() -> Any:
         "TORCH_ROOT": pathlib.Path(torch.__file__).parent,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
+    beside = {**os.environ, "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])}  # cmake and ninja
+    run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, env=beside)
     flags = [f"-D{name}={value}" for name, value in defines.items()]
-    subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *flags], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", build, "--target", "dither_emu"], check=True, stdout=subprocess.DEVNULL)
+    run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *flags])
+    run(["cmake", "--build", build, "--target", "dither_emu"])
     torch.ops.load_library(next(build.glob("libdither_emu*.so")))
     return torch.ops.dither_emu
 
