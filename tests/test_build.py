@@ -55,8 +55,7 @@ def test_with_an_old_torch(tmp_path):
     "asked, built",
     [
         (None, {"sm_80", "sm_90", "sm_100", "sm_120", "compute_120"}),
-        ("8.6;9.0a", {"sm_86", "sm_90a"}),
-        ("8.0 9.0+PTX", {"sm_80", "sm_90", "compute_90"}),
+        ("8.6;9.0a 10.0+PTX", {"sm_86", "sm_90a", "sm_100", "compute_100"}),
     ],
 )
 def test_architectures(tmp_path, asked, built):
