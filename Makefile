@@ -17,7 +17,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m dither bench
 
 lint: $(VENV)/.test
-	$(BIN)/python -m pip install -q ruff mypy clang-format
+	$(BIN)/python -m pip install -q ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 

@@ -129,11 +129,14 @@ def _cuda_seconds(run: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
+_FLUSHED = 1 << 28  # bytes
+
+
 class _Flush:
     """Rewrite more memory than any cache holds."""
 
     def __init__(self, device: torch.device) -> None:
-        self.memory = torch.zeros(1 << 28, dtype=torch.uint8, device=device)
+        self.memory = torch.zeros(_FLUSHED, dtype=torch.uint8, device=device)
 
     def __call__(self) -> None:
         self.memory.add_(1)

@@ -16,7 +16,7 @@ import torch
 from ..ops import build_info
 from .measure import Row, Setting
 
-_PEERS = ("pytorch-optimizer", "torch-optimizer", "adabelief-pytorch", "torch-adopt", "timm")
+_PEERS = ("pytorch-optimizer", "torch-optimizer", "adabelief-pytorch", "torch-adopt")
 _NOTE = (
     "Medians; all contenders of a row were timed in turns within one run. GB/s: least bytes over time. Roof: a loop that moves "
     "the same bytes with next to no arithmetic; 100 % is its speed. Cold: caches flushed before every call. A number "
@@ -38,6 +38,8 @@ class Report:
             "peers": {name: version for name in _PEERS if (version := _version(name))},
         }
         print(f"{self.about['device']}, {setting.threads} threads, torch {torch.__version__}", flush=True)
+        if len(self.about["peers"]) < len(_PEERS):
+            print(f"of the peers {', '.join(self.about['peers']) or 'none'} installed; all: pip install 'dither[bench]'")
         print(_line(_HEADERS), flush=True)
 
     def add(self, row: Row) -> None:

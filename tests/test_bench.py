@@ -1,0 +1,92 @@
+"""The memory roof, the measurement and its reports. No time is asserted."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from dither import bench
+from dither.bench import Case, Contest, Setting, measure
+
+SHAPES = [(1, 0), (1, 1), (2, 1), (3, 2), (4, 1), (0, 1), (0, 2), (5, 0), (5, 3)]
+
+
+@pytest.mark.parametrize("written, read", SHAPES)
+@pytest.mark.parametrize("dtypes", [(torch.int32,), (torch.int64, torch.int32)], ids=["one width", "two widths"])
+def test_the_roof_rewrites_every_word(backend, written, read, dtypes):
+    numels = (20_000, 64, 4096)
+
+    def tensors(lists, first):
+        types = [dtypes[(first + k) % len(dtypes)] for k in range(lists)]
+        return [torch.full((n,), 7, dtype=t, device=backend.device) for t in types for n in numels]
+
+    changed, kept = tensors(written, 0), tensors(read, written)
+    before = [t.clone() for t in changed]
+    backend.ops.triad_(changed, kept, written, read)
+    for t, b in zip(changed, before):
+        assert (t.view(torch.int32) != b.view(torch.int32)).all()
+    assert all((t == 7).all() for t in kept)
+
+
+@pytest.mark.parametrize(
+    "written, read, lists, message",
+    [
+        (1, 0, (0, 0), "got 0 lists, expected 1 to 8"),
+        (9, 0, (9, 0), "got 9 lists, expected 1 to 8"),
+        (2, 1, (1, 1), "got 2 and 1 tensors, expected 2 and 2"),
+    ],
+)
+def test_the_roof_refuses(backend, written, read, lists, message):
+    if backend.device == "cuda":
+        pytest.skip("the same checks")
+    with pytest.raises(RuntimeError, match=f"triad_: {message}"):
+        backend.ops.triad_([torch.zeros(8)] * written, [torch.zeros(8)] * read, *lists)
+    with pytest.raises(RuntimeError, match="triad_: tensor 0 of list 1 must be contiguous with 8 elements"):
+        backend.ops.triad_([torch.zeros(8)], [torch.zeros(4)], 1, 1)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(sys.modules[measure.__module__], "_FLUSHED", 64)
+    monkeypatch.setattr(Setting, "scaled", lambda self, numel: max(1, numel // 10_000))
+
+
+def test_contenders_take_turns(tiny):
+    calls = []
+    contest = Contest(lambda: calls.append("a"), {"b": lambda: calls.append("b")}, bytes=8, elements=2)
+    row = measure(Case("noise", "x", "2", lambda: contest), Setting(torch.device("cpu"), quick=True, threads=1))
+    warm, rounds, cold = calls[:4], calls[4:16], calls[16:]
+    assert warm == ["a", "b", "a", "b"]
+    assert rounds == [*"aabb", *"bbaa", *"aabb"]  # each once untimed, then timed
+    assert set(cold) == {"a"}
+    assert row.bytes == 8 and row.elements == 2 and row.threads == 1 and row.of_roof is None
+    assert row.speedups["b"] > 0 and row.seconds > 0 and row.cold_seconds > 0
+
+
+def test_threads_are_those_of_the_case_and_restored(tiny):
+    before, seen = torch.get_num_threads(), []
+    contest = Contest(lambda: seen.append(torch.get_num_threads()), {}, bytes=1, elements=1)
+    measure(Case("noise", "x", "1", lambda: contest, threads=1), Setting(torch.device("cpu"), quick=True, threads=before))
+    assert set(seen) == {1} and torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("family", bench._FAMILIES)
+def test_a_family_end_to_end(family, tiny, tmp_path, capsys):
+    report = bench.main([family], tmp_path / "a" / "b.json", tmp_path / "b.md", quick=True, threads=1)
+    written = json.loads((tmp_path / "a" / "b.json").read_text())
+    assert len(written["rows"]) == len(report.rows) > 10 and written["threads"] == 1
+    table = (tmp_path / "b.md").read_text()
+    out = capsys.readouterr().out
+    for row in report.rows:
+        assert row.family == family and row.seconds > 0 and row.of_roof > 0
+        assert row.name in out and f"| {row.name}" in table
+    assert any(row.speedups for row in report.rows)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="family is 'noize', expected one of noise, optim"):
+        bench.main(["noize"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is 'cuda', expected 'cpu': torch finds no GPU"):
+            bench.main([], device="cuda")
