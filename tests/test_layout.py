@@ -60,6 +60,7 @@ def test_includes(path):
 
 EVERYTHING = None
 EDGES: dict[str, set[str] | None] = {
+    "_extras": set(),
     "reference": set(),
     "ops": {"reference"},
     "noise": {"ops"},

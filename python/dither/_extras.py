@@ -1,0 +1,22 @@
+"""Packages that the library itself does without: pip installs them with an extra."""
+
+import importlib
+from types import ModuleType
+
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
+
+class MissingExtra(ModuleNotFoundError):
+    """A package of an extra is not installed; the message is the pip command."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """The imported `module`; where its package is missing, `MissingExtra` names the package and the extra of dither."""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:  # the package is there and lacks something else
+            raise
+        name = _DISTRIBUTIONS.get(package, package)
+        raise MissingExtra(f"this needs {name}: pip install 'dither[{extra}]'", name=package) from error

@@ -1,0 +1,230 @@
+"""The tables, the figure and the Markdown page of the demonstration."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .._extras import require
+from ..ops import build_info
+from .experiments import DEEP, ETA, GRID_ETA, GRID_LR, LR, MAX_NORM, POOR, SMALL, SMALL_ARMS, Results, Settings
+from .train import BATCH, Run
+
+console = require("rich.console", extra="demo")
+rich_box = require("rich.box", extra="demo")
+rich_table = require("rich.table", extra="demo")
+Figure = require("matplotlib.figure", extra="demo").Figure
+
+INK, MUTED = "#24292f", "#8c959f"
+COLORS = {"SGD": "#8c959f", "SGD + noise": "#0969da", "SGD, He init": "#1a7f37", "AdamW": "#bc4c00"}
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        ruler = ["---", *["---:"] * (len(self.columns) - 1)]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [self.columns, ruler, *self.rows])
+
+    def show(self) -> None:
+        table = rich_table.Table(
+            title=self.title, title_justify="left", title_style="bold", box=rich_box.SIMPLE_HEAD, collapse_padding=True
+        )
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        console.Console().print(table)
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def mean_test(runs: list[Run]) -> float:
+    return statistics.fmean(run.test for run in runs)
+
+
+def rms(runs: list[Run]) -> float:
+    return statistics.fmean(run.weight_rms for run in runs)
+
+
+def _table(title: str, arms: dict[str, list[Run]], weights: bool) -> Table:
+    columns = ["", "accuracy, %", "worst", "best", *["weight rms"] * weights, "seconds", "memory, KiB"]
+    rows = []
+    for name, runs in arms.items():
+        accuracies = [100 * run.test for run in runs]
+        cells = [f"{a:.1f}" for a in (statistics.fmean(accuracies), min(accuracies), max(accuracies))]
+        cells += [f"{rms(runs):.3f}"] * weights
+        cells += [f"{statistics.fmean(run.seconds for run in runs):.2f}", f"{max(run.memory for run in runs) / 1024:,.1f}"]
+        rows.append([name, *cells])
+    return Table(title, columns, rows)
+
+
+def tables(results: Results) -> list[Table]:
+    seeds = f"seeds: {results.settings.seeds}"
+    depth = f"{len(DEEP) - 2} hidden layers of {DEEP[1]}"
+    found = [
+        _table(f"Gradient noise: {depth}, {seeds}", results.deep, weights=True),
+        _table(f"Optimizers: {' - '.join(map(str, SMALL))}, {seeds}", results.small, weights=False),
+    ]
+    if results.grid:
+        rows = [[f"lr {lr}", *(percent(results.grid[lr, eta]) for eta in GRID_ETA)] for lr in GRID_LR]
+        columns = ["validation accuracy", *(f"eta {eta}" if eta else "no noise" for eta in GRID_ETA)]
+        found.append(Table("How much noise: one seed", columns, rows))
+    return found
+
+
+def _smooth(losses: list[float], window: int = 20) -> torch.Tensor:
+    return torch.tensor(losses).unfold(0, window, 1).mean(1)
+
+
+def figure(results: Results, path: Path) -> None:
+    """Loss curves of the deep network, accuracy over the grid, accuracies of the small network's optimizers."""
+    panels = 3 if results.grid else 2
+    fig = Figure(figsize=(5.2 * panels, 4.7), layout="constrained")
+    axes = fig.subplots(1, panels, width_ratios=[1.25, 1, 1][:panels])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.title.set_fontsize(11)
+    for name, runs in results.deep.items():
+        for run in runs:
+            curve = _smooth(run.losses)
+            label = f"{name}: {percent(mean_test(runs))}" if run is runs[0] else None
+            axes[0].plot(curve, color=COLORS[name], lw=0.9, alpha=0.75, label=label)
+    axes[0].set(xlabel="step", ylabel="training loss (mean of 20 batches)", ylim=(0, 2.6))
+    axes[0].set_title(f"{len(DEEP) - 2} hidden ReLU layers, weights N(0, {POOR}²): a line per seed", loc="left")
+    title = "mean test accuracy of the deep network"
+    legend = fig.legend(loc="outside lower left", ncols=4, title=title, frameon=False, alignment="left")
+    for line in legend.get_lines():
+        line.set(lw=2, alpha=1)
+
+    if results.grid:
+        values = [[100 * results.grid[lr, eta] for eta in GRID_ETA] for lr in GRID_LR]
+        axes[1].imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                axes[1].text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 70 else INK)
+        axes[1].set_xticks(range(len(GRID_ETA)), [str(eta) for eta in GRID_ETA])
+        axes[1].set_yticks(range(len(GRID_LR)), [str(lr) for lr in GRID_LR])
+        axes[1].set(xlabel="noise_eta", ylabel="learning rate")
+        axes[1].set_title("validation accuracy, %, of one seed", loc="left")
+        axes[1].spines[:].set_visible(False)
+        axes[1].tick_params(length=0)
+
+    names = list(results.small)
+    for i, name in enumerate(names):
+        accuracies = [100 * run.test for run in results.small[name]]
+        heights = torch.linspace(i - 0.2, i + 0.2, len(accuracies))
+        axes[-1].scatter(accuracies, heights, s=26, color=COLORS["SGD + noise"], alpha=0.6, lw=0)
+        axes[-1].plot([statistics.fmean(accuracies)] * 2, [i - 0.28, i + 0.28], color=INK, lw=1.5)
+    axes[-1].set_yticks(range(len(names)), names)
+    axes[-1].set_ylim(len(names) - 0.5, -0.5)
+    axes[-1].grid(axis="x", color=MUTED, alpha=0.25, lw=0.6)
+    axes[-1].set(xlabel="test accuracy, %: a dot per seed, a line for the mean")
+    axes[-1].set_title(" - ".join(map(str, SMALL)), loc="left")
+    fig.savefig(path, dpi=150)
+
+
+def cost(results: Results) -> str:
+    """Time, and the most memory that the process had resident, libraries and all."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return f"{results.seconds:.0f} s"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{results.seconds:.0f} s and at most {peak / 2**20:.0f} MiB of resident memory"
+
+
+def _fill(text: str, indent: str = "") -> str:
+    return textwrap.fill(" ".join(text.split()), 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def findings(results: Results) -> list[str]:
+    """Paragraphs on the runs of the deep network, in the numbers of this run."""
+    plain, noisy, he, adamw = (results.deep[name] for name in ("SGD", "SGD + noise", "SGD, He init", "AdamW"))
+    pairs = ", ".join(f"{100 * a.test:.1f} → {100 * b.test:.1f}" for a, b in zip(plain, noisy))
+    found = [
+        f"""Without noise SGD reaches {percent(mean_test(plain))}, where chance is 10 %; with noise {percent(mean_test(noisy))}.
+        Seed by seed, in %: {pairs}.""",
+        f"""Weights of standard deviation {POOR} halve the signal in every layer, and the gradient on its way back. Noise adds
+        up in the weights, most of it in the early steps, until signals pass: their rms goes from {POOR} to {rms(noisy):.3f},
+        where He's rule asks for {(2 / DEEP[1]) ** 0.5:.3f}. So noise stands in for a good start: SGD from He's reaches
+        {percent(mean_test(he))}, and AdamW, which divides by the size of the gradient, {percent(mean_test(adamw))} from the
+        poor start.""",
+    ]
+    if results.grid:
+        without = max(results.grid[lr, 0.0] for lr in GRID_LR)
+        best = ", ".join(f"{percent(max(results.grid[lr, eta] for eta in GRID_ETA))} at lr {lr}" for lr in GRID_LR)
+        found.append(
+            f"""The right amount of noise is a narrow choice (table below, one seed): too little leaves the signal dead, too
+            much drowns the gradient, and what counts is about lr² eta. Without noise no learning rate gets beyond
+            {percent(without)}; with the best amount: {best}."""
+        )
+    return [_fill(text) for text in found]
+
+
+def conditions(results: Results) -> list[str]:
+    """What one has to know to read the numbers and to get them again."""
+    settings, tuned, info, gpu = results.settings, Settings(), build_info(), results.device == "cuda"
+    device = torch.cuda.get_device_name() if gpu else f"CPU ({info.get('cpu_capability', 'reference')})"
+    memory = "the most that torch had allocated on the GPU" if gpu else "parameters, gradients and optimizer states"
+    rates = ", ".join(f"{arm.name} {arm.optimizer.keywords['lr']}" for arm in SMALL_ARMS)
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "scikit-learn", "matplotlib")]
+    found = [
+        """Data: scikit-learn's digits, 1,797 scanned 8 x 8 images, in a fixed split with equal classes: 1,077 for training, 360
+        for validation (learning rates, amount of noise), 360 for the test (first two tables, after the last step).""",
+        f"""Gradient noise, after Neelakantan et al. 2015, "Adding Gradient Noise Improves Learning for Very Deep Networks":
+        {len(DEEP) - 2} hidden ReLU layers of {DEEP[1]}, biases 0, weights N(0, {POOR}²) or, for He, N(0, 2/fan_in);
+        {settings.deep_steps} batches of {BATCH}; the norm of all gradients clipped to {MAX_NORM:.0f}, then noise
+        N(0, eta/(1+t)^0.55) after t steps, eta {ETA}. SGD has lr {LR} in all rows, AdamW 0.001 (the best of 0.0003, 0.001,
+        0.003 on the validation images, after {tuned.deep_steps} batches).""",
+        f"""Optimizers: {settings.small_steps} batches of {BATCH}; for each the best lr of 1e-4, 3e-4, 1e-3, 3e-3, 1e-2 on the
+        validation images, after {tuned.small_steps} batches: {rates}.""",
+        f"Seeds 0 to {settings.seeds - 1}. Runs of a seed share their batches and, up to scale, their initial weights.",
+        f"Seconds: the training loop alone, mean over seeds. Memory: {memory}.",
+        f"{device}, one CPU thread. Everything took {cost(results)}.",
+        f"dither {info['version']}, {', '.join(versions)}, Python {platform.python_version()}, {platform.platform()}.",
+    ]
+    return [_fill("- " + text, indent="  ") for text in found]
+
+
+def markdown(results: Results) -> str:
+    deep, small, *grid = (f"**{table.title}**\n\n{table.markdown()}" for table in tables(results))
+    bfloat16 = _fill(
+        """AdamW bfloat16 keeps parameters, gradients and both moments in bfloat16 and rounds stochastically: half
+        their bytes. Differences smaller than the spread of the seeds mean nothing (one test image is 0.28 %)."""
+    )
+    paragraphs = [
+        "# Gradient noise and fused optimizers on real digits",
+        "![Loss curves and accuracies](figure.png)",
+        "## Gradient noise",
+        deep,
+        *findings(results),
+        *grid,
+        "## Optimizers",
+        small,
+        bfloat16,
+        "## Settings",
+        "\n".join(conditions(results)),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def write(results: Results, out: Path) -> None:
+    """Print the tables; write `figure.png` and `report.md`."""
+    for table in tables(results):
+        table.show()
+    figure(results, out / "figure.png")
+    (out / "report.md").write_text(markdown(results), encoding="utf-8")
+    print(f"Took {cost(results)}. Wrote {out / 'report.md'} and {out / 'figure.png'}")
