@@ -25,6 +25,8 @@ static const char* const kHyperNames[] = {
 #undef X
 };
 
+constexpr int64_t kWorthThreads = 1 << 17;  // elements below which a second thread costs more than it brings
+
 static std::string list(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
 // What the checks and the kernels ask of a tensor, each asked once: a thousand small tensors are mostly questions.
@@ -336,8 +338,7 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
       first_unit[i + 1] = first_unit[i] + (skip ? 0 : (slot[i].numel + kUnit - 1) / kUnit);
     }
     const auto step = DITHER_PICK_ISA(step_range);
-    // A second thread costs more than it brings below some hundred thousand elements.
-    const int64_t grain = total < (1 << 17) ? first_unit[n] + 1 : 4;
+    const int64_t grain = total < kWorthThreads ? first_unit[n] + 1 : 4;
     parallel(first_unit[n], grain, [&](int64_t lo, int64_t hi) {
       size_t i = std::upper_bound(first_unit.begin(), first_unit.end(), lo) - first_unit.begin() - 1;
       for (; i < n && first_unit[i] < hi; ++i) {
@@ -376,7 +377,7 @@ static Tensor sum_of_squares(const Tensors& tensors) {
   DITHER_CHECK(!tensors.empty(), op, ": tensors is empty, expected at least one tensor");
   std::vector<SumPart> parts;
   std::vector<Tensor> kept;
-  int64_t chunks = 0;
+  int64_t chunks = 0, total_numel = 0;
   const Tensor head = tensors[0];
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Listed& t = tensors[i];
@@ -392,6 +393,7 @@ static Tensor sum_of_squares(const Tensors& tensors) {
     }
     parts.push_back({x, t.numel(), *type, true});
     chunks += sum_chunks(t.numel());
+    total_numel += t.numel();
   }
   Tensor out = torch::stable::new_zeros(head, {}, ScalarType::Double);
   double* total = static_cast<double*>(out.mutable_data_ptr());
@@ -400,7 +402,7 @@ static Tensor sum_of_squares(const Tensors& tensors) {
     std::vector<int64_t> first(parts.size() + 1, 0);
     for (size_t i = 0; i < parts.size(); ++i) first[i + 1] = first[i] + sum_chunks(parts[i].numel);
     std::vector<double> partial(chunks);
-    parallel(chunks, 2, [&](int64_t lo, int64_t hi) {
+    parallel(chunks, total_numel < kWorthThreads ? chunks : 2, [&](int64_t lo, int64_t hi) {
       size_t i = std::upper_bound(first.begin(), first.end(), lo) - first.begin() - 1;
       for (int64_t c = lo; c < hi; ++c) {
         while (c >= first[i + 1]) ++i;

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict, Unpack
 
 from .. import ops
 from ..ops import Hyper
-from ._shards import agreed, local, place_of, reduce_over_shards
+from ._shards import agreed, is_sharded, local, place_of, reduce_over_shards, shard_like
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -32,6 +32,7 @@ class Extras(TypedDict, total=False):
     stochastic_rounding: round bfloat16 and float16 parameters and states up or down at random, right on average.
     state_dtype: dtype of the moving averages; by default float32 for 16-bit parameters, else the parameter's.
     seed: of the noise and the rounding; by default drawn from torch's generator when first needed, and kept in state_dict.
+        Required where torch.distributed runs several processes and the parameters are no DTensors.
     maximize: ascend. capturable: accepted; on CUDA every step may be captured into a graph. foreach, fused,
     differentiable: accepted for compatibility; a differentiable step is refused.
     """
@@ -140,6 +141,9 @@ class FusedOptimizer(Optimizer):
         for name, (low, high, excluded) in _RANGES.items():
             if group.get(name) is not None:
                 _check_range(owner, name, group[name], low, high, excluded)
+        for name in ("max_norm", "clip_value"):
+            if group[name] == 0:
+                raise ValueError(f"{owner}: {name} is 0, expected a positive number, or None for no clipping")
         for i, beta in enumerate(group.get("betas", ())):
             _check_range(owner, f"betas[{i}]", beta, 0, 1, True)
         if group["differentiable"]:
@@ -182,6 +186,8 @@ class FusedOptimizer(Optimizer):
         for slot in self._all_slots(group):
             value = group[self._first_values[slot]] if slot in self._first_values else 0.0
             if slot not in state:
+                if slot == "grokfast_ema":  # in 16 bits an average over many steps would stand still
+                    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
                 state[slot] = torch.full_like(p, value, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
         if self._rule(group) == "nadam":
             state.setdefault("mu_product", torch.ones((), **clock))
@@ -194,7 +200,8 @@ class FusedOptimizer(Optimizer):
     def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
         """Freeze elements of a parameter: where `mask` (bool, param's shape) is False, it and its state keep their bits.
 
-        The mask is kept as one bit per element, row-major, in `state[param]["mask"]` and in state_dict. None removes it.
+        The mask is kept as one bit per element, row-major, in `state[param]["mask"]` and in state_dict (there of a DTensor as
+        a bool DTensor). None removes it.
         """
         if not any(param is p for group in self.param_groups for p in group["params"]):
             raise ValueError(f"{type(self).__name__}.set_mask: the tensor is not a parameter of this optimizer")
@@ -262,7 +269,7 @@ class FusedOptimizer(Optimizer):
                 continue
             states, columns = self._states_of(params, group)
             if self._is_random(group) and group["seed"] is None:
-                group["seed"] = agreed(int(torch.randint(2**63 - 1, ())), params)
+                group["seed"] = agreed(type(self).__name__, params)
             clip = clip or group["max_norm"] is not None or group["skip_nonfinite"]
             rule = self._rule(group)
             for device, some in _by_device(params):
@@ -293,6 +300,16 @@ class FusedOptimizer(Optimizer):
             return states, [[st[name] for st in states] for name in needed]
 
     # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim; the mask of a DTensor is a bool DTensor there, which may be resharded like the other states."""
+        state_dict = super().state_dict()
+        states = state_dict["state"]
+        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if is_sharded(p) and "mask" in states.get(i, {}):
+                mask = ops.reference.optim.unpack_mask(states[i]["mask"], local(p).shape)
+                states[i] = {**states[i], "mask": shard_like(p, mask)}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class, or of the torch.optim class with the same states.
@@ -363,7 +380,8 @@ class FusedOptimizer(Optimizer):
             if name not in saved:
                 raise ValueError(f"{where} holds {sorted(saved)}, expected {name!r} among them")
         shapes = {name: list(p.shape) for name in (*slots, "grokfast_ema")}
-        shapes["mask"] = [(local(p).numel() + 7) // 8]
+        bits = getattr(saved.get("mask"), "dtype", None) == torch.uint8
+        shapes["mask"] = [(p.numel() + 7) // 8] if bits else list(p.shape)
         for name in shapes.keys() & saved.keys():
             given = list(saved[name].shape) if isinstance(saved[name], Tensor) else type(saved[name]).__name__
             if given != shapes[name]:
@@ -387,7 +405,9 @@ def _restored(name: str, value: Any, p: Tensor) -> Tensor:
         clock = torch.as_tensor(value, dtype=torch.float64 if getattr(value, "dtype", None) == torch.float64 else torch.float32)
         return clock.detach().to(device="cpu" if p.device.type == "cpu" else p.device, copy=True).view(())
     if name == "mask":
-        return value.detach().to(device=local(p).device, copy=True)
+        value = value.detach().to(device=local(p).device)
+        mask = ops.reference.optim.unpack_mask(value, p.shape) if value.dtype == torch.uint8 else value
+        return pack_mask(local(mask, like=p))
     if value.dtype == torch.float64 and p.dtype != torch.float64:
         value = value.float()
     if value.shape == p.shape:

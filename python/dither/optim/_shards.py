@@ -36,6 +36,12 @@ def local(t: Tensor, like: Tensor | None = None) -> Tensor:
     return d.to_local() if is_sharded(d) else d  # type: ignore[no-any-return]
 
 
+def shard_like(p: Tensor, t: Tensor) -> Tensor:
+    """A DTensor placed as the DTensor p, whose local shard is t."""
+    d: Any = p
+    return DTensor.from_local(t, d.device_mesh, d.placements, run_check=False, shape=d.shape, stride=d.stride())
+
+
 def place_of(p: Tensor) -> Place:
     """Where the local elements of p lie among the row-major elements of the whole tensor."""
     if not is_sharded(p):
@@ -44,31 +50,41 @@ def place_of(p: Tensor) -> Place:
 
     d: Any = p
     shape = list(d.shape)
-    size, offset = compute_local_shape_and_global_offset(d.shape, d.device_mesh, d.placements)
-    cut = [i for i in range(len(shape)) if size[i] != shape[i]]
-    if not cut or 0 in size:
-        return 0, max(d.to_local().numel(), 1), 0
+    placed = [
+        [(q, d.device_mesh.size(k)) for k, q in enumerate(d.placements) if getattr(q, "dim", None) == i] for i in range(d.ndim)
+    ]
+    parts = [math.prod(n for _, n in by) for by in placed]
+    largest = [-(-n // k) for n, k in zip(shape, parts)]  # the first rank's; all ranks refuse or none does
+    cut = [i for i in range(d.ndim) if largest[i] != shape[i]]
     # Dimensions after the last cut one are whole: a run is contiguous from there on, and the runs of one index before it
     # are equally far apart. Runs need two pitches where an earlier dimension is cut and one before that is not single.
-    last = cut[-1]
-    if len(cut) > 1 and any(n != 1 for n in size[: cut[-2]]):
+    if len(cut) > 1 and any(n != 1 for n in largest[: cut[-2]]):
         raise RuntimeError(
             "noise and stochastic rounding: a parameter sharded along two dimensions has no single pattern of addresses"
         )
     for i in cut:
-        by = [(q, d.device_mesh.size(k)) for k, q in enumerate(d.placements) if getattr(q, "dim", None) == i]
-        for k, (q, _) in enumerate(by):  # a strided shard is contiguous where later ones cut it evenly into its strides
-            later, total = math.prod(n for _, n in by[k + 1 :]), math.prod(n for _, n in by)
-            if type(q) is not Shard and (q.split_factor != later or shape[i] % total):
+        for k, (q, _) in enumerate(placed[i]):  # a strided shard is contiguous where later ones cut it evenly into its strides
+            later = math.prod(n for _, n in placed[i][k + 1 :])
+            if type(q) is not Shard and (q.split_factor != later or shape[i] % parts[i]):
                 raise RuntimeError(f"noise and stochastic rounding: a parameter of shape {shape} is sharded into strides")
+    size, offset = compute_local_shape_and_global_offset(d.shape, d.device_mesh, d.placements)
+    if not cut or 0 in size:
+        return 0, max(d.to_local().numel(), 1), 0
+    last = cut[-1]
     inner = math.prod(shape[last + 1 :])
     start = sum(o * math.prod(shape[i + 1 :]) for i, o in enumerate(offset))
     return start, size[last] * inner, shape[last] * inner
 
 
-def agreed(number: int, tensors: list[Tensor]) -> int:
-    """The first rank's number, where tensors are DTensors: the ranks of a mesh draw the same noise."""
-    meshes = dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t))  # type: ignore[attr-defined]
+def agreed(owner: str, params: list[Tensor]) -> int:
+    """A seed from torch's generator; the ranks of a mesh take the first rank's, so that they draw the same noise."""
+    number = int(torch.randint(2**63 - 1, ()))
+    meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
+    several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if several and not meshes:
+        raise ValueError(
+            f"{owner}: seed is None, expected an integer: noise of several processes, whose replicas would drift apart"
+        )
     for mesh in meshes:
         word = torch.tensor(number, device=mesh.device_type)
         for dim in range(mesh.ndim):
