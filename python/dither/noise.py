@@ -91,7 +91,7 @@ def _draw(
         raise RuntimeError(f"{distribution}_: out requires grad, its gradient would be wrong; use torch.no_grad() or detach()")
     where = _where(distribution, address)
     work = out if out.is_contiguous() else out.contiguous()
-    ops.native.draw_(work, distribution, parameters, bounds, *where, add)
+    ops.write("draw_", work, work, distribution, parameters, bounds, *where, add)
     if work is not out:
         out.copy_(work)
     return out
@@ -232,5 +232,5 @@ def stochastic_round(x: Tensor, dtype: torch.dtype = torch.bfloat16, **address: 
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     where = _where("stochastic_round", address)
-    ops.native.stochastic_round_(out, x.detach().contiguous(), *where)
+    ops.write("stochastic_round_", out, out, x.detach().contiguous(), *where)
     return out

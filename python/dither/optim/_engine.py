@@ -420,11 +420,6 @@ def _restored(name: str, value: Any, p: Tensor) -> Tensor:
 _is_cpu = operator.attrgetter("is_cpu")
 
 
-def _operator() -> Callable[..., None]:
-    op = ops.native.fused_step_
-    return getattr(op, "default", op)  # the overload itself is dispatched faster than its packet
-
-
 def _on(device: torch.device, owner: Optimizer, name: str) -> Tensor | None:
     value = getattr(owner, name, None)
     return None if value is None else value.detach().to(device=device, dtype=torch.float32)
@@ -500,26 +495,26 @@ class _Batch:
         if any(map(operator.contains, self.states, itertools.repeat("mask"))):
             none = torch.empty(0, dtype=torch.uint8, device=self.params[0].device)
             masks = [_in_storage_order(st["mask"], p) if "mask" in st else none for st, p in zip(self.states, self.params)]
-        torch.autograd.graph.increment_version(self.params)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            _operator()(
-                rule,
-                self.params,
-                self.grads,
-                [s for slot in self.slots.values() for s in slot],
-                self.steps,
-                [st["mu_product"] for st in self.states] if rule == "nadam" else [],
-                self.groups,
-                self.hyper,
-                self.seeds,
-                self.places,
-                emas,
-                masks,
-                self.lrs,
-                norm,
-                grad_scale,
-                found_inf,
-            )
+        ops.write(
+            "fused_step_",
+            self.params,
+            rule,
+            self.params,
+            self.grads,
+            [s for slot in self.slots.values() for s in slot],
+            self.steps,
+            [st["mu_product"] for st in self.states] if rule == "nadam" else [],
+            self.groups,
+            self.hyper,
+            self.seeds,
+            self.places,
+            emas,
+            masks,
+            self.lrs,
+            norm,
+            grad_scale,
+            found_inf,
+        )
 
 
 def _norms(batches: Iterable[_Batch]) -> dict[torch.device, Tensor]:
