@@ -8,6 +8,8 @@
 
 #include <optional>
 #include <span>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,7 +21,11 @@
 // Present only in CUDA builds of torch; null on a CPU build, where no CUDA tensor can exist.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
-#define DITHER_CHECK STD_TORCH_CHECK
+// A RuntimeError of just this text: STD_TORCH_CHECK would put the path of the build before it.
+#define DITHER_CHECK(condition, ...)                                         \
+  do {                                                                       \
+    if (!(condition)) throw std::runtime_error(::dither::text(__VA_ARGS__)); \
+  } while (0)
 #define DITHER_CUDA_OK(op, call)                            \
   do {                                                      \
     const int error_ = (call);                              \
@@ -36,6 +42,13 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #endif
 
 namespace dither {
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;

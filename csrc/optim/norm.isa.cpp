@@ -12,6 +12,8 @@ double sum_chunk(const SumPart& part, int64_t chunk) {
     double* __restrict acc = sum;
     for (int64_t row = 0; row < n; row += kSumLanes) {
       const int64_t m = smaller(kSumLanes, n - row);
+      const char* ahead = reinterpret_cast<const char*>(x + row) + 8192;
+      for (int64_t line = 0; line < int64_t(kSumLanes * sizeof(S)); line += 64) __builtin_prefetch(ahead + line);
       if (part.square)
         for (int64_t k = 0; k < m; ++k) {
           const double v = double(widen(x[row + k]));

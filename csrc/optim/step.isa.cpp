@@ -2,7 +2,9 @@
 #include "../common/generator_cpu.h"
 
 namespace dither::DITHER_ISA {
-constexpr int64_t kBlock = 512;  // elements converted at a time: every buffer stays in L1
+// Elements that pass through buffers at a time: so few that the processor, which looks some hundred instructions ahead, loads
+// while it computes. Draws cost a call a block and want more.
+constexpr int64_t kBlock = 256, kBlockWithoutDraws = 128;
 
 // The loop of the rule over arrays of one stored type; w: the words of stochastic rounding.
 template <bool kRandom, class R, class T, class S, class... State>
@@ -31,6 +33,12 @@ static inline void update_all(const R& rule, const Around<T>& a, int64_t n, cons
   else if constexpr (R::states == 1) update<kRandom>(rule, a, n, w, p, g, s[0]);
   else if constexpr (R::states == 2) update<kRandom>(rule, a, n, w, p, g, s[0], s[1]);
   else update<kRandom>(rule, a, n, w, p, g, s[0], s[1], s[2]);
+}
+
+// Draws last longer than the processor looks ahead.
+static inline void prefetch(const void* x, DType type, int64_t at, int64_t n) {
+  const char* const first = static_cast<const char*>(x) + at * size_of(type);
+  for (int64_t line = 0; line < n * size_of(type); line += 64) __builtin_prefetch(first + line);
 }
 
 template <class T>
@@ -151,7 +159,8 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
   bool direct[1 + kMaxStates], all_direct = true;
   for (int k = 0; k <= R::states; ++k) all_direct &= direct[k] = type[k] == native && !slot.mask;
   const bool g_direct = slot.g_type == native && !a.gradient;
-  const int64_t block = all_direct && g_direct && inside ? hi - lo : kBlock;
+  const bool draws = a.noise != T(0) || a.kick != T(0) || a.stochastic;
+  const int64_t block = all_direct && g_direct && inside ? hi - lo : draws ? kBlock : kBlockWithoutDraws;
   Around<T> left = a;  // what is left to do in the loop of the rule
   if (a.gradient) left.scale = T(1), left.clip = T(__builtin_inf());
 
@@ -160,6 +169,12 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
   for (int64_t at = lo; at < hi; at += block) {
     const int64_t n = smaller(block, hi - at);
     T* x[1 + kMaxStates] = {};
+    if (a.gradient) {
+      const int64_t next = at + n, ahead = smaller(block, hi - next);
+      for (int k = 0; k <= R::states; ++k) prefetch(memory[k], type[k], next, ahead);
+      prefetch(slot.g, slot.g_type, next, ahead);
+      if (slot.ema) prefetch(slot.ema, slot.ema_type, next, ahead);
+    }
     for (int k = 0; k <= R::states; ++k) {
       x[k] = direct[k] ? static_cast<T*>(memory[k]) + at : buffer[k];
       if (!direct[k]) load(memory[k], type[k], at, n, x[k]);
