@@ -6,8 +6,8 @@ namespace dither::DITHER_ISA {
 // while it computes. Draws cost a call a block and want more.
 constexpr int64_t kBlock = 256, kBlockWithoutDraws = 128;
 
-// The loop of the rule over arrays of one stored type; w: the words of stochastic rounding.
-template <bool kRandom, class R, class T, class S, class... State>
+// The loop of the rule over arrays of one stored type; w: the words of stochastic rounding; kPlain: scale 1, no clip, no decay.
+template <bool kRandom, bool kPlain, class R, class T, class S, class... State>
 static inline void update(R rule, Around<T> a, int64_t n, const uint32_t* __restrict w, S* __restrict p, const S* __restrict g,
                           State* __restrict... s) {
   const T scale = a.scale, clip = a.clip, keep = a.keep;
@@ -17,9 +17,10 @@ static inline void update(R rule, Around<T> a, int64_t n, const uint32_t* __rest
   };
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t word = kRandom ? w[i] : 0;
-    T q = T(widen(p[i])) * keep;
+    T q = T(widen(p[i]));
+    if constexpr (!kPlain) q *= keep;
     [&](auto... x) __attribute__((always_inline)) {
-      rule(q, clamp(T(widen(g[i])) * scale, clip), x...);
+      rule(q, kPlain ? T(widen(g[i])) : clamp(T(widen(g[i])) * scale, clip), x...);
       [[maybe_unused]] int slot = 1;
       (round(x, word, slot++, s[i]), ...);
     }(T(widen(s[i]))...);
@@ -29,10 +30,16 @@ static inline void update(R rule, Around<T> a, int64_t n, const uint32_t* __rest
 template <bool kRandom, class R, class T, class S>
 static inline void update_all(const R& rule, const Around<T>& a, int64_t n, const uint32_t* w, S* p, const S* g,
                               S* const (&s)[kMaxStates]) {
-  if constexpr (R::states == 0) update<kRandom>(rule, a, n, w, p, g);
-  else if constexpr (R::states == 1) update<kRandom>(rule, a, n, w, p, g, s[0]);
-  else if constexpr (R::states == 2) update<kRandom>(rule, a, n, w, p, g, s[0], s[1]);
-  else update<kRandom>(rule, a, n, w, p, g, s[0], s[1], s[2]);
+  if constexpr (R::states == 0) {  // so little arithmetic that what is left out shows
+    const bool plain = a.scale == T(1) && a.keep == T(1) && a.clip == T(__builtin_inf());
+    plain ? update<kRandom, true>(rule, a, n, w, p, g) : update<kRandom, false>(rule, a, n, w, p, g);
+  } else if constexpr (R::states == 1) {
+    update<kRandom, false>(rule, a, n, w, p, g, s[0]);
+  } else if constexpr (R::states == 2) {
+    update<kRandom, false>(rule, a, n, w, p, g, s[0], s[1]);
+  } else {
+    update<kRandom, false>(rule, a, n, w, p, g, s[0], s[1], s[2]);
+  }
 }
 
 // Draws last longer than the processor looks ahead.
