@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that a machine with a GPU should do, in under ten minutes: build for its GPU, run the tests on it, compare the bits of CPU
-# and CUDA, time the kernels. It installs nothing but dither: torch, numpy, pybind11, cmake, ninja, nvcc, pytest and scipy
-# must be there; peers are timed where they are installed.
+# and CUDA, time the kernels. It installs nothing: torch, numpy, pybind11, cmake, ninja, nvcc, pytest and scipy must be there;
+# peers are timed where they are installed.
 #   PYTHON=python3 OUT=bench/results bash bench/gpu_visit.sh
 # writes to $OUT: build.log, tests.log, bits.log, <date>-<gpu>.json, <date>-<gpu>.md. The exit status is 0 if all of it succeeded.
 set -uo pipefail
@@ -31,8 +31,18 @@ import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}", torch.cuda.get_device_name().replace(" ", "-"))') || exit 1
 echo "$gpu, compute capability $arch"
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch} DITHER_BUILD_DIR=${DITHER_BUILD_DIR:-build/cmake}
-phase build 240 "$OUT/build.log" "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -v -e .
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch} PYTHONPATH=$PWD/python
+PATH=$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')"):$PATH # cmake and ninja may be packages
+build() {
+    cmake -S . -B build/gpu -G Ninja -DDITHER_CUDA=ON -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/python/dither" \
+        -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" \
+        -DTORCH_ROOT="$("$PYTHON" -c 'import torch; print(torch.__path__[0])')" \
+        -Dpybind11_DIR="$("$PYTHON" -c 'import pybind11; print(pybind11.get_cmake_dir())')" &&
+        cmake --build build/gpu --target _C
+}
+export -f build
+export PYTHON
+phase build 240 "$OUT/build.log" bash -c build
 workers=$("$PYTHON" -c 'import xdist; print("-n 6")' 2>/dev/null)
 # shellcheck disable=SC2086
 phase tests 240 "$OUT/tests.log" "$PYTHON" -m pytest -q $workers -k "cuda and not emulated_cuda"
