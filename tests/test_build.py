@@ -50,6 +50,26 @@ def test_with_an_old_torch(tmp_path):
     ]
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*/*.isa.cpp")), ids=lambda p: p.parent.name + "/" + p.name)
+def test_kernels_compile_elsewhere(source, tmp_path):
+    """As on a processor without x86 intrinsics, and with nothing of the standard library but the integer types."""
+    names = [f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)] + ["uintptr_t", "intptr_t"]
+    types = "".join(f"using {name} = __{name[:-2].upper()}_TYPE__;\n" for name in names)
+    (tmp_path / "cstdint").write_text("#pragma once\n" + types)
+    flags = [
+        "-std=c++20",
+        "-fsyntax-only",
+        "-U__x86_64__",
+        "-nostdinc",
+        "-nostdinc++",
+        f"-I{tmp_path}",
+        "-DDITHER_ISA=baseline",
+    ]
+    run = subprocess.run(["g++", *flags, "-w", source], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.skipif(not (shutil.which("nvcc") or pathlib.Path("/usr/local/cuda/bin/nvcc").exists()), reason="no nvcc")
 @pytest.mark.parametrize(
     "asked, built",

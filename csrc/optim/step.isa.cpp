@@ -89,7 +89,7 @@ static void draw_normals(const Slot& slot, const Address& a, int64_t at, int64_t
                                   alignas(64) T buffer[4096 / sizeof(T)];
                                   normals(w, whole, buffer);
                                   __builtin_memcpy(z + offset + (from - element), buffer + (from - first),
-                                                   size_t(part) * sizeof(T));
+                                                   uint64_t(part) * sizeof(T));
                                 });
   });
 }
@@ -97,7 +97,7 @@ static void draw_words(const Slot& slot, const Address& a, int64_t at, int64_t n
   for_each_address(slot, at, n, [&](int64_t element, int64_t offset, int64_t count) {
     for_each_run<1>(Philox{}, a, element, element + count,
                     [&](const uint32_t* w, int64_t first, int64_t, int64_t from, int64_t part) {
-                      __builtin_memcpy(out + offset + (from - element), w + (from - first), size_t(part) * 4);
+                      __builtin_memcpy(out + offset + (from - element), w + (from - first), uint64_t(part) * 4);
                     });
   });
 }
