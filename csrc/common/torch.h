@@ -18,6 +18,11 @@
 #include "dtype.h"
 #include "stream.h"
 
+// Python's lock, where there is a Python.
+extern "C" __attribute__((weak)) int Py_IsInitialized(void);
+extern "C" __attribute__((weak)) int PyGILState_Ensure(void);
+extern "C" __attribute__((weak)) void PyGILState_Release(int);
+
 // Present only in CUDA builds of torch; null on a CPU build, where no CUDA tensor can exist.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
@@ -121,9 +126,13 @@ class Tensors {  // an argument list
   const Listed& operator[](size_t i) const { return tensors_[i]; }
 
  private:
+  // A tensor that is back in the hands of Python alone takes Python's lock to say so: better once a list than once a tensor.
   void clear() {
+    const bool lock = tensors_.size() > 8 && Py_IsInitialized && PyGILState_Ensure && Py_IsInitialized();
+    const int state = lock ? PyGILState_Ensure() : 0;
     for (const Listed& t : tensors_) aoti_torch_delete_tensor_object(t.get());
     tensors_.clear();
+    if (lock) PyGILState_Release(state);
   }
   std::vector<Listed> tensors_;
 };
