@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.fx.experimental.proxy_tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dither
@@ -654,6 +655,27 @@ def test_compile():
     assert counter.frame_count <= 3
 
 
+def test_sizes_of_any_kind():
+    want = noise.normal(3, seed=1)
+    for shape in (torch.Size([3]), [3], np.int64(3)):
+        assert torch.equal(noise.normal(shape, seed=1), want)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: noise.normal(x.shape[0], seed=1), tracing_mode="symbolic")
+    assert torch.equal(graph(torch.zeros(3))(torch.zeros(5)), noise.normal(5, seed=1))
+
+
+@pytest.mark.parametrize("fill", [noise.normal_, noise.uniform_, noise.laplace_, noise.bernoulli_])
+def test_forward_derivatives(fill):
+    """What is overwritten has no tangent; what noise is added to keeps its own."""
+    x, t = torch.ones(4), torch.full((4,), 2.0)
+    assert not torch.func.jvp(lambda x: fill(x.clone(), seed=1), (x,), (t,))[1].any()
+    value, tangent = torch.func.jvp(lambda x: noise.add_normal_(x.clone(), seed=1), (x,), (t,))
+    assert torch.equal(tangent, t) and torch.equal(value, x + noise.normal(4, seed=1))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.clone(), t)
+        tangent = torch.autograd.forward_ad.unpack_dual(fill(dual, seed=1)).tangent
+        assert tangent is None or not tangent.any()
+
+
 def test_meta_tensors_draw_nothing():
     x = noise.normal((2**20, 2**20), seed=1, device="meta")
     assert x.shape == (2**20, 2**20)
@@ -671,7 +693,8 @@ REFUSED = {  # of a float32 tensor x and an int32 tensor i
         "seed has 2 integers for chacha20, expected one, or 4": lambda x, i: noise.normal_(x, seed=[1, 2], engine="chacha20"),
     },
     TypeError: {
-        "'float' object cannot be interpreted as an integer": lambda x, i: noise.normal_(x, seed=1.5),
+        "seed is 1.5, expected an integer": lambda x, i: noise.normal_(x, seed=1.5),
+        "seed is None, expected an integer": lambda x, i: noise.normal_(x, seed=None),
         "'float' object": lambda x, i: noise.randint_(i, 0.5, 2, seed=1),
         "normal: missing keyword 'seed'; an address is": lambda x, i: noise.normal_(x),
         "normal: unexpected keyword 'epoch'; an address is": lambda x, i: noise.normal_(x, seed=1, epoch=2),

@@ -4,12 +4,13 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dither import noise, optim
-from optim_table import BF16, F16, F32, F64, ROWS, same, tensors_of, with_gradients
+from optim_table import BF16, F16, F32, F64, ROWS, Call, same, tensors_of, with_gradients
 
 each_row = pytest.mark.parametrize("name", ROWS)
 NOISY = {"noise_eta": 0.04, "stochastic_rounding": True, "grokfast_lamb": 0.5, "seed": 5}
@@ -236,7 +237,7 @@ def test_max_norm_of_nonfinite_gradients(backend, bad):
 @pytest.mark.parametrize("name", ["max_norm", "clip_value"])
 def test_a_bound_of_zero_is_refused(name):
     """It would be taken for none."""
-    with pytest.raises(ValueError, match=f"AdamW: {name} is 0, expected a positive number, or None for no clipping"):
+    with pytest.raises(ValueError, match=f"AdamW: {name} is 0.0, expected a finite number > 0 or None"):
         optim.AdamW([torch.zeros(1)], **{name: 0.0})
 
 
@@ -512,6 +513,70 @@ def test_langevin_noise_can_be_drawn_again(backend):
             z = noise.normal(p.shape, dtype=p.dtype, seed=group["seed"], stream=state["stream"], step=t)
             torch.testing.assert_close(p.detach().cpu(), old.cpu() + 0.2 * z, rtol=1e-6, atol=1e-7)
             assert state["step"] == t + 1
+
+
+def test_noise_goes_on_after_2_24_steps(backend):
+    """Where a float32 clock would stand still: clocks are float64 wherever something is drawn."""
+    p = nn.Parameter(torch.zeros(100, device=backend.device))
+    p.grad = torch.zeros_like(p)
+    optimizer = optim.SGLD([p], lr=0.01, seed=1)
+    optimizer.step()
+    assert optimizer.state[p]["step"].dtype == F64
+    seen = []
+    for loaded in (2.0**24, torch.tensor(2.0**24)):  # as from a run that drew nothing
+        state = optimizer.state_dict()
+        state["state"][0]["step"] = loaded
+        optimizer.load_state_dict(state)
+        for _ in range(3):
+            p.detach().zero_()
+            optimizer.step()
+            seen.append(p.detach().clone())
+        assert optimizer.state[p]["step"] == 2**24 + 3
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen[:3], 2)) and same(seen[:3], seen[3:])
+
+
+@pytest.mark.parametrize("dtype, last", [(F32, 2**24), (F64, 2**32)])
+def test_noise_that_would_repeat_is_refused(dtype, last):
+    call = Call.of(ROWS["SGLD"], [((3,), (F32,) * 3)], clock=dtype)
+    call.steps[0].fill_(last - 1)
+    call.run(torch.ops.dither.fused_step_)
+    with pytest.raises(RuntimeError, match=r"^sgd_: steps\[0\] is \d.*, expected below 2\^32 \(2\^24 in float32\)"):
+        call.run(torch.ops.dither.fused_step_)
+
+
+def test_seeds_are_checked():
+    for seed in (2**63 + 5, np.int64(-3), -(2**63)):
+        optimizer = optim.SGLD([nn.Parameter(torch.zeros(3))], seed=seed)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "seed": seed})
+        params = [group["params"][0] for group in optimizer.param_groups]
+        with_gradients(params, 0)
+        optimizer.step()
+        want = noise.normal(3, seed=seed) * math.sqrt(1e-4)
+        torch.testing.assert_close(params[0].detach() + 0.5e-4 * params[0].grad, want)
+        assert all(type(group["seed"]) is int for group in optimizer.param_groups)
+    for seed in (1.5, "abc", 2**64):
+        with pytest.raises(ValueError, match=r"SGLD: seed is .*, expected a 64-bit integer or None"):
+            optim.SGLD([nn.Parameter(torch.zeros(3))], seed=seed)
+
+
+def test_no_rule_steps_where_another_is_refused():
+    p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    p.grad, q.grad = torch.ones(3), torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="SGD: a gradient is sparse, expected dense"):
+        optim.SGD([{"params": [p], "momentum": 0.9}, {"params": [q]}], lr=1.0).step()
+    assert not p.any()
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.9), 0.9, None])
+def test_betas_are_two(betas):
+    with pytest.raises(ValueError, match=r"AdamW: betas is .*, expected two numbers"):
+        optim.AdamW([torch.zeros(1)], betas=betas)
+
+
+@pytest.mark.parametrize("name, value", [("lr", None), ("lr", "1e-3"), ("weight_decay", None), ("eps", [1])])
+def test_hyperparameters_are_numbers(name, value):
+    with pytest.raises(ValueError, match=f"AdamW: {name} is .*, expected a finite number >= 0"):
+        optim.AdamW([torch.zeros(1)], **{name: value})
 
 
 # Stochastic rounding

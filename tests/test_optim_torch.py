@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import math
 import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -275,7 +276,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "too few": (change("param_groups/0/params/3", None), "doesn't match the size"),
     "too many groups": (lambda state: state["param_groups"].append({**state["param_groups"][0]}), "number of parameter groups"),
     "not of this class": (change("param_groups/0/amsgrad", None), "lacks 'amsgrad'"),
-    "of another class": (change("param_groups/0/momentum", 0.9), "holds 'momentum'"),
+    "step of many": (change("state/0/step", torch.zeros(3)), r"params\[0\] has 'step' tensor"),
+    "step of text": (change("state/0/step", "x"), r"params\[0\] has 'step' 'x', expected one finite number"),
+    "step nan": (change("state/1/step", math.nan), r"params\[1\] has 'step' nan, expected one finite number >= 0"),
+    "integer slot": (change("state/0/exp_avg", torch.zeros(4, 3, dtype=torch.int64)), "'exp_avg' of torch.int64"),
+    "stream": (change("state/0/stream", -1), "'stream' -1, expected 0 <= stream"),
 }
 
 
@@ -303,6 +308,51 @@ def test_broken_state_is_refused(case):
     state = copy.deepcopy(trained(optim.AdamW).state_dict())
     spoil(state)
     assert_refuses(trained(optim.AdamW), state, message)
+
+
+def test_entries_that_the_user_adds_to_a_group_survive():
+    """Even under the names of hyperparameters of other optimizers, or of arguments of a subclass."""
+
+    class Named(optim.SGD):
+        def __init__(self, params, lr=1e-3, name="x"):
+            super().__init__(params, lr)
+
+    assert Named
+    for entries in ({"lr_decay": 0.9}, {"name": "head", "momentum": 0.5}):
+        start = optim.AdamW([{"params": parameters(), **entries}])
+        train(start, range(2))
+        for other in (optim.AdamW(parameters()), optim.AdamW([{"params": parameters(), **entries}])):
+            other.load_state_dict(start.state_dict())
+            assert entries.items() <= other.param_groups[0].items()
+            assert_same_bits(tensors_of(other.state_dict()), tensors_of(start.state_dict()))
+
+
+def test_amsgrad_stays_amsgrad():
+    """torch.optim.Adam's checkpoints say amsgrad False; only those with the largest averages fit."""
+    opt = optim.AMSGrad(parameters())
+    opt.load_state_dict(trained(torch.optim.Adam, amsgrad=True).state_dict())
+    opt.param_groups[0]["amsgrad"] = False
+    before = [st["max_exp_avg_sq"].clone() for st in opt.state.values()]
+    train(opt, [3])
+    assert any(not torch.equal(b, st["max_exp_avg_sq"]) for b, st in zip(before, opt.state.values()))
+    assert_refuses(trained(optim.AMSGrad), trained(torch.optim.Adam).state_dict(), "expected 'max_exp_avg_sq'")
+
+
+def test_nadam_through_torch_in_float64():
+    start = trained(torch.optim.NAdam, dtype=torch.float64)
+    start.load_state_dict(start.state_dict())  # casts mu_product
+    train(continued(optim.NAdam, start), [3])
+
+
+def test_masks_go_through_torch():
+    """torch turns the bits into numbers of the parameter's dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        start = trained(optim.AdamW, dtype=dtype)
+        for p in start.param_groups[0]["params"]:
+            start.set_mask(p, torch.rand(p.shape) < 0.6)
+        back = continued(optim.AdamW, continued(torch.optim.AdamW, start))
+        for a, b in zip(start.state.values(), back.state.values()):
+            assert torch.equal(a["mask"], b["mask"]) and b["mask"].dtype == torch.uint8
 
 
 def test_checkpoint_of_torch_keeps_the_extras_of_each_group():

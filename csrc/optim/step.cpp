@@ -267,6 +267,9 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
       DITHER_CHECK(wide == c.wide, op, ": products[", i, "] is ", wide ? "float64" : "float32", ", expected ",
                    c.wide ? "float64" : "float32", " like steps[", i, "]");
     }
+    if constexpr (device == Device::cpu)
+      DITHER_CHECK(!random || c.done() < (c.wide ? 0x1p32 : 0x1p24), op, ": ", list("steps", i), " is ", c.done(),
+                   ", expected below 2^32 (2^24 in float32): the noise would repeat");
     c.seed[0] = uint32_t(seeds[group]);
     c.seed[1] = uint32_t(uint64_t(seeds[group]) >> 32);
     s.run = s.numel;

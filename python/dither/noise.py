@@ -63,7 +63,10 @@ def key_of(seed: Seed, engine: str = "philox") -> list[int]:
             raise ValueError(f"seed has {len(seed)} integers for {engine}, expected one, or 4 for chacha20")
         values = [operator.index(v) for v in seed]
     else:
-        values = [operator.index(seed)] + [0] * (words - 1)  # type: ignore[arg-type]
+        try:
+            values = [operator.index(seed)] + [0] * (words - 1)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"seed is {seed!r}, expected an integer, or bytes or 4 integers for chacha20") from None
     for v in values:
         if not -(2**63) <= v < 2**64:
             raise ValueError(f"seed is {v}, expected a 64-bit integer")
@@ -90,6 +93,8 @@ def _draw(
     if torch.is_grad_enabled() and out.requires_grad and (not add or (out if out._base is None else out._base).is_leaf):
         raise RuntimeError(f"{distribution}_: out requires grad, its gradient would be wrong; use torch.no_grad() or detach()")
     where = _where(distribution, address)
+    if not add and torch.autograd.forward_ad._current_level >= 0:
+        out.zero_()  # forgets the tangent
     work = out if out.is_contiguous() else out.contiguous()
     ops.write("draw_", work, work, distribution, parameters, bounds, *where, add)
     if work is not out:
@@ -98,7 +103,7 @@ def _draw(
 
 
 def _empty(shape: int | Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-    return torch.empty((shape,) if isinstance(shape, int) else tuple(shape), dtype=dtype, device=device)
+    return torch.empty(tuple(shape) if isinstance(shape, Sequence) else (shape,), dtype=dtype, device=device)
 
 
 def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, **address: Unpack[Address]) -> Tensor:

@@ -33,6 +33,10 @@ def main(
             raise ValueError(f"family is {name!r}, expected one of {', '.join(_FAMILIES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', expected 'cpu': torch finds no GPU")
+    for path in (json, markdown):
+        if path:  # fails now rather than after minutes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

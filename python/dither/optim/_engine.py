@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict, Unpack
 
 from .. import ops
+from ..noise import key_of
 from ..ops import Hyper
 from ._shards import agreed, is_sharded, local, place_of, reduce_over_shards, shard_like
 
@@ -95,12 +96,26 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 
 
 def _check_range(owner: str, name: str, value: Any, low: float, high: float, excluded: bool) -> None:
-    number = float(value)
-    if not (low <= number < high or (number == high and not excluded)) or math.isinf(number):
-        allowed = f"{low} <= {name} {'<' if excluded else '<='} {high}" if math.isfinite(high) else f"a finite number >= {low}"
-        if low == -math.inf:
-            allowed = "a finite number"
-        raise ValueError(f"{owner}: {name} is {number}, expected {allowed}")
+    optional = name in ("max_norm", "clip_value")
+    if value is None and optional:
+        return
+    bound, above = ("> 0", value == 0) if optional else (f">= {low}", False)
+    allowed = f"{low} <= {name} {'<' if excluded else '<='} {high}" if math.isfinite(high) else f"a finite number {bound}"
+    if low == -math.inf:
+        allowed = "a finite number"
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (low <= number < high or (number == high and not excluded)) or math.isinf(number) or above:
+        raise ValueError(f"{owner}: {name} is {value!r}, expected {allowed}{' or None' if optional else ''}")
+
+
+def _seed(owner: str, seed: Any) -> int:
+    try:
+        return key_of(operator.index(seed))[0]
+    except (TypeError, ValueError):
+        raise ValueError(f"{owner}: seed is {seed!r}, expected a 64-bit integer or None") from None
 
 
 class FusedOptimizer(Optimizer):
@@ -120,6 +135,8 @@ class FusedOptimizer(Optimizer):
             raise TypeError(
                 f"{type(self).__name__}: unexpected keyword {sorted(unknown)[0]!r}; it takes {', '.join([*defaults, *_EXTRAS])}"
             )
+        if extras.get("seed") is not None:
+            extras = {**extras, "seed": _seed(type(self).__name__, extras["seed"])}
         super().__init__(params, {**defaults, **_EXTRAS, **extras})  # type: ignore[arg-type]
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -139,18 +156,20 @@ class FusedOptimizer(Optimizer):
         owner = type(self).__name__
         group = {**self.defaults, **param_group}
         for name, (low, high, excluded) in _RANGES.items():
-            if group.get(name) is not None:
+            if name in group:
                 _check_range(owner, name, group[name], low, high, excluded)
-        for name in ("max_norm", "clip_value"):
-            if group[name] == 0:
-                raise ValueError(f"{owner}: {name} is 0, expected a positive number, or None for no clipping")
-        for i, beta in enumerate(group.get("betas", ())):
+        betas = group.get("betas", (0.0, 0.0))
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"{owner}: betas is {betas!r}, expected two numbers")
+        for i, beta in enumerate(betas):
             _check_range(owner, f"betas[{i}]", beta, 0, 1, True)
         if group["differentiable"]:
             raise ValueError(f"{owner}: differentiable is True, expected False: the fused step has no backward")
         if group["state_dtype"] not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(f"{owner}: state_dtype is {group['state_dtype']}, expected a floating point dtype or None")
         self._check(group)
+        if param_group.get("seed") is not None:
+            param_group = {**param_group, "seed": _seed(owner, param_group["seed"])}
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,10 +197,14 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"{type(self).__name__}: a parameter is {p.dtype}, expected float32, float64, bfloat16 or float16")
         state = self.state[p]
         clock: dict[str, Any] = {
-            "dtype": torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32,
+            "dtype": torch.float64 if self._is_random(group) or torch.get_default_dtype() == torch.float64 else torch.float32,
             "device": "cpu" if p.device.type == "cpu" else p.device,
         }
         state.setdefault("step", torch.zeros((), **clock))
+        if group["state_dtype"] == torch.float64 != p.dtype:
+            raise ValueError(
+                f"{type(self).__name__}: state_dtype is torch.float64, expected None or less for {p.dtype} parameters"
+            )
         dtype = group["state_dtype"] or (torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype)
         for slot in self._all_slots(group):
             value = group[self._first_values[slot]] if slot in self._first_values else 0.0
@@ -282,6 +305,10 @@ class FusedOptimizer(Optimizer):
                     batch.extend(self, group, some_of[0], some_of[1], some_of[2], some_of[3:])
         for batch in batches.values():
             batch.unwrap()
+            if len(batches) > 1 and any(g.layout != torch.strided for g in batch.grads):
+                raise RuntimeError(
+                    f"{type(self).__name__}: a gradient is sparse, expected dense; use torch.optim.SparseAdam for embeddings"
+                )
         norms = _norms(batches.values()) if clip and batches else {}
         for (rule, device), batch in batches.items():
             batch.run(rule, norms.get(device), _on(device, self, "grad_scale"), _on(device, self, "found_inf"))
@@ -289,6 +316,11 @@ class FusedOptimizer(Optimizer):
     def _states_of(self, params: list[Tensor], group: dict[str, Any]) -> tuple[list[dict[str, Any]], list[list[Tensor]]]:
         """The state of each parameter, begun where it is missing; and of all of them the step, the slots and Grokfast's."""
         states = list(map(self.state.__getitem__, params))
+        if self._is_random(group):  # a float32 clock stands still at 2^24, and so would the noise
+            for st in states:
+                for name in _CLOCKS:
+                    if name in st and st[name].dtype != torch.float64:
+                        st[name] = st[name].double()
         needed = ("step", *self._all_slots(group))
         try:
             return states, [[st[name] for st in states] for name in needed]
@@ -346,6 +378,8 @@ class FusedOptimizer(Optimizer):
                     state[name] = _restored(name, value, p)
                 elif value is None:  # torch.optim.SGD before its first momentum step
                     del state[name]
+            if "mu_product" in state:  # torch casts it to the parameter's dtype, but not the step
+                state["mu_product"] = state["mu_product"].to(state["step"].dtype)
             if "step" not in state and any(slot in state for slot in self._slots(group)):
                 state["step"] = _restored("step", 1.0, p)
         number = self._streams()
@@ -359,10 +393,12 @@ class FusedOptimizer(Optimizer):
             if name not in state_dict:
                 raise ValueError(f"{owner}: state_dict has no {name!r}")
         own = set(self.defaults) - {*_EXTRAS, "decoupled_weight_decay"}  # this one is younger than some checkpoints
-        foreign = _all_hyperparameters() - {*self.defaults, "params"}
+        others = [other for other in _hyperparameters() if own < other]
         index = 0
         for i, (saved_group, group) in enumerate(zip(state_dict["param_groups"], self.param_groups)):
-            wrong = [*(f"lacks {k!r}" for k in own - set(saved_group)), *(f"holds {k!r}" for k in foreign & set(saved_group))]
+            keys = set(saved_group)
+            wrong = [f"lacks {k!r}" for k in own - keys]
+            wrong += [f"holds {k!r}" for other in others if other <= keys for k in other - own]
             if wrong:
                 expected = ", ".join(sorted(own))
                 raise ValueError(f"{owner}: param_groups[{i}] {min(wrong)}, expected {expected}: another optimizer's?")
@@ -380,23 +416,38 @@ class FusedOptimizer(Optimizer):
             if name not in saved:
                 raise ValueError(f"{where} holds {sorted(saved)}, expected {name!r} among them")
         shapes = {name: list(p.shape) for name in (*slots, "grokfast_ema")}
-        bits = getattr(saved.get("mask"), "dtype", None) == torch.uint8
-        shapes["mask"] = [(p.numel() + 7) // 8] if bits else list(p.shape)
+        shapes["mask"] = list(p.shape) if _is_bool(saved.get("mask")) else [(p.numel() + 7) // 8]
         for name in shapes.keys() & saved.keys():
             given = list(saved[name].shape) if isinstance(saved[name], Tensor) else type(saved[name]).__name__
             if given != shapes[name]:
                 raise ValueError(f"{where} has {name!r} of shape {given}, expected {shapes[name]}")
+            state = saved[name]
+            if name != "mask" and not (state.is_floating_point() and state.layout == torch.strided):
+                raise ValueError(
+                    f"{where} has {name!r} of {state.dtype}, {state.layout}, expected a dense floating point tensor"
+                )
+        for name in {*_CLOCKS} & saved.keys():
+            value = saved[name]
+            if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+                value = value.item()
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{where} has {name!r} {saved[name]!r}, expected one finite number >= 0")
+        stream = saved.get("stream", 0)
+        if not isinstance(stream, int) or not 0 <= stream < 2**31:
+            raise ValueError(f"{where} has 'stream' {stream!r}, expected 0 <= stream < 2^31")
 
 
 _CLOCKS = ("step", "mu_product")
 
 
-def _all_hyperparameters() -> set[str]:
-    """The names of the arguments of all optimizers."""
+def _hyperparameters() -> list[set[str]]:
+    """The names of the hyperparameters of each class of this package."""
     classes: list[type] = FusedOptimizer.__subclasses__()
     for cls in classes:
         classes += cls.__subclasses__()
-    return {name for cls in classes for name in inspect.signature(cls).parameters}
+    package = __name__.rpartition(".")[0]
+    ours = [cls for cls in classes if cls.__module__.startswith(package)]
+    return [set(inspect.signature(cls).parameters) - {"params", "extras", "decoupled_weight_decay"} for cls in ours]
 
 
 def _restored(name: str, value: Any, p: Tensor) -> Tensor:
@@ -405,8 +456,8 @@ def _restored(name: str, value: Any, p: Tensor) -> Tensor:
         clock = torch.as_tensor(value, dtype=torch.float64 if getattr(value, "dtype", None) == torch.float64 else torch.float32)
         return clock.detach().to(device="cpu" if p.device.type == "cpu" else p.device, copy=True).view(())
     if name == "mask":
-        value = value.detach().to(device=local(p).device)
-        mask = ops.reference.optim.unpack_mask(value, p.shape) if value.dtype == torch.uint8 else value
+        value = value.detach().to(device=local(p).device)  # torch.optim turns the bits into the parameter's dtype
+        mask = value if _is_bool(value) else ops.reference.optim.unpack_mask(value.to(torch.uint8), p.shape)
         return pack_mask(local(mask, like=p))
     if value.dtype == torch.float64 and p.dtype != torch.float64:
         value = value.float()
@@ -415,6 +466,10 @@ def _restored(name: str, value: Any, p: Tensor) -> Tensor:
         local(copy).copy_(local(value.detach(), like=p))
         return copy
     return value.detach().to(p.device, copy=True)
+
+
+def _is_bool(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool
 
 
 _is_cpu = operator.attrgetter("is_cpu")

@@ -16,7 +16,7 @@ class Adam(FusedOptimizer):
 
     m, v: moving averages of g and g^2; p -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps). amsgrad: v is replaced by
     its largest value so far (Reddi, Kale & Kumar 2018). weight_decay is coupled (g += weight_decay p), or decoupled with
-    decoupled_weight_decay. Other keywords: `Extras`.
+    decoupled_weight_decay. Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Adam(FusedOptimizer):
 class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), as torch.optim.AdamW.
 
-    p *= 1 - lr weight_decay, then Adam's step. Other keywords: `Extras`.
+    p *= 1 - lr weight_decay, then Adam's step. Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(
@@ -89,11 +89,17 @@ class AMSGrad(Adam):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, True, decoupled_weight_decay=decoupled_weight_decay, **extras)
 
+    def _rule(self, group: dict[str, Any]) -> str:
+        return "amsgrad"  # whatever a loaded group says
+
+    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (*_MOMENTS, "max_exp_avg_sq")
+
 
 class Adamax(FusedOptimizer):
     """AdaMax (Kingma & Ba 2015, algorithm 2), as torch.optim.Adamax.
 
-    u = max(beta2 u, |g| + eps), p -= lr / (1 - beta1^t) m / u. weight_decay is coupled. Other keywords: `Extras`.
+    u = max(beta2 u, |g| + eps), p -= lr / (1 - beta1^t) m / u. weight_decay is coupled. Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(
@@ -117,7 +123,7 @@ class Adamax(FusedOptimizer):
 class NAdam(FusedOptimizer):
     """NAdam (Dozat 2016), as torch.optim.NAdam: Adam that looks ahead with mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2).
 
-    weight_decay is coupled, or decoupled with decoupled_weight_decay. Other keywords: `Extras`.
+    weight_decay is coupled, or decoupled with decoupled_weight_decay. Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(

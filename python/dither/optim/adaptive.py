@@ -13,7 +13,7 @@ class Adagrad(FusedOptimizer):
     """Adagrad (Duchi, Hazan & Singer 2011), as torch.optim.Adagrad.
 
     s += g^2 from initial_accumulator_value, p -= lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps). weight_decay is coupled.
-    Other keywords: `Extras`.
+    Other keywords: `dither.optim.Extras`.
     """
 
     _first_values: ClassVar[dict[str, str]] = {"sum": "initial_accumulator_value"}
@@ -51,7 +51,7 @@ class RMSprop(FusedOptimizer):
     """RMSprop (Tieleman & Hinton 2012; centered: Graves 2013), as torch.optim.RMSprop.
 
     v: moving average of g^2 with rate 1 - alpha; p -= lr g / (sqrt(v) + eps), through a momentum buffer if momentum > 0.
-    centered: v minus the squared moving average of g. weight_decay is coupled. Other keywords: `Extras`.
+    centered: v minus the squared moving average of g. weight_decay is coupled. Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RMSprop(FusedOptimizer):
 class Lion(FusedOptimizer):
     """Lion (Chen et al. 2023, algorithm 2): p -= lr sign(beta1 m + (1 - beta1) g), m = beta2 m + (1 - beta2) g.
 
-    weight_decay is decoupled. Other keywords: `Extras`.
+    weight_decay is decoupled. Other keywords: `dither.optim.Extras`.
     """
 
     _decoupled = True

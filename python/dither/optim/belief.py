@@ -13,7 +13,7 @@ class DiffGrad(FusedOptimizer):
     """diffGrad (Dubey et al. 2020, eq. 4-8): Adam slowed where the gradient changes little.
 
     p -= lr sqrt(1 - beta2^t) / (1 - beta1^t) sigmoid(|g_previous - g|) m / (sqrt(v) + eps); eps is not bias-corrected.
-    weight_decay is coupled. Other keywords: `Extras`.
+    weight_decay is coupled. Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(
@@ -38,7 +38,8 @@ class AdaBelief(FusedOptimizer):
     """AdaBelief (Zhuang et al. 2020, algorithm 2): Adam with the variance of g around its own prediction m.
 
     s = beta2 s + (1 - beta2) (g - m)^2 + eps; p -= lr / (1 - beta1^t) m / (sqrt(s / (1 - beta2^t)) + eps). rectify: RAdam's
-    variance rectification (Liu et al. 2020), as in the authors' code. weight_decay is decoupled. Other keywords: `Extras`.
+    variance rectification (Liu et al. 2020), as in the authors' code. weight_decay is decoupled.
+    Other keywords: `dither.optim.Extras`.
     """
 
     _decoupled = True
@@ -70,7 +71,7 @@ class ADOPT(FusedOptimizer):
     """ADOPT (Taniguchi et al. 2024, algorithm 2): converges for any beta2.
 
     u = clip(g / max(sqrt(v), eps), +-t^(1/4)), m = beta1 m + (1 - beta1) u, p -= lr m, and only then v takes g^2; the first
-    step sets v = g^2 and leaves p. weight_decay is coupled, or decoupled with decouple. Other keywords: `Extras`.
+    step sets v = g^2 and leaves p. weight_decay is coupled, or decoupled with decouple. Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Ano(FusedOptimizer):
     """Ano (Kegreisz 2025, algorithm 1): direction from the momentum, size from the gradient.
 
     v = beta2 v + (1 - beta2) sign(g^2 - v) g^2, p -= lr |g| sign(m) / sqrt(v / (1 - beta2^t) + eps). weight_decay is
-    decoupled. Other keywords: `Extras`.
+    decoupled. Other keywords: `dither.optim.Extras`.
     """
 
     _decoupled = True

@@ -13,7 +13,7 @@ class SGD(FusedOptimizer):
     """SGD with momentum, dampening and Nesterov's look-ahead, as torch.optim.SGD.
 
     b = momentum b + (1 - dampening) g (b = g at first), p -= lr b; nesterov: p -= lr (g + momentum b). weight_decay is
-    coupled (g += weight_decay p). Other keywords: `Extras`.
+    coupled (g += weight_decay p). Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SGLD(FusedOptimizer):
     (seed, the parameter's stream, step). g is the gradient of the mean negative log-likelihood over a batch and data_size
     the number of examples of the whole set, so that data_size g estimates the full gradient; weight_decay is the precision
     of a Gaussian prior. temperature 1 samples the posterior. `dither.noise.normal(shape, seed=group["seed"],
-    stream=state["stream"], step=t)` draws the z of the step after t steps again. Other keywords: `Extras`.
+    stream=state["stream"], step=t)` draws the z of the step after t steps again. Other keywords: `dither.optim.Extras`.
     """
 
     def __init__(
