@@ -14,7 +14,7 @@ from .measure import Case, Contest, Setting
 
 Params = list[torch.nn.Parameter]
 Step = Callable[[], object]
-Peer = Callable[[Params], Step]  # raises ImportError where its package is missing
+Peer = Callable[[Params], Step]  # raises where its package is missing or does not fit torch
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LR = 1e-6  # small, so that thousands of steps with the same gradients stay finite
@@ -91,7 +91,12 @@ _RULES = [
     _Row("NAdam", optim.NAdam, 2, peers=_torch_kin("NAdam", fused=False)),
     _Row("Adagrad", optim.Adagrad, 1, peers=_torch_kin("Adagrad")),
     _Row("RMSprop", optim.RMSprop, 1, peers=_torch_kin("RMSprop", fused=False)),
-    _Row("Lion", optim.Lion, 1, peers={"pytorch_optimizer": _package(_PO, "Lion", foreach=False)}),
+    _Row(
+        "Lion",
+        optim.Lion,
+        1,
+        peers={"pytorch_optimizer": _package(_PO, "Lion", foreach=False), "timm": _package("timm.optim", "Lion")},
+    ),
     _Row(
         "diffGrad",
         optim.DiffGrad,
@@ -117,6 +122,7 @@ _RULES = [
         peers={
             "pytorch_optimizer": _package(_PO, "ADOPT", foreach=False),
             "torch-adopt": _package("adopt", "ADOPT"),
+            "timm": _package("timm.optim", "Adopt"),
         },
     ),
     _Row("Ano", optim.Ano, 2, peers={"pytorch_optimizer": _package(_PO, "Ano", foreach=False)}),
@@ -190,7 +196,7 @@ def _case(setting: Setting, row: _Row, size: str, shapes: list[tuple[int, ...]])
         for name, make in {**row.peers, **({} if setting.quick else row.slow_peers)}.items():
             try:
                 peers[name] = make(params_like(first))
-            except ImportError:
+            except (ImportError, RuntimeError):  # not installed, or built for another torch
                 continue
         numel, item = sum(p.numel() for p in first), first[0].element_size()
         state = (row.state_dtype or F32).itemsize
