@@ -121,11 +121,13 @@ def _seed(owner: str, seed: Any) -> int:
 class FusedOptimizer(Optimizer):
     """A `torch.optim.Optimizer` whose step is one operator over all tensors of all groups of a device.
 
-    A subclass gives its defaults and tells, for a group, which rule applies (`_rule`), which states it keeps (`_slots`) and
-    which hyperparameters differ from the group's entries of the same name (`_hyper`).
+    A subclass gives its defaults, the rule (`_rule_name`, or `_rule` where it depends on the group), the names of the states
+    (`_slot_names`, or `_slots`), and hyperparameters that differ from the group's entries of the same name (`_hyper`).
     """
 
     _step_supports_amp_scaling = True
+    _rule_name: ClassVar[str]
+    _slot_names: ClassVar[tuple[str, ...]] = ()
     _decoupled: ClassVar[bool] = False
     _first_values: ClassVar[dict[str, str]] = {}  # slot -> the group entry it begins with, instead of 0
 
@@ -143,10 +145,10 @@ class FusedOptimizer(Optimizer):
         """Raise ValueError where entries of a new group do not go together."""
 
     def _rule(self, group: dict[str, Any]) -> str:
-        raise TypeError(f"{type(self).__name__} names no rule")
+        return self._rule_name
 
     def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ()
+        return self._slot_names
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return {}

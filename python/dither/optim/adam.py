@@ -102,6 +102,9 @@ class Adamax(FusedOptimizer):
     u = max(beta2 u, |g| + eps), p -= lr / (1 - beta1^t) m / u. weight_decay is coupled. Other keywords: `dither.optim.Extras`.
     """
 
+    _rule_name = "adamax"
+    _slot_names = ("exp_avg", "exp_inf")
+
     def __init__(
         self,
         params: Params,
@@ -113,18 +116,15 @@ class Adamax(FusedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, extras)
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "adamax"
-
-    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_inf")
-
 
 class NAdam(FusedOptimizer):
     """NAdam (Dozat 2016), as torch.optim.NAdam: Adam that looks ahead with mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2).
 
     weight_decay is coupled, or decoupled with decoupled_weight_decay. Other keywords: `dither.optim.Extras`.
     """
+
+    _rule_name = "nadam"
+    _slot_names = _MOMENTS
 
     def __init__(
         self,
@@ -146,12 +146,6 @@ class NAdam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults, extras)
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "nadam"
-
-    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return _MOMENTS
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return {"decoupled": group["decoupled_weight_decay"], "momentum_decay": group["momentum_decay"]}

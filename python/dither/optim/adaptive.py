@@ -17,6 +17,8 @@ class Adagrad(FusedOptimizer):
     """
 
     _first_values: ClassVar[dict[str, str]] = {"sum": "initial_accumulator_value"}
+    _rule_name = "adagrad"
+    _slot_names = ("sum",)
 
     def __init__(
         self,
@@ -36,12 +38,6 @@ class Adagrad(FusedOptimizer):
             "eps": eps,
         }
         super().__init__(params, defaults, extras)
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "adagrad"
-
-    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("sum",)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return {"lr_decay": group["lr_decay"]}
@@ -92,6 +88,8 @@ class Lion(FusedOptimizer):
     """
 
     _decoupled = True
+    _rule_name = "lion"
+    _slot_names = ("exp_avg",)
 
     def __init__(
         self,
@@ -102,9 +100,3 @@ class Lion(FusedOptimizer):
         **extras: Unpack[Extras],
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, extras)
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "lion"
-
-    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)

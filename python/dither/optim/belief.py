@@ -16,6 +16,9 @@ class DiffGrad(FusedOptimizer):
     weight_decay is coupled. Other keywords: `dither.optim.Extras`.
     """
 
+    _rule_name = "diffgrad"
+    _slot_names = ("exp_avg", "exp_avg_sq", "previous_grad")
+
     def __init__(
         self,
         params: Params,
@@ -27,12 +30,6 @@ class DiffGrad(FusedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, extras)
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "diffgrad"
-
-    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", "previous_grad")
-
 
 class AdaBelief(FusedOptimizer):
     """AdaBelief (Zhuang et al. 2020, algorithm 2): Adam with the variance of g around its own prediction m.
@@ -43,6 +40,8 @@ class AdaBelief(FusedOptimizer):
     """
 
     _decoupled = True
+    _rule_name = "adabelief"
+    _slot_names = ("exp_avg", "exp_avg_var")
 
     def __init__(
         self,
@@ -57,12 +56,6 @@ class AdaBelief(FusedOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rectify": rectify}
         super().__init__(params, defaults, extras)
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "adabelief"
-
-    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_var")
-
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return {"rectify": group["rectify"]}
 
@@ -73,6 +66,9 @@ class ADOPT(FusedOptimizer):
     u = clip(g / max(sqrt(v), eps), +-t^(1/4)), m = beta1 m + (1 - beta1) u, p -= lr m, and only then v takes g^2; the first
     step sets v = g^2 and leaves p. weight_decay is coupled, or decoupled with decouple. Other keywords: `dither.optim.Extras`.
     """
+
+    _rule_name = "adopt"
+    _slot_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -87,12 +83,6 @@ class ADOPT(FusedOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple": decouple}
         super().__init__(params, defaults, extras)
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "adopt"
-
-    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return {"decoupled": group["decouple"]}
 
@@ -105,7 +95,8 @@ class Ano(FusedOptimizer):
     """
 
     _decoupled = True
-    _name = "ano"
+    _rule_name = "ano"
+    _slot_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -118,17 +109,11 @@ class Ano(FusedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, extras)
 
-    def _rule(self, group: dict[str, Any]) -> str:
-        return self._name
-
-    def _slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
-
 
 class Anolog(Ano):
     """Ano with beta1 = 1 - 1 / ln(max(2, t)) and no bias correction (Kegreisz 2025). betas[0] is not used."""
 
-    _name = "anolog"
+    _rule_name = "anolog"
 
     def __init__(
         self,

@@ -56,6 +56,8 @@ class SGLD(FusedOptimizer):
     stream=state["stream"], step=t)` draws the z of the step after t steps again. Other keywords: `dither.optim.Extras`.
     """
 
+    _rule_name = "sgd"
+
     def __init__(
         self,
         params: Params,
@@ -73,9 +75,6 @@ class SGLD(FusedOptimizer):
             raise ValueError(
                 f"SGLD: data_size is {group['data_size']} and temperature {group['temperature']}, expected both > 0"
             )
-
-    def _rule(self, group: dict[str, Any]) -> str:
-        return "sgd"
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return {"data_size": group["data_size"], "temperature": group["temperature"]}
