@@ -2,40 +2,38 @@
 
 import subprocess
 import sys
-import textwrap
 
 import torch
 
 import dither
 
-WITHOUT_KERNELS = """
-    import importlib.util
-    find_spec = importlib.util.find_spec
-    importlib.util.find_spec = lambda name, package=None: None if name == "._C" else find_spec(name, package)
-    import torch, dither
-    assert dither.build_info()["compiled"] is False
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(5, 3))
-    opt = dither.optim.AdamW([p], lr=0.1, max_norm=1.0, noise_eta=0.01, seed=3, skip_nonfinite=True)
-    for t in range(3):
-        p.grad = torch.ones(5, 3) * (t + 1)
-        opt.step()
-    print(" ".join(f"{v:.6f}" for v in p.detach().flatten().tolist()))
-    print(" ".join(f"{v:.5f}" for v in dither.noise.normal(4, seed=1, stream=2).tolist()))
+TRAINING = """
+torch.manual_seed(0)
+p = torch.nn.Parameter(torch.randn(5, 3))
+opt = dither.optim.AdamW([p], lr=0.1, max_norm=1.0, noise_eta=0.01, seed=3, skip_nonfinite=True)
+for t in range(3):
+    p.grad = torch.ones(5, 3) * (t + 1)
+    opt.step()
+"""
+WITHOUT_KERNELS = f"""
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "._C" else find_spec(name, package)
+import torch, dither
+assert dither.build_info()["compiled"] is False
+{TRAINING}
+print(" ".join(f"{{v:.6f}}" for v in p.detach().flatten().tolist()))
+print(" ".join(f"{{v:.5f}}" for v in dither.noise.normal(4, seed=1, stream=2).tolist()))
 """
 
 
 def test_the_package_works_without_its_extension():
-    code = textwrap.dedent(WITHOUT_KERNELS)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     params, normals = ([float(v) for v in line.split()] for line in run.stdout.splitlines())
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(5, 3))
-    opt = dither.optim.AdamW([p], lr=0.1, max_norm=1.0, noise_eta=0.01, seed=3, skip_nonfinite=True)
-    for t in range(3):
-        p.grad = torch.ones(5, 3) * (t + 1)
-        opt.step()
+    trained = {"torch": torch, "dither": dither}
+    exec(TRAINING, trained)
+    p = trained["p"]
     torch.testing.assert_close(torch.tensor(params), p.detach().flatten(), atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.tensor(normals), dither.noise.normal(4, seed=1, stream=2), atol=1e-4, rtol=0)
 

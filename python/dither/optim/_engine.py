@@ -137,8 +137,6 @@ class FusedOptimizer(Optimizer):
             raise TypeError(
                 f"{type(self).__name__}: unexpected keyword {sorted(unknown)[0]!r}; it takes {', '.join([*defaults, *_EXTRAS])}"
             )
-        if extras.get("seed") is not None:
-            extras = {**extras, "seed": _seed(type(self).__name__, extras["seed"])}
         super().__init__(params, {**defaults, **_EXTRAS, **extras})  # type: ignore[arg-type]
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -170,8 +168,8 @@ class FusedOptimizer(Optimizer):
         if group["state_dtype"] not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(f"{owner}: state_dtype is {group['state_dtype']}, expected a floating point dtype or None")
         self._check(group)
-        if param_group.get("seed") is not None:
-            param_group = {**param_group, "seed": _seed(owner, param_group["seed"])}
+        if group["seed"] is not None:
+            param_group = {**param_group, "seed": _seed(owner, group["seed"])}
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,16 +195,14 @@ class FusedOptimizer(Optimizer):
     def _init_state(self, p: Tensor, group: dict[str, Any], number: Callable[[Tensor], int]) -> None:
         if p.is_complex() or not p.is_floating_point():
             raise TypeError(f"{type(self).__name__}: a parameter is {p.dtype}, expected float32, float64, bfloat16 or float16")
-        state = self.state[p]
-        clock: dict[str, Any] = {
-            "dtype": torch.float64 if self._is_random(group) or torch.get_default_dtype() == torch.float64 else torch.float32,
-            "device": "cpu" if p.device.type == "cpu" else p.device,
-        }
-        state.setdefault("step", torch.zeros((), **clock))
         if group["state_dtype"] == torch.float64 != p.dtype:
             raise ValueError(
                 f"{type(self).__name__}: state_dtype is torch.float64, expected None or less for {p.dtype} parameters"
             )
+        state = self.state[p]
+        wide = self._is_random(group) or torch.get_default_dtype() == torch.float64
+        clock: dict[str, Any] = {"dtype": torch.float64 if wide else torch.float32, "device": p.device}
+        state.setdefault("step", torch.zeros((), **clock))
         dtype = group["state_dtype"] or (torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype)
         for slot in self._all_slots(group):
             value = group[self._first_values[slot]] if slot in self._first_values else 0.0
@@ -456,7 +452,7 @@ def _restored(name: str, value: Any, p: Tensor) -> Tensor:
     """A copy of a saved state on p's device, in its own dtype and p's memory order."""
     if name in _CLOCKS:  # torch.optim of old kept numbers
         clock = torch.as_tensor(value, dtype=torch.float64 if getattr(value, "dtype", None) == torch.float64 else torch.float32)
-        return clock.detach().to(device="cpu" if p.device.type == "cpu" else p.device, copy=True).view(())
+        return clock.detach().to(device=p.device, copy=True).view(())
     if name == "mask":
         value = value.detach().to(device=local(p).device)  # torch.optim turns the bits into the parameter's dtype
         mask = value if _is_bool(value) else ops.reference.optim.unpack_mask(value.to(torch.uint8), p.shape)
