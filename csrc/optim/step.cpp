@@ -384,19 +384,19 @@ static Tensor sum_of_squares(const Tensors& tensors) {
   const Tensor head = tensors[0];
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Listed& t = tensors[i];
-    const auto type = float_type(t);
-    DITHER_CHECK(type, op, ": tensors[", i, "] is ", name_of(t.scalar_type()),
+    const Seen seen(t);
+    DITHER_CHECK(seen.type, op, ": tensors[", i, "] is ", name_of(seen.scalar_type),
                  ", expected float32, float64, bfloat16 or float16");
-    DITHER_CHECK(t.is_cuda() == head.is_cuda() && (!t.is_cuda() || t.get_device_index() == head.get_device_index()), op,
+    DITHER_CHECK(seen.cuda == head.is_cuda() && (!seen.cuda || t.get_device_index() == head.get_device_index()), op,
                  ": tensors[", i, "] is on ", device_of(t), ", expected ", device_of(head), " like tensors[0]");
     const void* x = t.const_data_ptr();
-    if (memory_of(Seen(t)) != Memory::dense) {
+    if (memory_of(seen) != Memory::dense) {
       kept.push_back(torch::stable::contiguous(t));
       x = kept.back().const_data_ptr();
     }
-    parts.push_back({x, t.numel(), *type, true});
-    chunks += sum_chunks(t.numel());
-    total_numel += t.numel();
+    parts.push_back({x, seen.numel, *seen.type, true});
+    chunks += sum_chunks(seen.numel);
+    total_numel += seen.numel;
   }
   Tensor out = torch::stable::new_zeros(head, {}, ScalarType::Double);
   double* total = static_cast<double*>(out.mutable_data_ptr());
