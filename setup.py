@@ -47,7 +47,8 @@ class CMakeBuild(build_ext):
         ]
         if os.environ.get("DITHER_CCACHE"):
             configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")]
-        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure])
+        # fresh: the tools of the last isolated build are gone
+        subprocess.check_call(["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *configure])
         jobs = os.environ.get("MAX_JOBS")
         subprocess.check_call(["cmake", "--build", build, "--target", "_C", *(["-j", jobs] if jobs else [])])
 
