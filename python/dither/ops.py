@@ -26,6 +26,8 @@ _OPS = {
     "stochastic_round_": reference.noise.stochastic_round_,
     "fused_step_": reference.optim.fused_step_,
     "sum_of_squares": reference.optim.sum_of_squares,
+    "nm_select_": reference.sparsity.nm_select_,
+    "masked_blend_": reference.sparsity.masked_blend_,
 }
 
 native: Any
@@ -44,7 +46,8 @@ else:
         def bump(keyset: Any, *args: Any) -> Any:
             """Count in-place writes, so that autograd notices a stale saved tensor (as it does for aten's own)."""
             for i in written:
-                torch.autograd.graph.increment_version(args[i])
+                if args[i] is not None:
+                    torch.autograd.graph.increment_version(args[i])
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 

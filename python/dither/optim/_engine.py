@@ -337,7 +337,7 @@ class FusedOptimizer(Optimizer):
         states = state_dict["state"]
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if is_sharded(p) and "mask" in states.get(i, {}):
-                mask = ops.reference.optim.unpack_mask(states[i]["mask"], local(p).shape)
+                mask = ops.reference.sparsity.unpack_bits(states[i]["mask"], local(p).shape)
                 states[i] = {**states[i], "mask": shard_like(p, mask)}
         return state_dict
 
@@ -455,7 +455,7 @@ def _restored(name: str, value: Any, p: Tensor) -> Tensor:
         return clock.detach().to(device=p.device, copy=True).view(())
     if name == "mask":
         value = value.detach().to(device=local(p).device)  # torch.optim turns the bits into the parameter's dtype
-        mask = value if _is_bool(value) else ops.reference.optim.unpack_mask(value.to(torch.uint8), p.shape)
+        mask = value if _is_bool(value) else ops.reference.sparsity.unpack_bits(value.to(torch.uint8), p.shape)
         return pack_mask(local(mask, like=p))
     if value.dtype == torch.float64 and p.dtype != torch.float64:
         value = value.float()
@@ -588,14 +588,11 @@ def _norms(batches: Iterable[_Batch]) -> dict[torch.device, Tensor]:
 def pack_mask(mask: Tensor, like: Tensor | None = None) -> Tensor:
     """A bool mask as one bit per element (uint8, lowest bit first), in the storage order of `like` (default: row-major)."""
     ordered = mask.contiguous() if like is None else torch.empty_like(like, dtype=torch.bool).copy_(mask)
-    flat = ordered.as_strided((ordered.numel(),), (1,)).to(torch.uint8)
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=mask.device)
-    return (padded * weights).sum(1, dtype=torch.uint8)
+    return ops.reference.sparsity.pack_bits(ordered)
 
 
 def _in_storage_order(bits: Tensor, p: Tensor) -> Tensor:
-    return bits if p.is_contiguous() else pack_mask(ops.reference.optim.unpack_mask(bits, p.shape), p)
+    return bits if p.is_contiguous() else pack_mask(ops.reference.sparsity.unpack_bits(bits, p.shape), p)
 
 
 __all__ = ["Extras", "FusedOptimizer", "Params", "Unpack", "pack_mask"]

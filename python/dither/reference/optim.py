@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import noise
+from .sparsity import unpack_bits
 
 
 @dataclass
@@ -271,12 +272,6 @@ def step(
             x.copy_(torch.where(mask, x, before))
 
 
-def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """Packed bits (uint8, lowest bit first) as bool."""
-    shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
-    return (bits[:, None] >> shifts & 1).bool().flatten()[: math.prod(shape)].view(tuple(shape))
-
-
 def _place_noise(kind: str, x: Tensor, seed: int, stream: int, time: int, place: Sequence[int]) -> Tensor:
     start, run, pitch = place
     n, out = x.numel(), []
@@ -360,7 +355,7 @@ def fused_step_(
             if h.noise_eta
             else None,
             noise=_place_noise("normal", work[0], seed, stream, done, place[1:]).to(wide) if h.temperature else None,
-            mask=unpack_mask(masks[i], p.shape) if masks and masks[i].numel() else None,
+            mask=unpack_bits(masks[i], p.shape) if masks and masks[i].numel() else None,
         )
         for x, y in zip(mine, work):
             x.copy_(y)

@@ -1,0 +1,159 @@
+"""Which weights of a model to sparsify, and fixed masks on them.
+
+Masks of a model are a dict from parameter names (`"0.weight"`, as in `named_parameters` before anything was applied) to bool
+tensors of the parameter's shape, True = kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..optim import FusedOptimizer
+from .masks import masked, pack_bits, unpack_bits
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that may be sparsified. name: of the parameter in the model. dim: its input features, along which groups lie."""
+
+    name: str
+    module: nn.Module
+    parameter: str
+    dim: int
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The dense parameter, under any parametrization."""
+        if parametrize.is_parametrized(self.module, self.parameter):
+            return self.module.parametrizations[self.parameter].original  # type: ignore[union-attr,index,return-value]
+        return getattr(self.module, self.parameter)
+
+
+def sparsifiable(
+    model: nn.Module, *, only: Iterable[str] = ("*",), skip: Iterable[str] = (), m: int | None = None
+) -> Iterator[Layer]:
+    """The weights of Linear, convolution and MultiheadAttention layers, in the order of `named_modules`; tied ones once.
+
+    only, skip: shell patterns of parameter names, for instance skip=("head.*", "*.qkv.weight"). m: leave out weights whose
+    input features are no multiple of m (the first convolution of three channels, depthwise convolutions).
+    """
+    only, skip = (only,) if isinstance(only, str) else tuple(only), (skip,) if isinstance(skip, str) else tuple(skip)
+    seen = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, _KINDS):
+            continue
+        names = ["weight"]
+        if isinstance(module, nn.MultiheadAttention):
+            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        for parameter in names:
+            if not _has(module, parameter):
+                continue
+            layer = Layer(
+                f"{path}.{parameter}" if path else parameter, module, parameter, int(not isinstance(module, _TRANSPOSED))
+            )
+            wanted = any(fnmatchcase(layer.name, p) for p in only) and not any(fnmatchcase(layer.name, p) for p in skip)
+            if not wanted or id(layer.weight) in seen or (m and layer.weight.shape[layer.dim] % m):
+                continue
+            seen.add(id(layer.weight))
+            yield layer
+
+
+def _has(module: nn.Module, parameter: str) -> bool:
+    return parametrize.is_parametrized(module, parameter) or isinstance(getattr(module, parameter, None), nn.Parameter)
+
+
+class Masked(nn.Module):
+    """A parametrization: weight = dense weight where its bit is 1, else 0. `bits` is a buffer, packed, in the state_dict."""
+
+    bits: Tensor
+
+    def __init__(self, bits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bits", bits)
+
+    def forward(self, w: Tensor) -> Tensor:
+        return masked(w, self.bits)
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return w
+
+
+def parametrization(layer: Layer, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> Any:
+    """The parametrization of a class that a layer's weight has, or None."""
+    if not parametrize.is_parametrized(layer.module, layer.parameter):
+        return None
+    found = [p for p in layer.module.parametrizations[layer.parameter] if isinstance(p, kind)]  # type: ignore[union-attr,index]
+    return found[0] if found else None
+
+
+def register(layer: Layer, module: nn.Module) -> None:
+    """Put a parametrization on a layer's weight. The parameter stays the same object: optimizers keep theirs."""
+    parametrize.register_parametrization(layer.module, layer.parameter, module, unsafe=True)
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: FusedOptimizer | None = None) -> None:
+    """Keep weights at 0 where a mask is False, from now on.
+
+    Without `optimizer`, each weight gets a `Masked` parametrization: any optimizer may train it, gradients are masked too.
+    With a dither optimizer nothing is added to the forward pass: the weights are set to 0 once, and the step leaves them and
+    their states alone (`FusedOptimizer.set_mask`). Called again, masks are replaced.
+    """
+    for layer, mask in matched("apply_masks", model, masks):
+        if optimizer is not None:
+            with torch.no_grad():
+                layer.weight.mul_(mask)
+            optimizer.set_mask(layer.weight, mask)
+            continue
+        bits = pack_bits(torch.empty_like(layer.weight, dtype=torch.bool).copy_(mask))
+        present = parametrization(layer, Masked)
+        if present is None:
+            register(layer, Masked(bits))
+        else:
+            present.bits.copy_(bits)
+
+
+def matched(op: str, model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Layer, Tensor]]:
+    """Layers and their masks, checked before anything is changed."""
+    layers = {layer.name: layer for layer in sparsifiable(model)}
+    pairs = []
+    for name, mask in masks.items():
+        if name not in layers:
+            raise KeyError(f"{op}: the model has no weight {name!r} to mask; it has {', '.join(layers) or 'none'}")
+        w = layers[name].weight
+        if mask.dtype != torch.bool or mask.shape != w.shape:
+            given, allowed = f"{mask.dtype} of shape {list(mask.shape)}", f"bool of shape {list(w.shape)}"
+            raise ValueError(f"{op}: masks[{name!r}] is {given}, expected {allowed}")
+        pairs.append((layers[name], mask.to(w.device)))
+    return pairs
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The masks that parametrizations of dither hold at present, by parameter name."""
+    masks = {}
+    for layer in sparsifiable(model):
+        holder = parametrization(layer, nn.Module)
+        if holder is not None and isinstance(getattr(holder, "bits", None), Tensor):
+            masks[layer.name] = unpack_bits(holder.bits, layer.weight)
+    return masks
+
+
+def bake(model: nn.Module, keep: Callable[[Layer], bool] = lambda layer: True) -> nn.Module:
+    """Remove the parametrizations of dither and leave their weights: a plain dense model with zeros in it.
+
+    Parameters stay the same objects. keep: leave alone the layers for which it is False.
+    """
+    for layer in list(sparsifiable(model)):
+        holder = parametrization(layer, nn.Module)
+        if holder is not None and type(holder).__module__.startswith(__package__ or "dither") and keep(layer):
+            parametrize.remove_parametrizations(layer.module, layer.parameter, leave_parametrized=True)
+    return model

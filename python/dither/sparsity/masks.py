@@ -1,0 +1,304 @@
+"""N:M masks and what forward and backward passes do with them.
+
+A packed mask is uint8, one bit per element (lowest bit first, 1 = kept) in the storage order of its weight: for a contiguous
+weight row-major, for a channels_last one as it lies in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import write
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FAST = (4, 8, 16, 32)  # group sizes with a kernel; others are sorted
+
+pack_bits = ops.reference.sparsity.pack_bits
+
+
+def nm_mask(
+    w: Tensor, n: int, m: int, dim: int = -1, *, packed: bool = False, factor: Tensor | None = None, pad: bool = False
+) -> Tensor:
+    """Which `n` of every `m` consecutive weights along `dim` to keep: those of largest magnitude.
+
+    Args:
+        w: float32, bfloat16, float16 or float64, any shape and strides.
+        n: how many are kept, 1 <= n <= m. (Wanda, SparseGPT and DSnoT call n the number pruned.)
+        m: group size; 4, 8, 16 and 32 have kernels, other sizes are sorted.
+        dim: the dimension along which groups lie; its size must be a multiple of m unless `pad`.
+        packed: return bits, uint8 of ceil(numel / 8), in w's storage order, instead of bool in w's shape and strides.
+        factor: one number >= 0 for each index of `dim`; the score is |w| times it (Wanda: the norm of the input feature).
+        pad: let the last group be smaller; of its r members min(n, r) are kept.
+
+    Ties: larger magnitude, then lower index. NaN is larger than every number: it is kept, and the loss shows it.
+    """
+    w = w.detach()
+    dim = _check("nm_mask", w, n, m, dim, pad)
+    factor = _checked_factor("nm_mask", factor, w, dim)
+    w = _dense(w)
+    if w.shape[dim] % m or m not in _FAST:
+        keep = torch.empty_like(w, dtype=torch.bool).copy_(_sorted(w, n, m, dim, factor))
+        return pack_bits(keep) if packed else keep
+    result = _bits_for(w) if packed else torch.empty_like(w, dtype=torch.bool)
+    bits, keep = (result, None) if packed else (None, result)
+    write("nm_select_", [result], w, factor, n, m, dim, 0.0, None, None, bits, keep)
+    return result
+
+
+def nm_decay(
+    w: Tensor,
+    n: int,
+    m: int,
+    beta: float | Tensor = 0.0,
+    dim: int = -1,
+    *,
+    grad: Literal["ste", "masked"] = "ste",
+    pad: bool = False,
+) -> Tensor:
+    """w where `nm_mask` keeps it, beta w elsewhere: mask decay (Bambhaniya et al. 2024, MdGf); one read, one write.
+
+    Args:
+        w, n, m, dim, pad: as `nm_mask`.
+        beta: 0 <= beta <= 1; a float, or a tensor of one element on w's device, which is never copied to the host. At 0 the
+            others are +0 whatever they were.
+        grad: "ste" passes the gradient on unchanged, as the published code does (straight-through estimator); "masked" is
+            the derivative: the gradient of the others is multiplied by beta too.
+    """
+    return nm_decay_and_bits(w, n, m, beta, dim, grad=grad, pad=pad)[0]
+
+
+def nm_decay_and_bits(
+    w: Tensor,
+    n: int,
+    m: int,
+    beta: float | Tensor = 0.0,
+    dim: int = -1,
+    *,
+    grad: Literal["ste", "masked"] = "ste",
+    pad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`nm_decay` and the packed mask of the same pass."""
+    if grad not in ("ste", "masked"):
+        raise ValueError(f"nm_decay: grad is {grad!r}, expected 'ste' or 'masked'")
+    dim = _check("nm_decay", w, n, m, dim, pad)
+    return _Decay.apply(w, n, m, _beta("nm_decay", beta), dim, grad == "masked", None)
+
+
+def masked(w: Tensor, bits: Tensor) -> Tensor:
+    """w where its bit is 1, else +0; the gradient is masked alike. `bits`: packed, as `nm_mask(..., packed=True)`."""
+    _check_bits("masked", bits, w)
+    return _Masked.apply(w, bits)
+
+
+def srste(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1, *, pad: bool = False) -> Tensor:
+    """w where `nm_mask` keeps it, else 0; its gradient is g + lamb (1 - mask) w (Zhou et al. 2021, eq. 9, SR-STE)."""
+    return srste_and_bits(w, n, m, lamb, dim, pad=pad)[0]
+
+
+def srste_and_bits(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1, *, pad: bool = False) -> tuple[Tensor, Tensor]:
+    """`srste` and the packed mask of the same pass."""
+    dim = _check("srste", w, n, m, dim, pad)
+    return _Decay.apply(w, n, m, 0.0, dim, False, float(lamb))
+
+
+@torch.no_grad()
+def srste_grad_(grad: Tensor, w: Tensor, bits: Tensor, lamb: float = 2e-4) -> Tensor:
+    """grad += lamb w where the bit is 0, in place (Zhou et al. 2021, eq. 9: sparse-refined straight-through estimator).
+
+    grad and w have the same shape, strides and dtype; `bits` are w's, packed. A dither optimizer does the same inside its
+    step: `set_mask(p, bits, srste=lamb)`.
+    """
+    if grad.shape != w.shape or grad.dtype != w.dtype or grad.device != w.device:
+        raise ValueError(f"srste_grad_: w is {_what(w)}, expected {_what(grad)} like grad")
+    _check_bits("srste_grad_", bits, w)
+    if _same_layout(grad, w) and _dense_strides(w):
+        write("masked_blend_", [grad], grad, None, w.detach(), bits, 1.0, None, float(lamb))
+    else:
+        keep = ops.reference.sparsity.unpack_like(bits, _dense(w))
+        grad.add_(torch.where(keep, 0, w), alpha=lamb)
+    return grad
+
+
+def unpack_bits(bits: Tensor, w: Tensor) -> Tensor:
+    """The packed mask of `w` as bool, with w's shape and strides."""
+    _check_bits("unpack_bits", bits, w)
+    return ops.reference.sparsity.unpack_like(bits, _dense(w.detach()))
+
+
+def flip_rate(before: Tensor, after: Tensor) -> float:
+    """The fraction of bits in which two packed masks of one weight differ (Hu et al. 2024: how restless the masks are)."""
+    if before.shape != after.shape or before.dtype != torch.uint8 or after.dtype != torch.uint8:
+        raise ValueError(f"flip_rate: after is {_what(after)}, expected {_what(before)} like before, packed in uint8")
+    flipped = ops.reference.sparsity.unpack_bits(before ^ after, (8 * before.numel(),))
+    return float(flipped.double().mean()) if before.numel() else 0.0
+
+
+# ---- autograd
+
+
+class _Decay(torch.autograd.Function):
+    """(w where kept else beta w, bits); backward: straight through, times beta where pruned, or plus lamb w there."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, w: Tensor, n: int, m: int, beta: float | Tensor, dim: int, mask_grad: bool, lamb: float | None
+    ) -> tuple[Tensor, Tensor]:
+        dense = _dense(w.detach())
+        number, tensor = (0.0, beta) if isinstance(beta, Tensor) else (beta, None)
+        out = torch.empty_like(dense)
+        bits = _bits_for(dense)
+        if dense.shape[dim] % m or m not in _FAST:
+            bits.copy_(pack_bits(torch.empty_like(dense, dtype=torch.bool).copy_(_sorted(dense, n, m, dim, None))))
+            write("masked_blend_", [out], out, dense, None, bits, number, tensor, 0.0)
+        else:
+            write("nm_select_", [out, bits], dense, None, n, m, dim, number, tensor, out, bits, None)
+        ctx.mark_non_differentiable(bits)
+        ctx.mask_grad, ctx.beta, ctx.lamb = mask_grad, number, lamb
+        if mask_grad:
+            ctx.save_for_backward(bits, tensor)
+            ctx.like = dense.stride()
+        elif lamb is not None:
+            ctx.save_for_backward(bits, w)
+        return out, bits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        none = (None,) * 6
+        if ctx.mask_grad:
+            bits, beta = ctx.saved_tensors
+            return _Blend.apply(_laid_out(grad, ctx.like), None, bits, ctx.beta, beta, 0.0), *none
+        if ctx.lamb is not None:
+            bits, w = ctx.saved_tensors
+            dense = _dense(w)
+            return _Blend.apply(_laid_out(grad, dense.stride()), dense, bits, 1.0, None, ctx.lamb), *none
+        return grad, *none
+
+
+class _Blend(torch.autograd.Function):
+    """a where kept, else scale a + lamb b; linear in a, constant in b."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, a: Tensor, b: Tensor | None, bits: Tensor, scale: float, scale_tensor: Tensor | None, lamb: float
+    ) -> Tensor:
+        out = torch.empty_like(a)
+        write("masked_blend_", [out], out, a.detach(), None if b is None else b.detach(), bits, scale, scale_tensor, lamb)
+        ctx.save_for_backward(bits, scale_tensor)
+        ctx.scale = scale
+        ctx.like = a.stride()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        bits, scale_tensor = ctx.saved_tensors
+        grad = _Blend.apply(_laid_out(grad, ctx.like), None, bits, ctx.scale, scale_tensor, 0.0)
+        return grad, None, None, None, None, None
+
+
+class _Masked(torch.autograd.Function):
+    """w where kept, else 0, and the gradient alike."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, bits: Tensor) -> Tensor:  # type: ignore[override]
+        dense = _dense(w.detach())
+        out = torch.empty_like(dense)
+        write("masked_blend_", [out], out, dense, None, bits, 0.0, None, 0.0)
+        ctx.save_for_backward(bits)
+        ctx.like = dense.stride()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        return _Blend.apply(_laid_out(grad, ctx.like), None, ctx.saved_tensors[0], 0.0, None, 0.0), None
+
+
+# ---- checks and layouts
+
+
+def _what(t: Tensor) -> str:
+    return f"{t.dtype} of shape {list(t.shape)} on {t.device}"
+
+
+def _check(op: str, w: Tensor, n: int, m: int, dim: int, pad: bool) -> int:
+    """The dimension, counted from the front."""
+    if w.dtype not in _FLOATS:
+        raise TypeError(f"{op}: w is {w.dtype}, expected float32, bfloat16, float16 or float64")
+    if w.dim() == 0:
+        raise ValueError(f"{op}: w has no dimensions, expected at least 1")
+    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
+        raise ValueError(f"{op}: n:m is {n}:{m}, expected integers 1 <= n <= m (n is the number kept)")
+    if not -w.dim() <= dim < w.dim():
+        raise ValueError(f"{op}: dim is {dim}, expected {-w.dim()} <= dim < {w.dim()}")
+    dim %= w.dim()
+    if w.shape[dim] % m and not pad:
+        raise ValueError(f"{op}: w has size {w.shape[dim]} in dimension {dim}, expected a multiple of m = {m}, or pad=True")
+    return dim
+
+
+def _checked_factor(op: str, factor: Tensor | None, w: Tensor, dim: int) -> Tensor | None:
+    if factor is None:
+        return None
+    if factor.shape != (w.shape[dim],) or factor.device != w.device or not factor.is_floating_point():
+        raise ValueError(f"{op}: factor is {_what(factor)}, expected floating point of shape [{w.shape[dim]}] on {w.device}")
+    return factor.detach().to(torch.float64 if w.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _beta(op: str, beta: float | Tensor) -> float | Tensor:
+    if isinstance(beta, Tensor):
+        if beta.numel() != 1 or not beta.is_floating_point():
+            raise ValueError(f"{op}: beta is {_what(beta)}, expected one floating point number")
+        return beta.detach().to(torch.float32)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"{op}: beta is {beta}, expected 0 <= beta <= 1")
+    return float(beta)
+
+
+def _check_bits(op: str, bits: Tensor, w: Tensor) -> None:
+    size = (w.numel() + 7) // 8
+    if bits.dtype != torch.uint8 or bits.shape != (size,) or bits.device != w.device:
+        raise ValueError(
+            f"{op}: bits is {_what(bits)}, expected torch.uint8 of shape [{size}] on {w.device}, one bit per element of w"
+        )
+
+
+def _dense_strides(w: Tensor) -> bool:
+    span = 1
+    for stride, size in sorted((s, n) for s, n in zip(w.stride(), w.shape) if n != 1):
+        if stride != span:
+            return False
+        span = stride * size
+    return True
+
+
+def _dense(w: Tensor) -> Tensor:
+    """w itself where its elements fill their memory, in whatever order; else a contiguous copy."""
+    return w if w.is_contiguous() or w.numel() == 0 or _dense_strides(w) else w.contiguous()
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+
+
+def _laid_out(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """grad with these strides, so that packed bits fit."""
+    if grad.stride() == strides:
+        return grad
+    return torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def _bits_for(w: Tensor) -> Tensor:
+    return torch.empty((w.numel() + 7) // 8, dtype=torch.uint8, device=w.device)
+
+
+def _sorted(w: Tensor, n: int, m: int, dim: int, factor: Tensor | None) -> Tensor:
+    """The mask by sorting, for group sizes without a kernel and for tails. The padding is smaller than every weight."""
+    size = w.shape[dim]
+    short = -size % m
+    if short:
+        w = torch.cat([w, w.new_zeros([short if d == dim else s for d, s in enumerate(w.shape)])], dim)
+        factor = None if factor is None else torch.cat([factor, factor.new_zeros(short)])
+    return ops.reference.sparsity.nm_keep(w, n, m, dim, factor).narrow(dim, 0, size)
