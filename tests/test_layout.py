@@ -65,7 +65,7 @@ EDGES: dict[str, set[str] | None] = {
     "ops": {"reference"},
     "noise": {"ops"},
     "optim": {"ops", "noise"},
-    "sparsity": {"ops", "optim", "_extras"},
+    "sparsity": {"ops", "noise", "optim", "_extras"},
     "bench": EVERYTHING,
     "cli": EVERYTHING,
     "demo": EVERYTHING,

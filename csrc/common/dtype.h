@@ -34,6 +34,13 @@ DITHER_HD float widen(float16 x) {
   return bit_as<float>(y | sign);
 }
 
+// yes ? a : b, in a form that vectorises.
+template <class T>
+DITHER_HD T pick(bool yes, T a, T b) {
+  if constexpr (sizeof(T) == 2) return T{uint16_t(yes ? a.bits : b.bits)};
+  else return yes ? a : b;
+}
+
 // Round to nearest even.
 DITHER_HD void narrow(float x, float& y) { y = x; }
 DITHER_HD void narrow(double x, double& y) { y = x; }
@@ -85,6 +92,9 @@ struct RoundingBits {
 DITHER_HD int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 // with_type(dtype, [&](auto tag) { using Stored = decltype(tag); ... })
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // f runs where its caller does
+#endif
 template <class F>
 DITHER_HD void with_type(DType t, F&& f) {
   if (t == DType::f32) f(float{});

@@ -3,20 +3,10 @@
 // Philox: vectors of 64-bit lanes: 32x32->64 products read the low halves, so the high halves may hold garbage and a round
 // is 4 products, shifts and xors. GCC 12 does not find vpmuludq by itself; that is the only intrinsic needed.
 #pragma once
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #include "chacha.h"
 #include "normal.h"
 #include "philox.h"
-
-#if defined(__AVX512DQ__)
-#define DITHER_VECTOR_BYTES 64
-#elif defined(__AVX2__)
-#define DITHER_VECTOR_BYTES 32
-#else
-#define DITHER_VECTOR_BYTES 16
-#endif
+#include "vector_cpu.h"
 
 namespace dither::DITHER_ISA {
 using Wide = uint64_t __attribute__((vector_size(DITHER_VECTOR_BYTES)));

@@ -15,3 +15,9 @@ auto launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem = 0, cudaSt
 #else
 #include "cuda_on_cpu.h"
 #endif
+
+// An integer as a type: of_size(Constant<4>{}).
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};

@@ -8,6 +8,12 @@
 #else
 #define DITHER_HD inline __attribute__((always_inline))
 #endif
+#define DITHER_PRAGMA(text) _Pragma(#text)
+#if defined(__CUDACC__)
+#define DITHER_UNROLL(count) DITHER_PRAGMA(unroll)
+#else
+#define DITHER_UNROLL(count) DITHER_PRAGMA(GCC unroll count)
+#endif
 
 namespace dither {
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <span>
 #include <sstream>
@@ -136,6 +137,23 @@ class Tensors {  // an argument list
   }
   std::vector<Listed> tensors_;
 };
+
+// Whether elements fill their memory, in whatever order of dimensions.
+enum class Memory { dense, gaps, overlap };
+inline Memory memory_of(std::span<const int64_t> sizes, std::span<const int64_t> strides) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;  // elements from the first to the last of the dimensions seen
+  Memory m = Memory::dense;
+  for (const auto& [stride, size] : dims) {
+    if (stride < span) return Memory::overlap;
+    if (stride > span) m = Memory::gaps;
+    span = stride * (size - 1) + span;
+  }
+  return m;
+}
 
 // Where an operator runs; the emulator's tensors live on the CPU.
 enum class Device { cpu, cuda };

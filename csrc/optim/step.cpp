@@ -64,24 +64,6 @@ static bool same_layout(const Seen& a, const Seen& b) {
   return true;
 }
 
-enum class Memory { dense, gaps, overlap };
-static Memory memory_of(const Seen& t) {
-  if (t.contiguous) return Memory::dense;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  const auto strides = t.tensor.strides();
-  for (size_t d = 0; d < t.sizes.size(); ++d)
-    if (t.sizes[d] > 1) dims.emplace_back(strides[d], t.sizes[d]);
-  std::sort(dims.begin(), dims.end());
-  int64_t span = 1;  // elements from the first to the last of the dimensions seen
-  Memory m = Memory::dense;
-  for (const auto& [stride, size] : dims) {
-    if (stride < span) return Memory::overlap;
-    if (stride > span) m = Memory::gaps;
-    span = stride * (size - 1) + span;
-  }
-  return m;
-}
-
 // Two parameters that share memory would be stepped in an undefined order. The last list seen is remembered.
 struct Range {
   uintptr_t begin, end;
@@ -209,7 +191,7 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
     const Seen p = see(params[i], "params", i);
     s.p_type = *p.type;
     s.numel = p.numel;
-    const Memory memory = memory_of(p);
+    const Memory memory = p.contiguous ? Memory::dense : memory_of(p.sizes, p.tensor.strides());
     DITHER_CHECK(memory != Memory::overlap, op, ": params[", i,
                  "] overlaps itself (an expanded tensor?), expected one place per element");
     const Seen g = see_like_param(grads[i], "grads", i, p, i);
@@ -390,7 +372,7 @@ static Tensor sum_of_squares(const Tensors& tensors) {
     DITHER_CHECK(seen.cuda == head.is_cuda() && (!seen.cuda || t.get_device_index() == head.get_device_index()), op,
                  ": tensors[", i, "] is on ", device_of(t), ", expected ", device_of(head), " like tensors[0]");
     const void* x = t.const_data_ptr();
-    if (memory_of(seen) != Memory::dense) {
+    if (!seen.contiguous && memory_of(seen.sizes, seen.tensor.strides()) != Memory::dense) {
       kept.push_back(torch::stable::contiguous(t));
       x = kept.back().const_data_ptr();
     }

@@ -28,6 +28,7 @@ _OPS = {
     "sum_of_squares": reference.optim.sum_of_squares,
     "nm_select_": reference.sparsity.nm_select_,
     "masked_blend_": reference.sparsity.masked_blend_,
+    "transposable_": reference.sparsity.transposable_,
 }
 
 native: Any

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -86,3 +85,85 @@ def masked_blend_(
     """`dither::masked_blend_` where no kernel is available."""
     keep = unpack_like(bits, out)
     out.copy_(blend(out if a is None else a, b, keep, scale if scale_tensor is None else float(scale_tensor), lamb))
+
+
+# ---- masks of 4 x 4 tiles
+
+_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # two columns of four; pair 5 - k is the complement of pair k
+
+
+def _filling(top: tuple[int, int]) -> list[tuple[int, int]]:
+    """Both orders of two rows' pairs."""
+    return list(dict.fromkeys([top, top[::-1]]))
+
+
+def _halves() -> list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+    """The 19 ways to fill columns by two rows, each with the two rows that fill the rest."""
+    ways = []
+    for p in range(6):
+        ways.append((_filling((p, p)), _filling((5 - p, 5 - p))))
+        ways += [(_filling((p, q)), _filling((5 - q, 5 - p))) for q in range(p + 1, 6) if p + q != 5]
+    complements = [pair for p in range(3) for pair in _filling((p, 5 - p))]
+    return [*ways, (complements, complements)]
+
+
+def _tiles(w: Tensor) -> Tensor:
+    """Magnitudes of 4 x 4 tiles, (tiles, 16); NaN counts as the largest."""
+    wide, most = (torch.float64, 2e307) if w.dtype == torch.float64 else (torch.float32, 4e37)
+    tiles = w.detach().to(wide).unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).reshape(-1, 16)
+    return tiles.abs().nan_to_num(nan=most).clamp(max=most)
+
+
+def _untiled(keep: Tensor, shape: torch.Size) -> Tensor:
+    return keep.view(shape[0] // 4, shape[1] // 4, 4, 4).transpose(1, 2).reshape(shape)
+
+
+def transposable_keep(w: Tensor) -> Tensor:
+    """The 2:4 mask of rows and of columns with the largest sum of magnitudes in each 4 x 4 tile, of 90 patterns.
+
+    Sums are (a + b) + (c + d) over the four rows' pairs of weights; the first pattern of the largest sum wins.
+    """
+    a = _tiles(w).view(-1, 4, 4)
+    pair = torch.stack([a[:, :, i] + a[:, :, j] for i, j in _PAIRS], 2)  # tile, row, pair
+
+    def best(row: int, ways: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        sums = torch.stack([pair[:, row, p] + pair[:, row + 1, q] for p, q in ways], 1)
+        first = _first_largest(sums)
+        return sums.gather(1, first[:, None])[:, 0], torch.tensor(ways, device=w.device)[first]
+
+    halves = [(best(0, top), best(2, bottom)) for top, bottom in _halves()]
+    first = _first_largest(torch.stack([top[0] + bottom[0] for top, bottom in halves], 1))
+    pairs = torch.stack([torch.cat([top[1], bottom[1]], 1) for top, bottom in halves], 1)  # tile, way, row
+    chosen = pairs[torch.arange(len(a), device=w.device), first]
+    columns = torch.zeros(6, 4, dtype=torch.bool, device=w.device)
+    for k, ij in enumerate(_PAIRS):
+        columns[k, list(ij)] = True
+    return _untiled(columns[chosen], w.shape)
+
+
+def _first_largest(x: Tensor) -> Tensor:
+    return (x == x.max(1, keepdim=True).values).to(torch.uint8).argmax(1)
+
+
+def greedy_keep(w: Tensor) -> Tensor:
+    """Largest weights first, lower index among equals, as long as their row and column of the tile have room for them.
+
+    Some tiles keep fewer than 8: what is left lies in rows and columns that are full.
+    """
+    a = _tiles(w)
+    order = a.sort(dim=1, descending=True, stable=True).indices
+    keep = torch.zeros_like(a, dtype=torch.bool)
+    tile = torch.arange(len(a), device=w.device)
+    for j in order.unbind(1):
+        grid = keep.view(-1, 4, 4)
+        keep[tile, j] = (grid.sum(2)[tile, j // 4] < 2) & (grid.sum(1)[tile, j % 4] < 2)
+    return _untiled(keep, w.shape)
+
+
+def transposable_(w: Tensor, exact: bool, bits: Tensor | None, keep: Tensor | None) -> None:
+    """`dither::transposable_` where no kernel is available."""
+    kept = transposable_keep(w) if exact else greedy_keep(w)
+    if bits is not None:
+        bits.copy_(pack_bits(kept))
+    if keep is not None:
+        keep.copy_(kept)

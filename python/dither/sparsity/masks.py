@@ -44,8 +44,8 @@ def nm_mask(
         keep = torch.empty_like(w, dtype=torch.bool).copy_(_sorted(w, n, m, dim, factor))
         return pack_bits(keep) if packed else keep
     result = _bits_for(w) if packed else torch.empty_like(w, dtype=torch.bool)
-    bits, keep = (result, None) if packed else (None, result)
-    write("nm_select_", [result], w, factor, n, m, dim, 0.0, None, None, bits, keep)
+    bits, kept = (result, None) if packed else (None, result)
+    write("nm_select_", [result], w, factor, n, m, dim, 0.0, None, None, bits, kept)
     return result
 
 
@@ -86,6 +86,33 @@ def nm_decay_and_bits(
         raise ValueError(f"nm_decay: grad is {grad!r}, expected 'ste' or 'masked'")
     dim = _check("nm_decay", w, n, m, dim, pad)
     return _Decay.apply(w, n, m, _beta("nm_decay", beta), dim, grad == "masked", None)
+
+
+def transposable_mask(w: Tensor, method: Literal["exact", "greedy"] = "exact", *, packed: bool = False) -> Tensor:
+    """A 2:4 mask that is 2:4 along both dimensions of a matrix: in every 4 x 4 tile two weights a row and two a column.
+
+    Forward and backward pass of a layer then both multiply by a 2:4 matrix (Hubara et al. 2021).
+
+    Args:
+        w: matrix of float32, bfloat16, float16 or float64; both sizes multiples of 4.
+        method: "exact" finds the pattern of 90 with the largest sum of magnitudes; "greedy" takes the largest weights as
+            long as rows and columns have room, as torch's training kernels do: some tiles keep fewer than 8 weights.
+        packed: as `nm_mask`.
+
+    NaN counts as the largest finite weight. Magnitudes above 4e37 (float64: 2e307) are equal.
+    """
+    w = w.detach()
+    if w.dtype not in _FLOATS:
+        raise TypeError(f"transposable_mask: w is {w.dtype}, expected float32, bfloat16, float16 or float64")
+    if w.dim() != 2 or w.shape[0] % 4 or w.shape[1] % 4:
+        raise ValueError(f"transposable_mask: w has shape {list(w.shape)}, expected a matrix whose sizes are multiples of 4")
+    if method not in ("exact", "greedy"):
+        raise ValueError(f"transposable_mask: method is {method!r}, expected 'exact' or 'greedy'")
+    w = w.contiguous()
+    result = _bits_for(w) if packed else torch.empty_like(w, dtype=torch.bool)
+    bits, keep = (result, None) if packed else (None, result)
+    write("transposable_", [result], w, method == "exact", bits, keep)
+    return result
 
 
 def masked(w: Tensor, bits: Tensor) -> Tensor:

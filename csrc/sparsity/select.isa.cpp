@@ -1,0 +1,443 @@
+#include "select.h"
+#include "../common/mask_cpu.h"
+
+namespace dither::DITHER_ISA {
+#define INLINE inline __attribute__((always_inline))
+// A block of keys: lane l of vector j is element j of group l.
+template <class Key>
+struct Lanes {
+  using type __attribute__((vector_size(DITHER_VECTOR_BYTES))) = Key;
+  static constexpr int count = DITHER_VECTOR_BYTES / sizeof(Key);
+};
+template <class Key>
+using Vector = typename Lanes<Key>::type;
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) return __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) return __builtin_shuffle(a, b, V{__VA_ARGS__})
+#endif
+#define EVEN4 0, 2, 4, 6
+#define ODD4 1, 3, 5, 7
+#define EVEN8 EVEN4, 8, 10, 12, 14
+#define ODD8 ODD4, 9, 11, 13, 15
+#define EVEN16 EVEN8, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD16 ODD8, 17, 19, 21, 23, 25, 27, 29, 31
+#define EVEN32 EVEN16, 32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62
+#define ODD32 ODD16, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63
+#define LOW32 \
+  0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47
+#define HIGH32 \
+  16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63
+template <class V>
+constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
+template <class V>
+static INLINE V even(V a, V b) {
+  if constexpr (kLanes<V> == 2) SHUFFLE(a, b, 0, 2);
+  else if constexpr (kLanes<V> == 4) SHUFFLE(a, b, EVEN4);
+  else if constexpr (kLanes<V> == 8) SHUFFLE(a, b, EVEN8);
+  else if constexpr (kLanes<V> == 16) SHUFFLE(a, b, EVEN16);
+  else SHUFFLE(a, b, EVEN32);
+}
+template <class V>
+static INLINE V odd(V a, V b) {
+  if constexpr (kLanes<V> == 2) SHUFFLE(a, b, 1, 3);
+  else if constexpr (kLanes<V> == 4) SHUFFLE(a, b, ODD4);
+  else if constexpr (kLanes<V> == 8) SHUFFLE(a, b, ODD8);
+  else if constexpr (kLanes<V> == 16) SHUFFLE(a, b, ODD16);
+  else SHUFFLE(a, b, ODD32);
+}
+template <class V>
+static INLINE V low(V a, V b) {
+  if constexpr (kLanes<V> == 2) SHUFFLE(a, b, 0, 2);
+  else if constexpr (kLanes<V> == 4) SHUFFLE(a, b, 0, 4, 1, 5);
+  else if constexpr (kLanes<V> == 8) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  else if constexpr (kLanes<V> == 16) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  else SHUFFLE(a, b, LOW32);
+}
+template <class V>
+static INLINE V high(V a, V b) {
+  if constexpr (kLanes<V> == 2) SHUFFLE(a, b, 1, 3);
+  else if constexpr (kLanes<V> == 4) SHUFFLE(a, b, 2, 6, 3, 7);
+  else if constexpr (kLanes<V> == 8) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  else if constexpr (kLanes<V> == 16) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  else SHUFFLE(a, b, HIGH32);
+}
+
+// [groups][M] -> [M][groups] and back: each of log2 M steps rotates the bits of an element's address by one.
+template <int M, class V>
+static INLINE void transpose(V (&x)[M]) {
+#pragma GCC unroll 5
+  for (int step = 1; step < M; step *= 2) {
+    V y[M];
+#pragma GCC unroll 16
+    for (int p = 0; p < M / 2; ++p) {
+      y[p] = even(x[2 * p], x[2 * p + 1]);
+      y[M / 2 + p] = odd(x[2 * p], x[2 * p + 1]);
+    }
+#pragma GCC unroll 32
+    for (int p = 0; p < M; ++p) x[p] = y[p];
+  }
+}
+template <int M, class V>
+static INLINE void transpose_back(V (&x)[M]) {
+#pragma GCC unroll 5
+  for (int step = 1; step < M; step *= 2) {
+    V y[M];
+#pragma GCC unroll 16
+    for (int p = 0; p < M / 2; ++p) {
+      y[2 * p] = low(x[p], x[M / 2 + p]);
+      y[2 * p + 1] = high(x[p], x[M / 2 + p]);
+    }
+#pragma GCC unroll 32
+    for (int p = 0; p < M; ++p) x[p] = y[p];
+  }
+}
+
+// Batcher's odd-even merge sort (1968), descending.
+template <class V>
+static INLINE void order(V& a, V& b) {
+  const V most = a > b ? a : b;
+  b = a > b ? b : a;
+  a = most;
+}
+template <int kFirst, int kCount, int kApart, class V>
+static INLINE void merge(V* x) {
+  if constexpr (2 * kApart < kCount) {
+    merge<kFirst, kCount, 2 * kApart>(x);
+    merge<kFirst + kApart, kCount, 2 * kApart>(x);
+#pragma GCC unroll 16
+    for (int i = kFirst + kApart; i + kApart < kFirst + kCount; i += 2 * kApart) order(x[i], x[i + kApart]);
+  } else {
+    order(x[kFirst], x[kFirst + kApart]);
+  }
+}
+template <int kFirst, int kCount, class V>
+static INLINE void sort(V* x) {
+  if constexpr (kCount > 1) {
+    sort<kFirst, kCount / 2>(x);
+    sort<kFirst + kCount / 2, kCount / 2>(x);
+    merge<kFirst, kCount, 1>(x);
+  }
+}
+
+// The order of magnitudes, of elements in their stored bits.
+template <class S, class V>
+static INLINE V magnitudes(V bits) {
+  using Key = decltype(magnitude(S{}));
+  constexpr Key rest = Key(~(uint64_t(1) << (8 * sizeof(Key) - 1))), nan = Key(kNan<S>);
+  const V key = bits & rest;
+  return key < nan ? key : V{} + nan;
+}
+
+// Keys become -1 where kept, else 0.
+template <class Key, int M>
+static INLINE void choose(Vector<Key> (&key)[M], int n) {
+  using V = Vector<Key>;
+  V sorted[M];
+#pragma GCC unroll 32
+  for (int j = 0; j < M; ++j) sorted[j] = key[j];
+  sort<0, M>(sorted);
+  V memory[M];  // read at an index known at run time only
+#pragma GCC unroll 32
+  for (int j = 0; j < M; ++j) memory[j] = sorted[j];
+  const V least = memory[n - 1];  // of those kept
+  if (n == M || !any_bit(V(memory[n] == least))) {
+#pragma GCC unroll 32
+    for (int j = 0; j < M; ++j) key[j] = key[j] >= least;
+  } else {  // of those equal to the least, only the first few
+    V left = V{} + Key(n);
+    V above[M];
+#pragma GCC unroll 32
+    for (int j = 0; j < M; ++j) {
+      above[j] = key[j] > least;
+      left += above[j];
+    }
+#pragma GCC unroll 32
+    for (int j = 0; j < M; ++j) {
+      const V take = (key[j] == least) & (left > 0);
+      left += take;
+      key[j] = above[j] | take;
+    }
+  }
+}
+template <class Key, int M>
+__attribute__((noinline)) static void choose_in_memory(Key* key, int64_t pitch, int n) {
+  Vector<Key> v[M];
+#pragma GCC unroll 32
+  for (int j = 0; j < M; ++j) __builtin_memcpy(&v[j], key + j * pitch, sizeof v[j]);
+  choose<Key, M>(v, n);
+#pragma GCC unroll 32
+  for (int j = 0; j < M; ++j) __builtin_memcpy(key + j * pitch, &v[j], sizeof v[j]);
+}
+template <class Key>
+using Choose = void (*)(Key*, int64_t, int);
+template <class Key>
+static Choose<Key> chooser(int m) {
+  return m == 4    ? choose_in_memory<Key, 4>
+         : m == 8  ? choose_in_memory<Key, 8>
+         : m == 16 ? choose_in_memory<Key, 16>
+                   : choose_in_memory<Key, 32>;
+}
+
+// Keys of scores: w, or |w| times its factor.
+template <class Key, class S, class T>
+static INLINE Key key_of(S x, const T* factor) {
+  if constexpr (sizeof(Key) == 2) return magnitude(x);
+  else return magnitude(factor ? T(absolute(widen(x)) * *factor) : T(widen(x)));
+}
+
+template <class S>
+static INLINE S other(S x, decltype(widen(S{}) + 0) beta) {
+  S y;
+  narrow(beta * widen(x), y);
+  return y;
+}
+
+// A run of memory; kept: bytes 0 and 1.
+template <class S>
+static void emit_out(const Select& s, int64_t start, int64_t count, const uint8_t* __restrict kept) {
+  using T = decltype(widen(S{}) + 0);
+  const T beta = T(s.beta);
+  const S* __restrict w = static_cast<const S*>(s.w) + start;
+  S* __restrict out = static_cast<S*>(s.out) + start;
+  if (beta == T(0))
+    for (int64_t i = 0; i < count; ++i) out[i] = pick(kept[i], w[i], S{});
+  else
+    for (int64_t i = 0; i < count; ++i) out[i] = pick(kept[i], w[i], other(w[i], beta));
+}
+// kept has margins of 8 zeros on both sides.
+static void emit_mask(const Select& s, int64_t start, int64_t count, const uint8_t* kept) {
+  if (s.keep) __builtin_memcpy(s.keep + start, kept, uint64_t(count));
+  if (s.bits) store_bits(s.bits, start, count, kept);
+}
+
+// A vector of out, at element i.
+template <class S, class V, class T>
+static INLINE void store_chosen(const Select& s, int64_t i, V kept, T beta) {
+  constexpr int L = kLanes<V>;
+  const S* x = static_cast<const S*>(s.w) + i;
+  V from, pruned{};
+  __builtin_memcpy(&from, x, sizeof from);
+  if (beta != T(0)) {
+    S rounded[L];
+    for (int l = 0; l < L; ++l) rounded[l] = other(x[l], beta);
+    __builtin_memcpy(&pruned, rounded, sizeof pruned);
+  }
+  const V y = kept ? from : pruned;
+  if (s.stream_out) stream(static_cast<S*>(s.out) + i, y);
+  else __builtin_memcpy(static_cast<S*>(s.out) + i, &y, sizeof y);
+}
+
+constexpr int64_t kMargin = 64;
+
+// Groups of consecutive elements, in registers from the load to the store. Whole blocks of L groups; the rest is for `panels`.
+template <int M, class S>
+static int64_t blocks_of_rows(const Select& s, int64_t first, int64_t panels) {
+  using Key = decltype(magnitude(S{}));
+  using V = Vector<Key>;
+  using T = decltype(widen(S{}) + 0);
+  constexpr int L = Lanes<Key>::count;
+  const T beta = T(s.beta);
+  int64_t at = 0;
+  for (; at + L <= panels; at += L) {
+    const int64_t start = (first + at) * M;
+    const S* const x = static_cast<const S*>(s.w) + start;
+    V v[M];
+#pragma GCC unroll 32
+    for (int p = 0; p < M; ++p) {
+      V bits;
+      __builtin_memcpy(&bits, x + p * L, sizeof bits);
+      v[p] = magnitudes<S>(bits);
+    }
+    transpose<M>(v);
+    choose<Key, M>(v, s.n);
+    transpose_back<M>(v);
+    if (s.bits) store_lanes(s.bits + start / 8, v);
+#pragma GCC unroll 32
+    for (int p = 0; p < M; ++p) {
+      if (s.keep)
+        for (int l = 0; l < L; ++l) s.keep[start + p * L + l] = uint8_t(v[p][l] & 1);
+      if (s.out) store_chosen<S>(s, start + p * L, v[p], beta);
+    }
+  }
+  return at;
+}
+
+template <class S>
+static int64_t rows_done(const Select& s, int64_t first, int64_t panels) {
+  return s.m == 4    ? blocks_of_rows<4, S>(s, first, panels)
+         : s.m == 8  ? blocks_of_rows<8, S>(s, first, panels)
+         : s.m == 16 ? blocks_of_rows<16, S>(s, first, panels)
+                     : blocks_of_rows<32, S>(s, first, panels);
+}
+// Groups of consecutive elements by their scores, which are weights of another tensor.
+template <class S>
+static void tile_of_scores(const Select& s, int64_t first, int64_t panels) {
+  using T = decltype(widen(S{}) + 0);
+  constexpr int64_t spare = 32 * 64;
+  alignas(64) T score[2 * kTile + spare];
+  alignas(64) uint8_t buffer[2 * kTile + spare + kMargin];
+  uint8_t* const kept = buffer + kMargin;
+  constexpr int L = Lanes<decltype(magnitude(T{}))>::count;
+  const int64_t start = first * s.m, count = panels * s.m, row = s.groups * s.m, padded = (panels + L - 1) / L * L;
+  const S* const w = static_cast<const S*>(s.w) + start;
+  for (int64_t i = 0; i < count;) {
+    const int64_t column = (start + i) % row, run = smaller(row - column, count - i);
+    const T* __restrict factor = static_cast<const T*>(s.factor) + column;
+    const S* __restrict x = w + i;
+    for (int64_t k = 0; k < run; ++k) score[i + k] = absolute(T(widen(x[k]))) * factor[k];
+    i += run;
+  }
+  for (int64_t i = count; i < padded * s.m; ++i) score[i] = T(0);
+  Select of_scores = s;
+  of_scores.w = score;
+  of_scores.keep = kept;
+  of_scores.bits = nullptr;
+  of_scores.out = nullptr;
+  rows_done<T>(of_scores, 0, padded);
+  __builtin_memset(kept + count, 0, 8);
+  if (s.out) emit_out<S>(s, start, count, kept);
+  emit_mask(s, start, count, kept);
+}
+
+// Whole panels, small enough for a tile: groups across rows of `inner` elements.
+template <class Key, class S>
+static void tile_of_panels(const Select& s, int64_t first, int64_t panels) {
+  using T = decltype(widen(S{}) + 0);
+  constexpr int L = Lanes<Key>::count;
+  alignas(64) Key key[2 * kTile + 32 * L];  // [m][panels][inner], rows padded to whole vectors
+  alignas(64) uint8_t buffer[2 * kTile + 2 * kMargin];
+  uint8_t* const kept = buffer + kMargin;
+  const int64_t inner = s.inner, m = s.m, lanes = panels * inner, pitch = (lanes + L - 1) / L * L, start = first * m * inner;
+  const S* const w = static_cast<const S*>(s.w) + start;
+  const T* const factor = static_cast<const T*>(s.factor);
+  for (int64_t q = 0; q < panels; ++q) {
+    const T* const f = factor ? factor + (first + q) % s.groups * m : nullptr;
+    for (int64_t j = 0; j < m; ++j)
+      for (int64_t i = 0; i < inner; ++i)
+        key[j * pitch + q * inner + i] = key_of<Key>(w[(q * m + j) * inner + i], f ? f + j : f);
+  }
+  for (int64_t j = 0; j < m; ++j)
+    for (int64_t lane = lanes; lane < pitch; ++lane) key[j * pitch + lane] = 0;
+  const auto choose = chooser<Key>(s.m);
+  for (int64_t at = 0; at < pitch; at += L) choose(key + at, pitch, s.n);
+  for (int64_t q = 0; q < panels; ++q)
+    for (int64_t j = 0; j < m; ++j)
+      for (int64_t i = 0; i < inner; ++i) kept[(q * m + j) * inner + i] = uint8_t(key[j * pitch + q * inner + i] & 1);
+  __builtin_memset(kept + lanes * m, 0, 8);
+  if (s.out) emit_out<S>(s, start, lanes * m, kept);
+  emit_mask(s, start, lanes * m, kept);
+}
+
+// Some lanes of one panel.
+template <class Key, class S>
+static void tile_of_lanes(const Select& s, int64_t panel, int64_t lane, int64_t lanes) {
+  using T = decltype(widen(S{}) + 0);
+  constexpr int L = Lanes<Key>::count;
+  alignas(64) Key key[32 * L];
+  alignas(64) uint8_t buffer[2 * kTile + 32 * 2 * kMargin];
+  const int64_t start = panel * s.m * s.inner + lane, pitch = tile_lanes(s.m) + 2 * kMargin;
+  const S* const w = static_cast<const S*>(s.w) + start;
+  const T* const factor = s.factor ? static_cast<const T*>(s.factor) + panel % s.groups * s.m : nullptr;
+  const T beta = T(s.beta);
+  const auto choose = chooser<Key>(s.m);
+  constexpr bool direct = sizeof(Key) == sizeof(S);  // whole vectors of out are written here
+  for (int64_t at = 0; at < lanes; at += L) {
+    const int64_t here = smaller<int64_t>(L, lanes - at);
+    for (int64_t j = 0; j < s.m; ++j) {
+      const S* x = w + j * s.inner + at;
+      S last[L] = {};
+      if (here < L) {
+        for (int64_t l = 0; l < here; ++l) last[l] = x[l];
+        x = last;
+      }
+      if (factor)
+        for (int64_t l = 0; l < L; ++l) key[j * L + l] = key_of<Key>(x[l], factor + j);
+      else
+        for (int64_t l = 0; l < L; ++l) key[j * L + l] = key_of<Key, S, T>(x[l], nullptr);
+    }
+    choose(key, L, s.n);
+    if constexpr (direct)
+      if (s.out && here == L)
+        for (int64_t j = 0; j < s.m; ++j) {
+          Vector<Key> kept;
+          __builtin_memcpy(&kept, key + j * L, sizeof kept);
+          store_chosen<S>(s, start + j * s.inner + at, kept, beta);
+        }
+    if (s.bits || s.keep || here < L || !direct)
+      for (int64_t j = 0; j < s.m; ++j)
+        for (int64_t l = 0; l < L; ++l) buffer[j * pitch + kMargin + at + l] = uint8_t(key[j * L + l] & 1);
+  }
+  const int64_t done = direct ? lanes / L * L : 0;
+  for (int64_t j = 0; j < s.m; ++j) {
+    uint8_t* const kept = buffer + j * pitch + kMargin;
+    __builtin_memset(kept - 8, 0, 8);
+    __builtin_memset(kept + lanes, 0, 8);
+    const int64_t row = start + j * s.inner;
+    if (s.out) emit_out<S>(s, row + done, lanes - done, kept + done);
+    emit_mask(s, row, lanes, kept);
+  }
+}
+
+template <class Key, class S>
+static void run_units(const Select& s, int64_t lo, int64_t hi) {
+  if (in_parts(s.inner, s.m)) {
+    const int64_t each = tile_lanes(s.m), parts = (s.inner + each - 1) / each;
+    for (int64_t u = lo; u < hi; ++u) {
+      const int64_t lane = u % parts * each;
+      tile_of_lanes<Key, S>(s, u / parts, lane, smaller(each, s.inner - lane));
+    }
+    return;
+  }
+  const int64_t each = panels_of_a_tile(s.inner, s.m);
+  for (int64_t u = lo; u < hi; ++u) {
+    int64_t first = u * each, panels = smaller(each, s.panels - first);
+    if (s.inner == 1 && s.factor) {
+      tile_of_scores<S>(s, first, panels);
+      continue;
+    }
+    if constexpr (sizeof(Key) == sizeof(S))
+      if (s.inner == 1) {
+        const int64_t done = rows_done<S>(s, first, panels);
+        first += done;
+        panels -= done;
+      }
+    if (panels) tile_of_panels<Key, S>(s, first, panels);
+  }
+}
+
+void select_units(const Select& s, int64_t lo, int64_t hi) {
+  with_type(s.type, [&]<class S>(S) {
+    if constexpr (sizeof(S) > 2) run_units<decltype(magnitude(S{})), S>(s, lo, hi);
+    else s.factor ? run_units<int32_t, S>(s, lo, hi) : run_units<int16_t, S>(s, lo, hi);
+  });
+}
+
+void blend_range(const Blend& x, int64_t lo, int64_t hi) {
+  with_type(x.type, [&]<class S>(S) {
+    using T = decltype(widen(S{}) + 0);
+    const T scale = T(x.scale), lamb = T(x.lamb);
+    constexpr int64_t block = 256;
+    alignas(64) uint8_t kept[block];
+    for (int64_t at = lo; at < hi; at += block) {
+      const int64_t n = smaller(block, hi - at);
+      load_bits(x.bits + at / 8, n, kept);
+      const S *a = static_cast<const S*>(x.a) + at, *b = x.b ? static_cast<const S*>(x.b) + at : nullptr;
+      S* out = static_cast<S*>(x.out) + at;
+      const auto run = [&]<bool kScale, bool kAdd>() __attribute__((always_inline)) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; ++i) {
+          T y = kScale ? scale * widen(a[i]) : T(0);
+          if constexpr (kAdd) y = y + lamb * widen(b[i]);
+          S rounded;
+          narrow(y, rounded);
+          out[i] = pick(kept[i], a[i], rounded);
+        }
+      };
+      if (scale == T(0)) b ? run.template operator()<false, true>() : run.template operator()<false, false>();
+      else b ? run.template operator()<true, true>() : run.template operator()<true, false>();
+    }
+  });
+}
+}  // namespace dither::DITHER_ISA
