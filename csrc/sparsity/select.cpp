@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "checks.h"
+#include "../common/torch.h"
 
 namespace dither {
 // A number that may live on the device: its value, or where to read it there.

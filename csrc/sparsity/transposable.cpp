@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "checks.h"
+#include "../common/torch.h"
 
 namespace dither {
 template <Device device>

@@ -29,6 +29,8 @@ _OPS = {
     "nm_select_": reference.sparsity.nm_select_,
     "masked_blend_": reference.sparsity.masked_blend_,
     "transposable_": reference.sparsity.transposable_,
+    "pack24_": reference.sparsity.pack24_,
+    "unpack24_": reference.sparsity.unpack24_,
 }
 
 native: Any

@@ -15,6 +15,7 @@ from .masks import (
     unpack_bits,
 )
 from .post_training import Calibration, Statistics, collect, dsnot_mask, prune, sparsegpt, wanda_mask
+from .semi_structured import pack24, semi_structured, to_semi_structured, unpack24
 
 __all__ = [
     "ActivationMeter",
@@ -34,16 +35,20 @@ __all__ = [
     "nm_decay",
     "nm_mask",
     "nuclear_penalty",
+    "pack24",
     "pack_bits",
     "prune",
     "sara",
     "sara_reselect",
+    "semi_structured",
     "sparsegpt",
     "sparsifiable",
     "srste",
     "srste_grad_",
+    "to_semi_structured",
     "topk_activation",
     "transposable_mask",
+    "unpack24",
     "unpack_bits",
     "wanda_mask",
 ]
