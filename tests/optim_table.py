@@ -82,6 +82,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "mask": {"mask": True},
 }
 EXTRAS["all"] = {name: value for extra in EXTRAS.values() for name, value in extra.items()}
+EXTRAS["srste"] = {"mask": True, "srste": 0.3}  # masks that pull instead of freezing
+EXTRAS["all, srste"] = {**EXTRAS["all"], **EXTRAS["srste"]}
 
 
 @dataclass(repr=False)

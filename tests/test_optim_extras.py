@@ -795,6 +795,43 @@ def test_masks_that_are_refused(backend):
         assert same([q], before)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_srste_pulls_what_is_masked(backend, rule):
+    """g + lambda (1 - mask) w, after clipping, goes into the rule; nothing stands still (Zhou et al. 2021, eq. 9)."""
+    make, make_torch, arguments, _ = RULES[rule]
+    params = parameters(backend, F64)
+    wanted = [nn.Parameter(p) for p in doubled(params)]
+    random = torch.Generator().manual_seed(0)
+    masks = [torch.rand(p.shape, generator=random) < 0.5 for p in params[:2]]  # none for the third
+    optimizer = make(params, **arguments, clip_value=0.8, weight_decay=0.1, srste=0.3)
+    oracle = make_torch(wanted, **arguments, weight_decay=0.1)
+    for p, m in zip(params, masks):
+        optimizer.set_mask(p, m.to(backend.device))
+    for t in range(4):
+        with_gradients(params, t)
+        with_gradients(wanted, t)
+        for p, m in itertools.zip_longest(wanted, masks):
+            p.grad.clamp_(-0.8, 0.8)
+            if m is not None:
+                p.grad += ~m * (0.3 * p.detach())
+        optimizer.step()
+        oracle.step()
+    torch.testing.assert_close(doubled(params), copies(wanted), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_masks_may_be_packed(backend, layout):
+    """Bits in the order of the parameter's memory, or a bool mask: the same."""
+    results = []
+    for packed in (False, True):
+        p = nn.Parameter(ARRANGED[layout](parameters(backend, F32, shapes=(SHAPE,))[0].detach()))
+        mask = (torch.arange(p.numel()).view(SHAPE) % 3 == 0).to(backend.device)
+        optimizer = optim.SGD([p], lr=0.1)
+        optimizer.set_mask(p, optim.pack_mask(mask, like=p) if packed else mask)
+        results.append(advance(optimizer, range(2)))
+    assert same(*results)
+
+
 def test_masks_come_and_go(backend):
     p = nn.Parameter(torch.zeros(11, device=backend.device))
     optimizer = optim.SGD([p], lr=1.0)

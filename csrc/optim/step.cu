@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     fetch<T>(slot.g, slot.g_type, i, n, raw_g);
 #pragma unroll
     for (int k = 0; k < R::states; ++k) fetch<T>(slot.state[k], slot.state_type[k], i, n, raw_s[k]);
-    const uint32_t kept = slot.mask && n > 0 ? uint32_t(slot.mask[i / 8]) >> (i % 8) : ~0u;
+    const uint32_t mask = slot.mask && n > 0 ? uint32_t(slot.mask[i / 8]) >> (i % 8) : ~0u;
+    const uint32_t kept = a.pull == T(0) ? mask : ~0u;
     decode(raw_p, slot.p_type, p);
     decode(raw_g, slot.g_type, g);
 #pragma unroll
@@ -216,9 +217,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
         draw_normals(slot, a.address(normal, kGradientNoise), at, lane, staged, z);
         for (int j = 0; j < kVector; ++j) g[j] += a.noise * z[j];
       }
-      if (a.l2 != T(0))
-        for (int j = 0; j < kVector; ++j) g[j] += a.l2 * p[j];
     }
+    if (a.pull != T(0))
+      for (int j = 0; j < kVector; ++j)
+        if (!(mask >> j & 1)) g[j] += a.pull * p[j];
+    if (a.l2 != T(0))
+      for (int j = 0; j < kVector; ++j) g[j] += a.l2 * p[j];
     if (a.kick != T(0)) draw_normals(slot, a.address(normal), at, lane, staged, z);
     if (a.stochastic) draw_words(slot, a.address(Kind::bits), at, lane, staged, w);
 #pragma unroll

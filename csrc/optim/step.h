@@ -1,5 +1,5 @@
 // One optimizer step over many tensors. What happens to an element, in this order: unscale, clip, Grokfast, gradient noise,
-// decay, rule, parameter noise, mask, rounding. All but the rule are run-time branches on the constants derived here.
+// pull, decay, rule, parameter noise, mask, rounding. All but the rule are run-time branches on the constants derived here.
 #pragma once
 #include "../common/address.h"
 #include "../common/cpu.h"
@@ -19,12 +19,13 @@ struct Around {
   T clip;                // |g| <= clip, or infinity
   T ema_take, ema_gain;  // h += ema_take (g - h), g += ema_gain h: Grokfast (Lee et al. 2024), eq. 4
   T noise;               // g += noise z: annealed gradient noise (Neelakantan et al. 2015), variance eta / (1 + t)^gamma
+  T pull;                // g += pull p where the mask is 0: SR-STE (Zhou et al. 2021), eq. 9; then masks do not freeze
   T l2;                  // g += l2 p
   T keep;                // p *= keep
   T kick;                // p += kick z after the rule
   uint32_t seed[2], stream, time;
   bool skip, first, stochastic;
-  bool gradient;  // more than scale and clip happens to g before the rule
+  bool gradient;  // more than scale, clip and pull happens to g before the rule
 
   DITHER_HD Address address(Kind kind, uint32_t use = 0) const { return {{seed[0], seed[1]}, stream | use, time, kind}; }
 };
@@ -91,6 +92,7 @@ DITHER_HD Constants<R<T>, T> derive(const Clock& clock, const Shared& shared) {
   a.ema_take = T(1 - h.grokfast_alpha);
   a.ema_gain = T(h.grokfast_lamb);
   a.noise = h.noise_eta > 0 ? T(square_root(h.noise_eta * real_power(double(t), -h.noise_gamma))) : T(0);
+  a.pull = T(h.srste);
   const bool coupled = h.decoupled == 0;
   a.l2 = coupled ? T(h.weight_decay / (h.temperature > 0 ? h.data_size : 1)) : T(0);
   a.keep = coupled || (KeepsPAtFirst<R<T>> && t == 1) ? T(1) : T(1 - h.lr * h.weight_decay);

@@ -1,44 +1,63 @@
 #include "step.h"
 #include "../common/generator_cpu.h"
+#include "../common/mask_cpu.h"
 
 namespace dither::DITHER_ISA {
 // Elements that pass through buffers at a time: so few that the processor, which looks some hundred instructions ahead, loads
 // while it computes. Draws cost a call a block and want more.
 constexpr int64_t kBlock = 256, kBlockWithoutDraws = 128;
 
-// The loop of the rule over arrays of one stored type; w: the words of stochastic rounding; kPlain: scale 1, no clip, no decay.
-template <bool kRandom, bool kPlain, class R, class T, class S, class... State>
-static inline void update(R rule, Around<T> a, int64_t n, const uint32_t* __restrict w, S* __restrict p, const S* __restrict g,
-                          State* __restrict... s) {
-  const T scale = a.scale, clip = a.clip, keep = a.keep;
+// A block of a mask as bytes. kept: its bits. moves: 0 where the element stands still.
+struct Masked {
+  const uint8_t *kept, *moves;
+};
+
+// The loop of the rule over arrays of one stored type; w: the words of stochastic rounding.
+enum class Loop { full, plain, random, masked };  // plain: scale 1, no clip, no decay
+template <Loop kLoop, class R, class T, class S, class... State>
+static inline void update(R rule, Around<T> a, int64_t n, const uint32_t* __restrict w, Masked mask, S* __restrict p,
+                          const S* __restrict g, State* __restrict... s) {
+  constexpr bool kRandom = kLoop == Loop::random, kPlain = kLoop == Loop::plain, kMasked = kLoop == Loop::masked;
+  const uint8_t* __restrict kept = mask.kept, * __restrict moves = mask.moves;
+  const T scale = a.scale, clip = a.clip, keep = a.keep, pull = a.pull;
   const auto round = [](T x, uint32_t word, int slot, S& y) __attribute__((always_inline)) {
     if constexpr (kRandom) narrow(x, RoundingBits(slot)(word), y);
     else narrow(x, y);
   };
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t word = kRandom ? w[i] : 0;
-    T q = T(widen(p[i]));
+    [[maybe_unused]] const uint32_t word = kRandom ? w[i] : 0;
+    T q = T(widen(p[i])), d = T(widen(g[i]));
+    if constexpr (!kPlain) d = clamp(d * scale, clip);
+    if constexpr (kMasked) {
+      const T pulled = d + pull * q;
+      d = kept[i] ? d : pulled;
+    }
     if constexpr (!kPlain) q *= keep;
     [&](auto... x) __attribute__((always_inline)) {
-      rule(q, kPlain ? T(widen(g[i])) : clamp(T(widen(g[i])) * scale, clip), x...);
-      [[maybe_unused]] int slot = 1;
-      (round(x, word, slot++, s[i]), ...);
+      rule(q, d, x...);
+      if constexpr (kMasked) {
+        ((s[i] = pick(moves[i], S(x), s[i])), ...);
+        p[i] = pick(moves[i], S(q), p[i]);
+      } else {
+        [[maybe_unused]] int slot = 1;
+        (round(x, word, slot++, s[i]), ...);
+        round(q, word, 0, p[i]);
+      }
     }(T(widen(s[i]))...);
-    round(q, word, 0, p[i]);
   }
 }
-template <bool kRandom, class R, class T, class S>
-static inline void update_all(const R& rule, const Around<T>& a, int64_t n, const uint32_t* w, S* p, const S* g,
+template <Loop kLoop, class R, class T, class S>
+static inline void update_all(const R& rule, const Around<T>& a, int64_t n, const uint32_t* w, Masked mask, S* p, const S* g,
                               S* const (&s)[kMaxStates]) {
   if constexpr (R::states == 0) {  // so little arithmetic that what is left out shows
-    const bool plain = a.scale == T(1) && a.keep == T(1) && a.clip == T(__builtin_inf());
-    plain ? update<kRandom, true>(rule, a, n, w, p, g) : update<kRandom, false>(rule, a, n, w, p, g);
+    const bool plain = kLoop == Loop::full && a.scale == T(1) && a.keep == T(1) && a.clip == T(__builtin_inf());
+    plain ? update<Loop::plain>(rule, a, n, w, mask, p, g) : update<kLoop>(rule, a, n, w, mask, p, g);
   } else if constexpr (R::states == 1) {
-    update<kRandom, false>(rule, a, n, w, p, g, s[0]);
+    update<kLoop>(rule, a, n, w, mask, p, g, s[0]);
   } else if constexpr (R::states == 2) {
-    update<kRandom, false>(rule, a, n, w, p, g, s[0], s[1]);
+    update<kLoop>(rule, a, n, w, mask, p, g, s[0], s[1]);
   } else {
-    update<kRandom, false>(rule, a, n, w, p, g, s[0], s[1], s[2]);
+    update<kLoop>(rule, a, n, w, mask, p, g, s[0], s[1], s[2]);
   }
 }
 
@@ -104,13 +123,22 @@ static void draw_words(const Slot& slot, const Address& a, int64_t at, int64_t n
 
 template <class T>
 static void keep_masked(const uint8_t* mask, int64_t n, const T* __restrict old, T* __restrict x) {
-  for (int64_t i = 0; i < n; ++i) x[i] = mask[i >> 3] >> (i & 7) & 1 ? x[i] : old[i];
+  alignas(64) uint8_t kept[kBlock];
+  load_bits(mask, n, kept);
+  for (int64_t i = 0; i < n; ++i) x[i] = kept[i] ? x[i] : old[i];
+}
+
+// The mask whose zeros stand still; that of SR-STE has none.
+template <class T>
+static const uint8_t* freezing(const Slot& slot, const Around<T>& a) {
+  return a.pull == T(0) ? slot.mask : nullptr;
 }
 
 // Everything before the rule, on a block of the gradient in its buffer.
 template <class T>
 static void prepare(const Slot& slot, const Around<T>& a, int64_t at, int64_t n, const T* __restrict p, T* __restrict g) {
   const T scale = a.scale, clip = a.clip;
+  const uint8_t* frozen = freezing(slot, a);
   for (int64_t i = 0; i < n; ++i) g[i] = clamp(g[i] * scale, clip);
   if (slot.ema) {
     alignas(64) T h[kBlock], old[kBlock];
@@ -119,13 +147,22 @@ static void prepare(const Slot& slot, const Around<T>& a, int64_t at, int64_t n,
       h[i] = a.first ? g[i] : lerp(old[i], g[i], a.ema_take);
       g[i] += a.ema_gain * h[i];
     }
-    if (slot.mask) keep_masked(slot.mask + at / 8, n, old, h);
+    if (frozen) keep_masked(frozen + at / 8, n, old, h);
     store(h, slot.ema, slot.ema_type, at, n, nullptr, 0);
   }
   if (a.noise != T(0)) {
     alignas(64) T z[kBlock];
     draw_normals(slot, a.address(sizeof(T) == 8 ? Kind::normal64 : Kind::normal32, kGradientNoise), at, n, z);
     for (int64_t i = 0; i < n; ++i) g[i] += a.noise * z[i];
+  }
+  if (a.pull != T(0) && slot.mask) {
+    alignas(64) uint8_t kept[kBlock];
+    load_bits(slot.mask + at / 8, n, kept);
+    const T pull = a.pull;
+    for (int64_t i = 0; i < n; ++i) {
+      const T pulled = g[i] + pull * p[i];
+      g[i] = kept[i] ? g[i] : pulled;
+    }
   }
   if (a.l2 != T(0))
     for (int64_t i = 0; i < n; ++i) g[i] += a.l2 * p[i];
@@ -143,9 +180,9 @@ static void step_bfloat16(const Slot& slot, const Constants<R, float>& c, int64_
     const bfloat16* g = static_cast<const bfloat16*>(slot.g) + i;
     if (c.around.stochastic) {
       draw_words(slot, c.around.address(Kind::bits), i, n, w);
-      update_all<true>(c.rule, c.around, n, w, at(slot.p, i), g, s);
+      update_all<Loop::random>(c.rule, c.around, n, w, {}, at(slot.p, i), g, s);
     } else {
-      update_all<false>(c.rule, c.around, n, nullptr, at(slot.p, i), g, s);
+      update_all<Loop::full>(c.rule, c.around, n, nullptr, {}, at(slot.p, i), g, s);
     }
   }
 }
@@ -154,6 +191,7 @@ template <class R, class T>
 static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, int64_t hi) {
   constexpr DType native = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const Around<T>& a = c.around;
+  const uint8_t* frozen = freezing(slot, a);
   const bool inside = !a.gradient && a.kick == T(0) && !slot.mask;  // all happens in the loop of the rule
   void* const memory[1 + kMaxStates] = {slot.p, slot.state[0], slot.state[1], slot.state[2]};
   const DType type[1 + kMaxStates] = {slot.p_type, slot.state_type[0], slot.state_type[1], slot.state_type[2]};
@@ -162,17 +200,23 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
     for (int k = 0; k <= R::states; ++k) bf16 &= type[k] == DType::bf16;
     if (bf16) return step_bfloat16(slot, c, lo, hi);
   }
-  // Arrays of the compute type are updated in place; the others, and all under a mask, pass through buffers.
+  // Arrays of the compute type are updated in place, the others pass through buffers; so do all under a mask where p is
+  // kicked or anything is rounded after the rule.
   bool direct[1 + kMaxStates], all_direct = true;
-  for (int k = 0; k <= R::states; ++k) all_direct &= direct[k] = type[k] == native && !slot.mask;
+  for (int k = 0; k <= R::states; ++k) all_direct &= direct[k] = type[k] == native;
+  const bool late = frozen && (!all_direct || a.kick != T(0));  // the mask acts when all else is done
+  if (late)
+    for (int k = 0; k <= R::states; ++k) all_direct = direct[k] = false;
   const bool g_direct = slot.g_type == native && !a.gradient;
   const bool draws = a.noise != T(0) || a.kick != T(0) || a.stochastic;
   const int64_t block = all_direct && g_direct && inside ? hi - lo : draws ? kBlock : kBlockWithoutDraws;
   Around<T> left = a;  // what is left to do in the loop of the rule
-  if (a.gradient) left.scale = T(1), left.clip = T(__builtin_inf());
+  if (a.gradient) left.scale = T(1), left.clip = T(__builtin_inf()), left.pull = T(0);
 
   alignas(64) T buffer[1 + kMaxStates][kBlock], g_buffer[kBlock], old[kBlock];
   alignas(64) uint32_t w[kBlock];
+  alignas(64) uint8_t kept[kBlock], all[kBlock];
+  __builtin_memset(all, 1, kBlock);
   for (int64_t at = lo; at < hi; at += block) {
     const int64_t n = smaller(block, hi - at);
     T* x[1 + kMaxStates] = {};
@@ -191,7 +235,12 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
       load(slot.g, slot.g_type, at, n, g_buffer);
       if (a.gradient) prepare(slot, a, at, n, x[0], g_buffer);
     }
-    update_all<false>(c.rule, left, n, nullptr, x[0], g, {x[1], x[2], x[3]});
+    if (slot.mask) {
+      load_bits(slot.mask + at / 8, n, kept);
+      update_all<Loop::masked>(c.rule, left, n, nullptr, {kept, frozen && !late ? kept : all}, x[0], g, {x[1], x[2], x[3]});
+    } else {
+      update_all<Loop::full>(c.rule, left, n, nullptr, {}, x[0], g, {x[1], x[2], x[3]});
+    }
     if (a.kick != T(0)) {
       alignas(64) T z[kBlock];
       draw_normals(slot, a.address(sizeof(T) == 8 ? Kind::normal64 : Kind::normal32), at, n, z);
@@ -202,9 +251,9 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
     if (a.stochastic) draw_words(slot, a.address(Kind::bits), at, n, w);
     for (int k = 0; k <= R::states; ++k) {
       if (direct[k]) continue;
-      if (slot.mask) {  // a masked element keeps its bits: both roundings leave a stored value alone
+      if (frozen) {  // a masked element keeps its bits: both roundings leave a stored value alone
         load(memory[k], type[k], at, n, old);
-        keep_masked(slot.mask + at / 8, n, old, x[k]);
+        keep_masked(frozen + at / 8, n, old, x[k]);
       }
       store(x[k], memory[k], type[k], at, n, a.stochastic ? w : nullptr, k);
     }

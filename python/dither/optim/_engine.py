@@ -30,6 +30,8 @@ class Extras(TypedDict, total=False):
     clip_value: clip each coordinate of the gradient to [-clip_value, clip_value].
     grokfast_lamb, grokfast_alpha: add lamb times the moving average of gradients (Lee et al. 2024); 0 and 0.98.
     noise_eta, noise_gamma: gradient noise of variance eta / (1 + t)^gamma after t steps (Neelakantan et al. 2015); 0 and 0.55.
+    srste: where a mask (`set_mask`) is False, add srste times the weight to the gradient instead of freezing it (Zhou et al.
+        2021, SR-STE); 0, in the paper 2e-4. The gradient's norm, for max_norm, is taken without it.
     stochastic_rounding: round bfloat16 and float16 parameters and states up or down at random, right on average.
     state_dtype: dtype of the moving averages; by default float32 for 16-bit parameters, else the parameter's.
     seed: of the noise and the rounding; by default drawn from torch's generator when first needed, and kept in state_dict.
@@ -45,6 +47,7 @@ class Extras(TypedDict, total=False):
     grokfast_alpha: float
     noise_eta: float
     noise_gamma: float
+    srste: float
     stochastic_rounding: bool
     state_dtype: torch.dtype | None
     seed: int | None
@@ -63,6 +66,7 @@ _EXTRAS: Extras = {
     "grokfast_alpha": 0.98,
     "noise_eta": 0.0,
     "noise_gamma": 0.55,
+    "srste": 0.0,
     "stochastic_rounding": False,
     "state_dtype": None,
     "seed": None,
@@ -92,6 +96,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "grokfast_alpha": (0, 1, False),
     "noise_eta": (0, math.inf, True),
     "noise_gamma": (0, math.inf, True),
+    "srste": (0, math.inf, True),
 }
 
 
@@ -219,19 +224,28 @@ class FusedOptimizer(Optimizer):
         return (*self._slots(group), "grokfast_ema") if group["grokfast_lamb"] else self._slots(group)
 
     def set_mask(self, param: Tensor, mask: Tensor | None) -> None:
-        """Freeze elements of a parameter: where `mask` (bool, param's shape) is False, it and its state keep their bits.
+        """Freeze elements of a parameter: where `mask` is False, it and its state keep their bits.
 
-        The mask is kept as one bit per element, row-major, in `state[param]["mask"]` and in state_dict (there of a DTensor as
-        a bool DTensor). None removes it.
+        mask: bool of the parameter's shape; or packed, uint8, one bit per element in the parameter's storage order, 1 = True;
+            or None, which removes it.
+
+        It is kept as one bit per element, row-major, in `state[param]["mask"]` and in state_dict (there of a DTensor as a bool
+        DTensor). In a group with `srste` masked elements are not frozen but pulled towards 0.
         """
+        owner = f"{type(self).__name__}.set_mask"
         if not any(param is p for group in self.param_groups for p in group["params"]):
-            raise ValueError(f"{type(self).__name__}.set_mask: the tensor is not a parameter of this optimizer")
+            raise ValueError(f"{owner}: the tensor is not a parameter of this optimizer")
         if mask is None:
             self.state[param].pop("mask", None)
             return
+        size = (param.numel() + 7) // 8
+        if mask.dtype == torch.uint8 and mask.shape == (size,) and not is_sharded(param):
+            bits = mask if param.is_contiguous() else pack_mask(ops.reference.sparsity.unpack_like(mask, param))
+            self.state[param]["mask"] = bits
+            return
         if mask.dtype != torch.bool or mask.shape != param.shape:
             given, allowed = f"{mask.dtype} of shape {list(mask.shape)}", f"bool of shape {list(param.shape)}"
-            raise ValueError(f"{type(self).__name__}.set_mask: mask is {given}, expected {allowed}")
+            raise ValueError(f"{owner}: mask is {given}, expected {allowed} or packed bits, uint8 of shape [{size}]")
         self.state[param]["mask"] = pack_mask(local(mask, like=param))
 
     # ---- the step
@@ -254,6 +268,7 @@ class FusedOptimizer(Optimizer):
             grokfast_lamb=group["grokfast_lamb"],
             stochastic_rounding=group["stochastic_rounding"],
             skip_nonfinite=group["skip_nonfinite"],
+            srste=group["srste"],
         )
         for name, value in self._hyper(group).items():
             setattr(hyper, name, value)

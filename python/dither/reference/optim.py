@@ -45,6 +45,7 @@ class Hyper:
     grokfast_lamb: float = 0.0
     stochastic_rounding: float = 0.0
     skip_nonfinite: float = 0.0
+    srste: float = 0.0
 
     def row(self) -> list[float]:
         return [float(getattr(self, f.name)) for f in fields(self)]
@@ -245,10 +246,11 @@ def step(
     noise: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    """Step t of one tensor in place: scale, clip, Grokfast, gradient noise, decay, rule, noise, mask.
+    """Step t of one tensor in place: scale, clip, Grokfast, gradient noise, SR-STE, decay, rule, noise, mask.
 
     scale: unscaling and global-norm clip. gradient_noise, noise: standard normals of p's shape for `noise_eta` (Neelakantan
-    et al. 2015) and `temperature` (Langevin). ema: Grokfast's average (Lee et al. 2024). mask: bool, False freezes.
+    et al. 2015) and `temperature` (Langevin). ema: Grokfast's average (Lee et al. 2024). mask: bool, False freezes;
+    with `srste` False adds srste p to g instead (Zhou et al. 2021, eq. 9).
     """
     old = [x.clone() for x in (p, *state, *([] if ema is None else [ema]))]
     g = g * (-scale if h.maximize else scale)
@@ -259,6 +261,9 @@ def step(
         g = g + h.grokfast_lamb * ema
     if gradient_noise is not None and h.noise_eta:
         g = g + math.sqrt(h.noise_eta / t**h.noise_gamma) * gradient_noise
+    if mask is not None and h.srste:
+        g = torch.where(mask, g, g + h.srste * p)
+        mask = None
     if h.decoupled:
         if not (rule == "adopt" and t == 1):
             p.mul_(1 - h.lr * h.weight_decay)

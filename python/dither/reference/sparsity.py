@@ -172,9 +172,10 @@ def transposable_(w: Tensor, exact: bool, bits: Tensor | None, keep: Tensor | No
 # ---- 2:4 matrices as CUTLASS takes them
 
 
-def _order_of_indices(rows: int, columns: int, device: torch.device) -> Tensor:
+def _order_of_indices(words: Tensor) -> Tensor:
     """Where word (r, c) of the indices stands: rows interleaved in 32s, blocks of 2 x 2 transposed, columns in pairs."""
-    r, c = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)[None]
+    rows, columns = words.shape
+    r, c = torch.arange(rows, device=words.device)[:, None], torch.arange(columns, device=words.device)[None]
     r, c = torch.broadcast_tensors(r // 32 * 32 + r % 8 * 4 + r % 32 // 8, c)
     move = ((r % 2 == 0) & (c % 2 == 1)).long() - ((r % 2 == 1) & (c % 2 == 0)).long()
     r, c = r + move, c - move
@@ -188,13 +189,13 @@ def pack24_(dense: Tensor, bits: Tensor | None, values: Tensor, indices: Tensor)
     values.copy_(torch.where(kept, dense, 0).unflatten(1, (-1, 4)).gather(2, place).flatten(1))
     four = place[..., 0] | place[..., 1] << 2
     words = (four.unflatten(1, (-1, 4)) << torch.arange(0, 16, 4, device=dense.device)).sum(2)
-    order = _order_of_indices(*words.shape, dense.device)
+    order = _order_of_indices(words)
     indices.view(-1)[order.flatten()] = (words - (words >= 1 << 15).long() * (1 << 16)).flatten().to(torch.int16)
 
 
 def unpack24_(dense: Tensor, values: Tensor, indices: Tensor) -> None:
     """`dither::unpack24_` where no kernel is available."""
-    order = _order_of_indices(*indices.shape, dense.device)
+    order = _order_of_indices(indices)
     words = indices.flatten()[order].long() & 0xFFFF
     four = words[..., None] >> torch.arange(0, 16, 4, device=dense.device) & 15
     place = torch.stack([four & 3, four >> 2], -1).flatten(1, 2)

@@ -2,7 +2,11 @@
 
 from .activations import ActivationMeter, TopK, topk_activation
 from .adaptation import SmallWeights, nuclear_penalty, sara, sara_reselect
+from .density import layer_densities, magnitude_masks, random_masks, random_search
+from .dynamic import RigL
+from .gradual import GradualPruning, Recipe, cubic_sparsity
 from .layers import Layer, Masked, apply_masks, bake, masks_of, sparsifiable
+from .lottery import LotteryTicket, Stability, stability
 from .masks import (
     flip_rate,
     masked,
@@ -20,16 +24,24 @@ from .semi_structured import pack24, semi_structured, to_semi_structured, unpack
 __all__ = [
     "ActivationMeter",
     "Calibration",
+    "GradualPruning",
     "Layer",
+    "LotteryTicket",
     "Masked",
+    "Recipe",
+    "RigL",
     "SmallWeights",
+    "Stability",
     "Statistics",
     "TopK",
     "apply_masks",
     "bake",
     "collect",
+    "cubic_sparsity",
     "dsnot_mask",
     "flip_rate",
+    "layer_densities",
+    "magnitude_masks",
     "masked",
     "masks_of",
     "nm_decay",
@@ -38,6 +50,8 @@ __all__ = [
     "pack24",
     "pack_bits",
     "prune",
+    "random_masks",
+    "random_search",
     "sara",
     "sara_reselect",
     "semi_structured",
@@ -45,6 +59,7 @@ __all__ = [
     "sparsifiable",
     "srste",
     "srste_grad_",
+    "stability",
     "to_semi_structured",
     "topk_activation",
     "transposable_mask",

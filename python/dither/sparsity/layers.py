@@ -155,5 +155,7 @@ def bake(model: nn.Module, keep: Callable[[Layer], bool] = lambda layer: True) -
     for layer in list(sparsifiable(model)):
         holder = parametrization(layer, nn.Module)
         if holder is not None and type(holder).__module__.startswith(__package__ or "dither") and keep(layer):
+            shared = type(layer.module)  # of a deepcopy: the class, from which torch removes the property
+            layer.module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
             parametrize.remove_parametrizations(layer.module, layer.parameter, leave_parametrized=True)
     return model

@@ -96,5 +96,3 @@ def to_semi_structured(model: nn.Module, *, only: Iterable[str] = ("*",), skip: 
         layer.module.weight = nn.Parameter(sparse, requires_grad=False)  # type: ignore[assignment]
         done.append(layer.name)
     return done
-
-
