@@ -47,14 +47,14 @@ struct Adam {
   static constexpr int states = 2;
   T take1, beta2, take2, eps;
   T step;     // eta / bc1
-  T v_scale;  // 1 / sqrt(bc2)
+  T v_scale;  // 1 / sqrt(bc2); with beta2 = 1, where v stands still, 1
   DITHER_HD Adam(const Hyper& h, int64_t t, double&)
       : take1(T(1 - h.beta1)),
         beta2(T(h.beta2)),
         take2(T(1 - h.beta2)),
         eps(T(h.eps)),
         step(T(h.lr / (1 - power(h.beta1, t)))),
-        v_scale(T(1 / square_root(1 - power(h.beta2, t)))) {}
+        v_scale(T(h.beta2 < 1 ? 1 / square_root(1 - power(h.beta2, t)) : 1)) {}
   DITHER_HD void moments(T g, T& m, T& v) const {
     m = lerp(m, g, take1);
     v = beta2 * v + take2 * (g * g);

@@ -71,11 +71,16 @@ def _moments(g: Tensor, m: Tensor, v: Tensor, h: Hyper) -> None:
     v.copy_(h.beta2 * v + (1 - h.beta2) * g * g)
 
 
+def _bc2(t: int, h: Hyper) -> float:
+    """1 - beta2^t; 1 where beta2 = 1: a v that stands still is complete."""
+    return 1 - h.beta2**t if h.beta2 < 1 else 1.0
+
+
 def adam(p: Tensor, g: Tensor, state: State, t: int, h: Hyper, product: float) -> None:
     """Adam: Kingma & Ba 2015, algorithm 1. AdamW: Loshchilov & Hutter 2019, algorithm 2."""
     m, v = state
     _moments(g, m, v, h)
-    p.sub_(h.lr * (m / (1 - h.beta1**t)) / ((v / (1 - h.beta2**t)).sqrt() + h.eps))
+    p.sub_(h.lr * (m / (1 - h.beta1**t)) / ((v / _bc2(t, h)).sqrt() + h.eps))
 
 
 def amsgrad(p: Tensor, g: Tensor, state: State, t: int, h: Hyper, product: float) -> None:
@@ -83,7 +88,7 @@ def amsgrad(p: Tensor, g: Tensor, state: State, t: int, h: Hyper, product: float
     m, v, x = state
     _moments(g, m, v, h)
     x.copy_(torch.maximum(x, v))
-    p.sub_(h.lr * (m / (1 - h.beta1**t)) / ((x / (1 - h.beta2**t)).sqrt() + h.eps))
+    p.sub_(h.lr * (m / (1 - h.beta1**t)) / ((x / _bc2(t, h)).sqrt() + h.eps))
 
 
 def adamax(p: Tensor, g: Tensor, state: State, t: int, h: Hyper, product: float) -> None:

@@ -50,11 +50,11 @@ def nm_keep(w: Tensor, n: int, m: int, dim: int, factor: Tensor | None = None) -
 def blend(a: Tensor, b: Tensor | None, keep: Tensor, scale: float, lamb: float) -> Tensor:
     """a where kept, else scale a + lamb b; where scale is 0, the product with it is +0 whatever a is."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    x = a.to(wide)
+    x, scale = a.to(wide), float(torch.tensor(scale, dtype=wide))
     other = torch.zeros_like(x) if scale == 0 else scale * x
     if b is not None:
         other = other + lamb * b.to(wide)
-    return torch.where(keep, x, other).to(a.dtype)
+    return torch.where(keep, a, other.to(a.dtype))
 
 
 def nm_select_(

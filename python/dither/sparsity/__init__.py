@@ -4,7 +4,7 @@ from .activations import ActivationMeter, TopK, topk_activation
 from .adaptation import SmallWeights, nuclear_penalty, sara, sara_reselect
 from .density import layer_densities, magnitude_masks, random_masks, random_search
 from .dynamic import RigL
-from .gradual import GradualPruning, Recipe, cubic_sparsity
+from .gradual import GradualPruning, cubic_sparsity
 from .layers import Layer, Masked, apply_masks, bake, masks_of, sparsifiable
 from .lottery import LotteryTicket, Stability, stability
 from .masks import (
@@ -19,20 +19,25 @@ from .masks import (
     unpack_bits,
 )
 from .post_training import Calibration, Statistics, collect, dsnot_mask, prune, sparsegpt, wanda_mask
+from .progressive import NM, SRSTE, STEP, MaskDecay, StructureDecay, structure_frames
 from .semi_structured import pack24, semi_structured, to_semi_structured, unpack24
 
 __all__ = [
+    "NM",
+    "SRSTE",
+    "STEP",
     "ActivationMeter",
     "Calibration",
     "GradualPruning",
     "Layer",
     "LotteryTicket",
+    "MaskDecay",
     "Masked",
-    "Recipe",
     "RigL",
     "SmallWeights",
     "Stability",
     "Statistics",
+    "StructureDecay",
     "TopK",
     "apply_masks",
     "bake",
@@ -60,6 +65,7 @@ __all__ = [
     "srste",
     "srste_grad_",
     "stability",
+    "structure_frames",
     "to_semi_structured",
     "topk_activation",
     "transposable_mask",

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from .. import noise
 from .density import Distribution, largest, random_masks
-from .gradual import Recipe, check_times
 from .layers import Layer, Masked, matched, parametrization
+from .recipe import MaskRecipe, check_times
 
 
-class RigL(Recipe):
+class RigL(MaskRecipe):
     """RigL (Evci et al. 2020, algorithm 1), and SET (Mocanu et al. 2018) with grow="random".
 
         rigl = RigL(model, optimizer, density=0.1, end=int(0.75 * steps), seed=0)

@@ -1,106 +1,17 @@
-"""Dense to sparse while training, and what recipes of sparse training share."""
+"""Dense to sparse while training, by magnitude."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import ops
-from ..optim import FusedOptimizer
-from .density import Scope, budget, magnitude_masks, prunable
-from .layers import apply_masks, parametrization
-from .masks import nm_mask, pack_bits
-
-
-class Recipe:
-    """What recipes share: the masks of a model, how long they have run, and checkpoints.
-
-    masks: a dict from parameter names to bool tensors, True = kept. steps: how many steps were counted.
-
-    Masks are applied by `apply_masks` when a recipe is made, in place of any that the model has, and whenever they change: with
-    a dither optimizer to its step, otherwise as a parametrization of the model. To resume, make the model, the optimizer and
-    the recipe in the same way as before, then load their state_dicts in any order: training goes on with the same bits.
-
-    Processes of torch.distributed hold the same masks as long as they hold the same weights, gradients (as
-    DistributedDataParallel leaves them) and seeds: masks are a function of these alone.
-    """
-
-    masks: dict[str, Tensor]
-    _needs_optimizer: ClassVar[bool] = False
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None, **which: Any) -> None:
-        owner = type(self).__name__
-        self._layers = prunable(owner, model, **which)
-        if optimizer is not None or self._needs_optimizer:
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(f"{owner}: optimizer is {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-            trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for layer in self._layers.values():
-                if id(layer.weight) not in trained:
-                    raise ValueError(f"{owner}: optimizer lacks {layer.name!r}, expected all weights but those of skip")
-                if isinstance(optimizer, FusedOptimizer) and parametrization(layer, nn.Module):
-                    raise ValueError(f"{owner}: {layer.name!r} has a parametrization, expected none; dither.sparsity.bake it")
-        self.model, self.optimizer, self.steps = model, optimizer, 0
-
-    @property
-    def density(self) -> float:
-        """The fraction of weights kept at present."""
-        return sum(int(mask.sum()) for mask in self.masks.values()) / sum(mask.numel() for mask in self.masks.values())
-
-    def _apply(self, masks: dict[str, Tensor]) -> None:
-        apply_masks(self.model, masks, self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None)
-        self.masks = masks
-
-    def _all(self) -> dict[str, Tensor]:
-        return {layer.name: torch.ones_like(layer.weight, dtype=torch.bool) for layer in self._layers.values()}
-
-    def _config(self) -> dict[str, Any]:
-        """What a checkpoint must agree in."""
-        raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings and tensors; masks as one bit per element, row-major."""
-        bits = {name: pack_bits(mask.contiguous()) for name, mask in self.masks.items()}
-        return {"recipe": type(self).__name__, "config": self._config(), "steps": self.steps, "masks": bits}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. One of another recipe, configuration or model is refused, nothing changes."""
-        owner = f"{type(self).__name__}.load_state_dict"
-        for name, own in self.state_dict().items():
-            if name not in state_dict:
-                raise ValueError(f"{owner}: state_dict has no {name!r}")
-            if name == "recipe" and state_dict[name] != own:
-                raise ValueError(f"{owner}: recipe is {state_dict[name]!r}, expected {own!r}")
-        saved = state_dict["config"]
-        for name, own in self._config().items():
-            if name not in saved or saved[name] != own:
-                raise ValueError(f"{owner}: {name} is {saved.get(name)!r}, expected {own!r} as in this {type(self).__name__}")
-        differing = sorted(set(state_dict["masks"]) ^ set(self.masks))
-        if differing:
-            raise ValueError(f"{owner}: masks differ in {differing[0]!r}, expected {', '.join(self.masks)}")
-        for name, bits in state_dict["masks"].items():
-            size = (self.masks[name].numel() + 7) // 8
-            if bits.dtype != torch.uint8 or bits.shape != (size,):
-                given = f"{bits.dtype} of shape {list(bits.shape)}"
-                raise ValueError(f"{owner}: masks[{name!r}] is {given}, expected torch.uint8 of shape [{size}]")
-        unpacked = {
-            name: ops.reference.sparsity.unpack_bits(state_dict["masks"][name].to(mask.device), mask.shape)
-            for name, mask in self.masks.items()
-        }
-        self._apply(unpacked)
-        self.steps = int(state_dict["steps"])
-
-
-def check_times(owner: str, begin: int, end: int, every: int) -> None:
-    """Raise ValueError unless 0 <= begin < end and every >= 1."""
-    if not 0 <= begin < end:
-        raise ValueError(f"{owner}: begin is {begin} and end is {end}, expected 0 <= begin < end")
-    if every < 1:
-        raise ValueError(f"{owner}: every is {every}, expected at least 1")
+from .density import Scope, budget, magnitude_masks
+from .masks import nm_mask
+from .recipe import MaskRecipe, check_times
 
 
 def cubic_sparsity(step: int, begin: int, end: int, initial: float = 0.0, final: float = 0.9) -> float:
@@ -116,7 +27,7 @@ def cubic_sparsity(step: int, begin: int, end: int, initial: float = 0.0, final:
     return final + (initial - final) * left**3
 
 
-class GradualPruning(Recipe):
+class GradualPruning(MaskRecipe):
     """Magnitude pruning while training, at densities that fall from 1 by `cubic_sparsity` (Zhu & Gupta 2017).
 
         pruning = GradualPruning(model, optimizer, density=0.1, end=8000)

@@ -87,6 +87,10 @@ class Masked(nn.Module):
     def right_inverse(self, w: Tensor) -> Tensor:
         return w
 
+    def mask(self, w: Tensor) -> Tensor:
+        """Which weights are kept; bool, w's shape."""
+        return unpack_bits(self.bits, w)
+
 
 def parametrization(layer: Layer, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> Any:
     """The parametrization of a class that a layer's weight has, or None."""
@@ -142,8 +146,8 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     masks = {}
     for layer in sparsifiable(model):
         holder = parametrization(layer, nn.Module)
-        if holder is not None and isinstance(getattr(holder, "bits", None), Tensor):
-            masks[layer.name] = unpack_bits(holder.bits, layer.weight)
+        if hasattr(holder, "mask"):
+            masks[layer.name] = holder.mask(layer.weight)
     return masks
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .density import Scope, magnitude_masks
-from .gradual import Recipe
 from .layers import apply_masks, matched
+from .recipe import MaskRecipe
 
 
 class Stability(NamedTuple):
@@ -34,7 +34,7 @@ def stability(a: nn.Module, b: nn.Module, masks: Mapping[str, Tensor]) -> Stabil
     return Stability(float((x - y).norm()), math.degrees(2 * math.atan2(float((u - v).norm()), float((u + v).norm()))))
 
 
-class LotteryTicket(Recipe):
+class LotteryTicket(MaskRecipe):
     """Iterative magnitude pruning with rewinding (Frankle et al. 2019, "Stabilizing the Lottery Ticket Hypothesis").
 
         ticket = LotteryTicket(model, fraction=0.2)
@@ -130,7 +130,7 @@ class LotteryTicket(Recipe):
         return stability(first, second, self.masks)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `Recipe`, and what was saved to rewind to."""
+        """As `MaskRecipe`, and what was saved to rewind to."""
         return {**super().state_dict(), "saved": self._saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

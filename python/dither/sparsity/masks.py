@@ -6,6 +6,7 @@ weight row-major, for a channels_last one as it lies in memory.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,6 @@ from ..ops import write
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FAST = (4, 8, 16, 32)  # group sizes with a kernel; others are sorted
-
-pack_bits = ops.reference.sparsity.pack_bits
 
 
 def nm_mask(
@@ -108,10 +107,11 @@ def transposable_mask(w: Tensor, method: Literal["exact", "greedy"] = "exact", *
         raise ValueError(f"transposable_mask: w has shape {list(w.shape)}, expected a matrix whose sizes are multiples of 4")
     if method not in ("exact", "greedy"):
         raise ValueError(f"transposable_mask: method is {method!r}, expected 'exact' or 'greedy'")
-    w = w.contiguous()
+    if not w.is_contiguous():  # tiles are read row by row, bits are stored as w lies in memory
+        keep = torch.empty_like(_dense(w), dtype=torch.bool).copy_(transposable_mask(w.contiguous(), method))
+        return pack_bits(keep) if packed else keep
     result = _bits_for(w) if packed else torch.empty_like(w, dtype=torch.bool)
-    bits, keep = (result, None) if packed else (None, result)
-    write("transposable_", [result], w, method == "exact", bits, keep)
+    write("transposable_", [result], w, method == "exact", *((result, None) if packed else (None, result)))
     return result
 
 
@@ -129,6 +129,8 @@ def srste(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1, *, pad: 
 def srste_and_bits(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1, *, pad: bool = False) -> tuple[Tensor, Tensor]:
     """`srste` and the packed mask of the same pass."""
     dim = _check("srste", w, n, m, dim, pad)
+    if not math.isfinite(lamb):
+        raise ValueError(f"srste: lamb is {lamb}, expected a finite number")
     return _Decay.apply(w, n, m, 0.0, dim, False, float(lamb))
 
 
@@ -136,18 +138,25 @@ def srste_and_bits(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1,
 def srste_grad_(grad: Tensor, w: Tensor, bits: Tensor, lamb: float = 2e-4) -> Tensor:
     """grad += lamb w where the bit is 0, in place (Zhou et al. 2021, eq. 9: sparse-refined straight-through estimator).
 
-    grad and w have the same shape, strides and dtype; `bits` are w's, packed. A dither optimizer does the same inside its
-    step: `set_mask(p, bits, srste=lamb)`.
+    grad and w have the same shape and dtype; `bits` are w's, packed. A dither optimizer with `srste=lamb` does the same inside
+    its step, after `set_mask(p, bits)`.
     """
     if grad.shape != w.shape or grad.dtype != w.dtype or grad.device != w.device:
         raise ValueError(f"srste_grad_: w is {_what(w)}, expected {_what(grad)} like grad")
     _check_bits("srste_grad_", bits, w)
-    if _same_layout(grad, w) and _dense_strides(w):
-        write("masked_blend_", [grad], grad, None, w.detach(), bits, 1.0, None, float(lamb))
-    else:
-        keep = ops.reference.sparsity.unpack_like(bits, _dense(w))
-        grad.add_(torch.where(keep, 0, w), alpha=lamb)
+    dense = _dense(w.detach())
+    laid_out = _laid_out(grad, dense.stride())
+    write("masked_blend_", [laid_out], laid_out, None, dense, bits, 1.0, None, float(lamb))
+    if laid_out is not grad:
+        grad.copy_(laid_out)
     return grad
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """A bool mask as one bit per element, in its storage order (row-major where it has gaps)."""
+    if keep.dtype != torch.bool:
+        raise TypeError(f"pack_bits: keep is {keep.dtype}, expected torch.bool")
+    return ops.reference.sparsity.pack_bits(_dense(keep))
 
 
 def unpack_bits(bits: Tensor, w: Tensor) -> Tensor:
@@ -161,7 +170,7 @@ def flip_rate(before: Tensor, after: Tensor) -> float:
     if before.shape != after.shape or before.dtype != torch.uint8 or after.dtype != torch.uint8:
         raise ValueError(f"flip_rate: after is {_what(after)}, expected {_what(before)} like before, packed in uint8")
     flipped = ops.reference.sparsity.unpack_bits(before ^ after, (8 * before.numel(),))
-    return float(flipped.double().mean()) if before.numel() else 0.0
+    return int(flipped.count_nonzero()) / max(1, flipped.numel())
 
 
 # ---- autograd
@@ -304,10 +313,6 @@ def _dense_strides(w: Tensor) -> bool:
 def _dense(w: Tensor) -> Tensor:
     """w itself where its elements fill their memory, in whatever order; else a contiguous copy."""
     return w if w.is_contiguous() or w.numel() == 0 or _dense_strides(w) else w.contiguous()
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
 def _laid_out(grad: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import write
 from . import layers
-from .masks import _check_bits, _what, pack_bits
+from .masks import _check_bits, _what, pack_bits, unpack_bits
 
 
 def pack24(w: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -23,14 +23,16 @@ def pack24(w: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     Returns values [rows, columns / 2], and indices, int16 [rows, columns / 16]: two bits for each value, in CUTLASS's order.
     """
     _check_matrix("pack24", w)
-    w = w.detach().contiguous()
     if bits is not None:
         _check_bits("pack24", bits, w)
+        if not w.is_contiguous():
+            bits = pack_bits(unpack_bits(bits, w).contiguous())
         low, high = bits & 15, bits >> 4
         count = torch.tensor([bin(i).count("1") for i in range(16)], device=w.device)
         most = int(torch.maximum(count[low.long()], count[high.long()]).max()) if bits.numel() else 0
         if most > 2:
             raise ValueError(f"pack24: bits keep {most} of some four weights, expected at most 2 (a 2:4 mask along dim=1)")
+    w = w.detach().contiguous()
     values = w.new_empty(w.shape[0], w.shape[1] // 2)
     indices = w.new_empty(w.shape[0], w.shape[1] // 16, dtype=torch.int16)
     write("pack24_", [values, indices], w, bits, values, indices)
@@ -87,12 +89,13 @@ def to_semi_structured(model: nn.Module, *, only: Iterable[str] = ("*",), skip: 
         w = layer.weight
         if not isinstance(layer.module, nn.Linear) or layers.parametrization(layer, nn.Module) is not None:
             continue
-        if w.dtype not in (torch.bfloat16, torch.float16) or w.shape[0] % 32 or w.shape[1] % 64:
+        if w.dtype not in (torch.bfloat16, torch.float16) or w.shape[0] % 32 or w.shape[1] % 64 or not w.numel():
             continue
+        w = w.contiguous()
         kept = w != 0
         if int(kept.unflatten(1, (-1, 4)).sum(2).max()) > 2:
             continue
-        sparse = semi_structured(w, pack_bits(kept.contiguous()))
+        sparse = semi_structured(w, pack_bits(kept))
         layer.module.weight = nn.Parameter(sparse, requires_grad=False)  # type: ignore[assignment]
         done.append(layer.name)
     return done
