@@ -352,8 +352,8 @@ class SRSTE(_NMRecipe):
 
 
 class STEP(_NMRecipe):
-    """STEP (Lu et al. 2023): Adam on dense weights until its second moment v has settled; then v stands still, a preconditioner,
-    and n:m weights are learned with the straight-through estimator.
+    """STEP (Lu et al. 2023): Adam on dense weights until its second moment v has settled; then v stands still and n:m weights
+    are learned with the straight-through estimator.
 
     Masked weights spoil Adam's estimate of v; so it is made before there are masks. The switch comes when the mean of
     |v_t - v_(t-1)| over all weights of the optimizer, averaged over the last `window` steps, falls below `threshold`, but not

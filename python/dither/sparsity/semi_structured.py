@@ -91,11 +91,11 @@ def to_semi_structured(model: nn.Module, *, only: Iterable[str] = ("*",), skip: 
             continue
         if w.dtype not in (torch.bfloat16, torch.float16) or w.shape[0] % 32 or w.shape[1] % 64 or not w.numel():
             continue
-        w = w.contiguous()
-        kept = w != 0
+        dense = w.detach().contiguous()
+        kept = dense != 0
         if int(kept.unflatten(1, (-1, 4)).sum(2).max()) > 2:
             continue
-        sparse = semi_structured(w, pack_bits(kept))
-        layer.module.weight = nn.Parameter(sparse, requires_grad=False)  # type: ignore[assignment]
+        sparse = semi_structured(dense, pack_bits(kept))
+        layer.module.weight = nn.Parameter(sparse, requires_grad=False)
         done.append(layer.name)
     return done
