@@ -20,6 +20,7 @@ from .masks import (
 )
 from .post_training import Calibration, Statistics, collect, dsnot_mask, prune, sparsegpt, wanda_mask
 from .progressive import NM, SRSTE, STEP, MaskDecay, StructureDecay, structure_frames
+from .report import DensityReport, LayerDensity, density_report, export_masks, load_masks, plot_masks_over_time
 from .semi_structured import pack24, semi_structured, to_semi_structured, unpack24
 
 __all__ = [
@@ -28,8 +29,10 @@ __all__ = [
     "STEP",
     "ActivationMeter",
     "Calibration",
+    "DensityReport",
     "GradualPruning",
     "Layer",
+    "LayerDensity",
     "LotteryTicket",
     "MaskDecay",
     "Masked",
@@ -43,9 +46,12 @@ __all__ = [
     "bake",
     "collect",
     "cubic_sparsity",
+    "density_report",
     "dsnot_mask",
+    "export_masks",
     "flip_rate",
     "layer_densities",
+    "load_masks",
     "magnitude_masks",
     "masked",
     "masks_of",
@@ -54,6 +60,7 @@ __all__ = [
     "nuclear_penalty",
     "pack24",
     "pack_bits",
+    "plot_masks_over_time",
     "prune",
     "random_masks",
     "random_search",

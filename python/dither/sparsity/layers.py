@@ -19,24 +19,40 @@ from ..optim import FusedOptimizer
 from .masks import masked, pack_bits, unpack_bits
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that may be sparsified. name: of the parameter in the model. dim: its input features, along which groups lie."""
+    """A weight that may be sparsified. name: of the parameter in the model. dim: its input features, along which groups lie.
+
+    tied: further places (module, name) of the same parameter.
+    """
 
     name: str
     module: nn.Module
     parameter: str
     dim: int
+    tied: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def weight(self) -> nn.Parameter:
         """The dense parameter, under any parametrization."""
-        if parametrize.is_parametrized(self.module, self.parameter):
-            return self.module.parametrizations[self.parameter].original  # type: ignore[union-attr,index,return-value]
-        return getattr(self.module, self.parameter)
+        return _dense(self.module, self.parameter)  # type: ignore[return-value]
+
+    @property
+    def places(self) -> tuple[tuple[nn.Module, str], ...]:
+        """Where the parameter is: (module, name), at first that of the layer."""
+        return ((self.module, self.parameter), *self.tied)
+
+
+def _dense(module: nn.Module, parameter: str) -> nn.Parameter | None:
+    """The parameter under any parametrization; None where there is none, or several are made one (weight_norm)."""
+    if parametrize.is_parametrized(module, parameter):
+        return getattr(module.parametrizations[parameter], "original", None)  # type: ignore[union-attr,index]
+    found = getattr(module, parameter, None)
+    return found if isinstance(found, nn.Parameter) else None
 
 
 def sparsifiable(
@@ -45,31 +61,23 @@ def sparsifiable(
     """The weights of Linear, convolution and MultiheadAttention layers, in the order of `named_modules`; tied ones once.
 
     only, skip: shell patterns of parameter names, for instance skip=("head.*", "*.qkv.weight"). m: leave out weights whose
-    input features are no multiple of m (the first convolution of three channels, depthwise convolutions).
+    input features are no multiple of m (the first convolution of three channels, depthwise convolutions). Weights that are made
+    of several parameters (weight_norm) are left out too.
     """
     only, skip = (only,) if isinstance(only, str) else tuple(only), (skip,) if isinstance(skip, str) else tuple(skip)
-    seen = set()
+    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, _KINDS):
-            continue
-        names = ["weight"]
-        if isinstance(module, nn.MultiheadAttention):
-            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        for parameter in names:
-            if not _has(module, parameter):
-                continue
-            layer = Layer(
-                f"{path}.{parameter}" if path else parameter, module, parameter, int(not isinstance(module, _TRANSPOSED))
-            )
-            wanted = any(fnmatchcase(layer.name, p) for p in only) and not any(fnmatchcase(layer.name, p) for p in skip)
-            if not wanted or id(layer.weight) in seen or (m and layer.weight.shape[layer.dim] % m):
-                continue
-            seen.add(id(layer.weight))
+        if isinstance(module, _KINDS):
+            for parameter in _NAMES if isinstance(module, nn.MultiheadAttention) else ("weight",):
+                w = _dense(module, parameter)
+                if w is not None:
+                    found.setdefault(id(w), []).append((f"{path}.{parameter}" if path else parameter, module, parameter))
+    for (name, module, parameter), *others in found.values():
+        tied = tuple((module, parameter) for _, module, parameter in others)
+        layer = Layer(name, module, parameter, int(not isinstance(module, _TRANSPOSED)), tied)
+        wanted = any(fnmatchcase(name, p) for p in only) and not any(fnmatchcase(name, p) for p in skip)
+        if wanted and not (m and layer.weight.shape[layer.dim] % m):
             yield layer
-
-
-def _has(module: nn.Module, parameter: str) -> bool:
-    return parametrize.is_parametrized(module, parameter) or isinstance(getattr(module, parameter, None), nn.Parameter)
 
 
 class Masked(nn.Module):
@@ -100,9 +108,10 @@ def parametrization(layer: Layer, kind: type[nn.Module] | tuple[type[nn.Module],
     return found[0] if found else None
 
 
-def register(layer: Layer, module: nn.Module) -> None:
-    """Put a parametrization on a layer's weight. The parameter stays the same object: optimizers keep theirs."""
-    parametrize.register_parametrization(layer.module, layer.parameter, module, unsafe=True)
+def register(layer: Layer, parametrized: nn.Module) -> None:
+    """Put a parametrization on a layer's weight, wherever it is tied. The parameter stays the same object."""
+    for module, parameter in layer.places:
+        parametrize.register_parametrization(module, parameter, parametrized, unsafe=True)
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: FusedOptimizer | None = None) -> None:
@@ -112,6 +121,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: FusedO
     With a dither optimizer nothing is added to the forward pass: the weights are set to 0 once, and the step leaves them and
     their states alone (`FusedOptimizer.set_mask`). Called again, masks are replaced.
     """
+    if not isinstance(optimizer, (FusedOptimizer, type(None))):
+        raise TypeError(f"apply_masks: optimizer is {type(optimizer).__name__}, expected one of dither.optim or None")
     for layer, mask in matched("apply_masks", model, masks):
         if optimizer is not None:
             with torch.no_grad():
@@ -159,7 +170,8 @@ def bake(model: nn.Module, keep: Callable[[Layer], bool] = lambda layer: True) -
     for layer in list(sparsifiable(model)):
         holder = parametrization(layer, nn.Module)
         if holder is not None and type(holder).__module__.startswith(__package__ or "dither") and keep(layer):
-            shared = type(layer.module)  # of a deepcopy: the class, from which torch removes the property
-            layer.module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
-            parametrize.remove_parametrizations(layer.module, layer.parameter, leave_parametrized=True)
+            for place, (module, parameter) in enumerate(layer.places):
+                shared = type(module)  # of a deepcopy: the class, from which torch removes the property
+                module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+                parametrize.remove_parametrizations(module, parameter, leave_parametrized=place == 0)
     return model

@@ -302,12 +302,13 @@ def _check_bits(op: str, bits: Tensor, w: Tensor) -> None:
 
 
 def _dense_strides(w: Tensor) -> bool:
+    """Whether elements fill their memory: each dimension begins where those inside it end."""
     span = 1
-    for stride, size in sorted((s, n) for s, n in zip(w.stride(), w.shape) if n != 1):
-        if stride != span:
-            return False
-        span = stride * size
-    return True
+    for _ in w.shape:
+        for stride, size in zip(w.stride(), w.shape):
+            if stride == span and size != 1:
+                span *= size
+    return span == w.numel()
 
 
 def _dense(w: Tensor) -> Tensor:
