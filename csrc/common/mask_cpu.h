@@ -79,6 +79,16 @@ static inline __attribute__((always_inline)) void stream(void* to, V x) {
 #endif
 }
 
+// Whole vectors, both sides aligned.
+static inline void stream_lines(void* to, const void* from, int64_t bytes) {
+  using V __attribute__((vector_size(DITHER_VECTOR_BYTES))) = int32_t;
+  for (int64_t at = 0; at < bytes; at += DITHER_VECTOR_BYTES) {
+    V line;
+    __builtin_memcpy(&line, static_cast<const char*>(from) + at, sizeof line);
+    stream(static_cast<char*>(to) + at, line);
+  }
+}
+
 // Lanes of -1 and 0 as the bits of `count` = M vectors, a multiple of 8 lanes.
 template <int M, class V>
 static inline __attribute__((always_inline)) void store_lanes(uint8_t* bits, const V (&kept)[M]) {

@@ -106,6 +106,7 @@ static void masked_blend_(const Tensor& out, const std::optional<Tensor>& a, con
   x.b = b ? b->const_data_ptr() : nullptr;
   x.bits = static_cast<const uint8_t*>(bits.const_data_ptr());
   x.numel = out.numel();
+  x.stream_out = x.numel * size_of(x.type) >= kStreamed && x.out != x.a && reinterpret_cast<uintptr_t>(x.out) % 64 == 0;
   if constexpr (device == Device::cpu) {
     const auto run = DITHER_PICK_ISA(blend_range);
     constexpr int64_t unit = 4096;

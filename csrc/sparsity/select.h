@@ -31,6 +31,7 @@ struct Blend {
   double scale, lamb;
   int64_t numel;
   DType type;
+  bool stream_out;  // as in Select
 };
 
 // The order of magnitudes as integers. NaN is one value above infinity, so that NaNs tie like other equals.

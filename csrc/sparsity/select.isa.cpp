@@ -420,11 +420,13 @@ void blend_range(const Blend& x, int64_t lo, int64_t hi) {
     const T scale = T(x.scale), lamb = T(x.lamb);
     constexpr int64_t block = 256;
     alignas(64) uint8_t kept[block];
+    alignas(64) S line[block];
     for (int64_t at = lo; at < hi; at += block) {
       const int64_t n = smaller(block, hi - at);
+      const bool streams = x.stream_out && n == block;
       load_bits(x.bits + at / 8, n, kept);
       const S *a = static_cast<const S*>(x.a) + at, *b = x.b ? static_cast<const S*>(x.b) + at : nullptr;
-      S* out = static_cast<S*>(x.out) + at;
+      S* out = streams ? line : static_cast<S*>(x.out) + at;
       const auto run = [&]<bool kScale, bool kAdd>() __attribute__((always_inline)) {
 #pragma GCC ivdep
         for (int64_t i = 0; i < n; ++i) {
@@ -437,6 +439,7 @@ void blend_range(const Blend& x, int64_t lo, int64_t hi) {
       };
       if (scale == T(0)) b ? run.template operator()<false, true>() : run.template operator()<false, false>();
       else b ? run.template operator()<true, true>() : run.template operator()<true, false>();
+      if (streams) stream_lines(static_cast<S*>(x.out) + at, line, int64_t(block * sizeof(S)));
     }
   });
 }

@@ -186,7 +186,8 @@ def pack24_(dense: Tensor, bits: Tensor | None, values: Tensor, indices: Tensor)
     """`dither::pack24_` where no kernel is available: two of every four elements, and where they stood."""
     kept = nm_keep(dense, 2, 4, 1) if bits is None else unpack_bits(bits, dense.shape)
     place = (~kept).to(torch.uint8).unflatten(1, (-1, 4)).sort(dim=2, stable=True).indices[..., :2].sort(dim=2).values
-    values.copy_(torch.where(kept, dense, 0).unflatten(1, (-1, 4)).gather(2, place).flatten(1))
+    words = torch.where(kept, dense.view(torch.int16), 0)  # which keep the bits of NaN
+    values.view(torch.int16).copy_(words.unflatten(1, (-1, 4)).gather(2, place).flatten(1))
     four = place[..., 0] | place[..., 1] << 2
     words = (four.unflatten(1, (-1, 4)) << torch.arange(0, 16, 4, device=dense.device)).sum(2)
     order = _order_of_indices(words)
@@ -199,5 +200,5 @@ def unpack24_(dense: Tensor, values: Tensor, indices: Tensor) -> None:
     words = indices.flatten()[order].long() & 0xFFFF
     four = words[..., None] >> torch.arange(0, 16, 4, device=dense.device) & 15
     place = torch.stack([four & 3, four >> 2], -1).flatten(1, 2)
-    groups = torch.zeros_like(dense).unflatten(1, (-1, 4))
-    dense.copy_(groups.scatter_(2, place, values.unflatten(1, (-1, 2))).flatten(1))
+    groups = torch.zeros_like(dense, dtype=torch.int16).unflatten(1, (-1, 4))
+    dense.view(torch.int16).copy_(groups.scatter_(2, place, values.view(torch.int16).unflatten(1, (-1, 2))).flatten(1))
