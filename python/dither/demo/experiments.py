@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
 
-from .. import optim
+from .. import optim, sparsity
 from .._extras import require
 from .data import digits
 from .train import Arm, Run, train
@@ -41,6 +43,29 @@ SMALL_ARMS = (
 )
 
 
+def _decay(n: int, m: int) -> Callable[[nn.Module, int], sparsity.Recipe]:
+    return lambda model, steps: sparsity.MaskDecay(model, (n, m), end=steps // 2)
+
+
+def _srste(n: int, m: int) -> Callable[[nn.Module, int], sparsity.Recipe]:
+    return lambda model, steps: sparsity.SRSTE(model, (n, m))
+
+
+def _afterwards(n: int, m: int) -> Callable[[nn.Module, int], sparsity.Recipe]:
+    return lambda model, steps: sparsity.MaskDecay(model, (n, m), begin=steps, end=steps + 1)
+
+
+DENSE = Arm("dense", partial(optim.AdamW, lr=1e-2))
+SPARSE_ARMS = (
+    DENSE,
+    *(
+        replace(DENSE, name=f"{n}:{m}, {name}", recipe=make(n, m))
+        for n, m in ((2, 4), (1, 8), (1, 16))
+        for name, make in (("mask decay", _decay), ("SR-STE", _srste), ("pruned after training", _afterwards))
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     seeds: int = 5
@@ -60,6 +85,7 @@ class Results:
     device: str
     deep: dict[str, list[Run]]
     small: dict[str, list[Run]]
+    sparse: dict[str, list[Run]]
     grid: dict[tuple[float, float], float]
     seconds: float
 
@@ -74,14 +100,15 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
         if settings.grid
     }
     deep_runs = len(DEEP_ARMS) * settings.seeds + len(grid_arms)
-    total = deep_runs * settings.deep_steps + len(SMALL_ARMS) * settings.seeds * settings.small_steps
+    total = deep_runs * settings.deep_steps + (len(SMALL_ARMS) + len(SPARSE_ARMS)) * settings.seeds * settings.small_steps
     threads, begin = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1)
     try:
         with tqdm(total=total, unit="step", disable=None, leave=False) as bar:
             deep = {arm.name: [train(arm, DEEP, data, settings.deep_steps, s, bar) for s in seeds] for arm in DEEP_ARMS}
             small = {arm.name: [train(arm, SMALL, data, settings.small_steps, s, bar) for s in seeds] for arm in SMALL_ARMS}
+            sparse = {arm.name: [train(arm, SMALL, data, settings.small_steps, s, bar) for s in seeds] for arm in SPARSE_ARMS}
             grid = {at: train(arm, DEEP, data, settings.deep_steps, 0, bar).validation for at, arm in grid_arms.items()}
     finally:
         torch.set_num_threads(threads)
-    return Results(settings, device, deep, small, grid, time.perf_counter() - begin)
+    return Results(settings, device, deep, small, sparse, grid, time.perf_counter() - begin)

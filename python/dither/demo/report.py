@@ -14,6 +14,7 @@ import torch
 
 from .._extras import require
 from ..ops import build_info
+from ..sparsity import plot_masks_over_time
 from .experiments import DEEP, ETA, GRID_ETA, GRID_LR, LR, MAX_NORM, POOR, SMALL, SMALL_ARMS, Results, Settings
 from .train import BATCH, Run
 
@@ -71,6 +72,17 @@ def _table(title: str, arms: dict[str, list[Run]], weights: bool) -> Table:
     return Table(title, columns, rows)
 
 
+def _sparse_table(title: str, arms: dict[str, list[Run]], steps: int) -> Table:
+    columns = ["", "accuracy, %", "worst", "best", "kept", "ms/step"]
+    rows = []
+    for name, runs in arms.items():
+        accuracies = [100 * run.test for run in runs]
+        cells = [f"{a:.1f}" for a in (statistics.fmean(accuracies), min(accuracies), max(accuracies))]
+        cells += [percent(statistics.fmean(run.density for run in runs))]
+        rows.append([name, *cells, f"{statistics.median(run.seconds for run in runs) / steps * 1e3:.2f}"])
+    return Table(title, columns, rows)
+
+
 def tables(results: Results) -> list[Table]:
     seeds = f"seeds: {results.settings.seeds}"
     depth = f"{len(DEEP) - 2} hidden layers of {DEEP[1]}"
@@ -78,6 +90,8 @@ def tables(results: Results) -> list[Table]:
         _table(f"Gradient noise: {depth}, {seeds}", results.deep, weights=True),
         _table(f"Optimizers: {' - '.join(map(str, SMALL))}, {seeds}", results.small, weights=False),
     ]
+    title = f"N:M sparsity: {' - '.join(map(str, SMALL))}, {seeds}"
+    found.append(_sparse_table(title, results.sparse, results.settings.small_steps))
     if results.grid:
         rows = [[f"lr {lr}", *(percent(results.grid[lr, eta]) for eta in GRID_ETA)] for lr in GRID_LR]
         columns = ["validation accuracy", *(f"eta {eta}" if eta else "no noise" for eta in GRID_ETA)]
@@ -146,6 +160,13 @@ def cost(results: Results) -> str:
     return f"{results.seconds:.0f} s and at most {peak / 2**20:.0f} MiB of resident memory"
 
 
+SPARSITY = """All layers keep n of every m weights along their inputs; kept: the fraction that is not 0 at the end. Mask decay
+(Bambhaniya et al. 2024, MdGf) multiplies the others by a factor that falls from 1 to 0 over the first half of training; SR-STE
+(Zhou et al. 2021) sets them to 0 from the start and pulls them towards it; pruned after training is the dense network, cut at
+the end. Picture: the second layer under mask decay, 2:4, first seed. ms/step: the whole step, of a network so small that calls
+count more than arithmetic."""
+
+
 def _fill(text: str, indent: str = "") -> str:
     return textwrap.fill(" ".join(text.split()), 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
@@ -200,13 +221,13 @@ def conditions(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    deep, small, *grid = (f"**{table.title}**\n\n{table.markdown()}" for table in tables(results))
+    deep, small, sparse, *grid = (f"**{table.title}**\n\n{table.markdown()}" for table in tables(results))
     bfloat16 = _fill(
         """AdamW bfloat16 keeps parameters, gradients and both moments in bfloat16 and rounds stochastically: half
         their bytes. Differences smaller than the spread of the seeds mean nothing (one test image is 0.28 %)."""
     )
     paragraphs = [
-        "# Gradient noise and fused optimizers on real digits",
+        "# Gradient noise, fused optimizers and N:M sparsity on real digits",
         "![Loss curves and accuracies](figure.png)",
         "## Gradient noise",
         deep,
@@ -215,6 +236,10 @@ def markdown(results: Results) -> str:
         "## Optimizers",
         small,
         bfloat16,
+        "## N:M sparsity",
+        sparse,
+        _fill(SPARSITY),
+        "![How the mask of a layer settles](masks.png)",
         "## Settings",
         "\n".join(conditions(results)),
     ]
@@ -226,5 +251,6 @@ def write(results: Results, out: Path) -> None:
     for table in tables(results):
         table.show()
     figure(results, out / "figure.png")
+    plot_masks_over_time(next(runs[0].masks for runs in results.sparse.values() if runs[0].masks), out / "masks.png")
     (out / "report.md").write_text(markdown(results), encoding="utf-8")
-    print(f"Took {cost(results)}. Wrote {out / 'report.md'} and {out / 'figure.png'}")
+    print(f"Took {cost(results)}. Wrote {out / 'report.md'}, {out / 'figure.png'} and {out / 'masks.png'}")

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,22 +15,25 @@ from .. import noise
 from .data import Digits, Part
 
 BATCH = 64
+WATCHED, SNAPSHOTS = "2.weight", 35
 BATCHES = 2**16  # the stream that draws them; those below draw the initial weights
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train. `optimizer` is called with parameters and a seed; `weight_std` None is He's sqrt(2 / fan_in)."""
+    """A way to train. `optimizer` is called with parameters and a seed; `weight_std` None is He's sqrt(2 / fan_in); `recipe`
+    makes a recipe of sparse training from the model and the number of steps."""
 
     name: str
     optimizer: partial[Any]
     weight_std: float | None = None
     dtype: torch.dtype = torch.float32
+    recipe: Callable[[nn.Module, int], Any] | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run gave: losses of the batches, accuracies after the last step, and its cost."""
+    """What a run gave: losses of the batches, accuracies after the last step, its cost, and of a recipe the masks."""
 
     losses: list[float]
     validation: float
@@ -38,6 +41,8 @@ class Run:
     weight_rms: float  # of the matrices between hidden layers
     seconds: float
     memory: int  # bytes: on the CPU parameters, gradients and states of the optimizer; on a GPU the most that was allocated
+    density: float  # of the matrices, at the end
+    masks: list[tuple[int, Tensor]]  # of one matrix between hidden layers, some times of training
 
 
 def network(widths: Iterable[int], seed: int, weight_std: float | None = None) -> nn.Sequential:
@@ -67,6 +72,8 @@ def train(arm: Arm, widths: Iterable[int], data: Digits, steps: int, seed: int, 
         torch.cuda.reset_peak_memory_stats(device)
     model = network(widths, seed, arm.weight_std).to(device, arm.dtype)
     optimizer = arm.optimizer(model.parameters(), seed=seed)
+    recipe = arm.recipe(model, steps) if arm.recipe else None
+    masks: list[tuple[int, Tensor]] = []
     bar.set_description(f"{arm.name}, seed {seed}")
     images, losses = data.train.images.to(arm.dtype), []
     begin = time.perf_counter()
@@ -77,10 +84,17 @@ def train(arm: Arm, widths: Iterable[int], data: Digits, steps: int, seed: int, 
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
+        if recipe:
+            recipe.step()
+            if (step + 1) % max(1, steps // SNAPSHOTS) == 0:
+                masks.append((step + 1, recipe.masks[WATCHED].cpu()))
         bar.update()
     curve = torch.stack(losses).tolist()  # waits for the device
     seconds = time.perf_counter() - begin
+    if recipe:
+        recipe.finish()
     params = list(model.parameters())
+    matrices = torch.cat([p.detach().flatten() for p in params if p.ndim == 2])
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     kept = [*params, *(p.grad for p in params if p.grad is not None), *states]
     size = lambda t: t.numel() * t.element_size()
@@ -91,5 +105,7 @@ def train(arm: Arm, widths: Iterable[int], data: Digits, steps: int, seed: int, 
         test=accuracy(model, data.test),
         weight_rms=hidden.square().mean().sqrt().item(),
         seconds=seconds,
+        density=(matrices != 0).double().mean().item(),
+        masks=masks,
         memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else sum(map(size, kept)),
     )

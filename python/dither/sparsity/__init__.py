@@ -20,6 +20,7 @@ from .masks import (
 )
 from .post_training import Calibration, Statistics, collect, dsnot_mask, prune, sparsegpt, wanda_mask
 from .progressive import NM, SRSTE, STEP, MaskDecay, StructureDecay, structure_frames
+from .recipe import Recipe
 from .report import DensityReport, LayerDensity, density_report, export_masks, load_masks, plot_masks_over_time
 from .semi_structured import pack24, semi_structured, to_semi_structured, unpack24
 
@@ -36,6 +37,7 @@ __all__ = [
     "LotteryTicket",
     "MaskDecay",
     "Masked",
+    "Recipe",
     "RigL",
     "SmallWeights",
     "Stability",
