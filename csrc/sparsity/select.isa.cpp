@@ -244,6 +244,9 @@ static int64_t blocks_of_rows(const Select& s, int64_t first, int64_t panels) {
     const int64_t start = (first + at) * M;
     const S* const x = static_cast<const S*>(s.w) + start;
     V v[M];
+    if constexpr (M > 8)  // so many instructions that the processor does not look ahead to the next block
+#pragma GCC unroll 32
+      for (int p = 0; p < M; ++p) __builtin_prefetch(x + (M + p) * L);
 #pragma GCC unroll 32
     for (int p = 0; p < M; ++p) {
       V bits;
@@ -253,13 +256,15 @@ static int64_t blocks_of_rows(const Select& s, int64_t first, int64_t panels) {
     transpose<M>(v);
     choose<Key, M>(v, s.n);
     transpose_back<M>(v);
-    if (s.bits) store_lanes(s.bits + start / 8, v);
-#pragma GCC unroll 32
-    for (int p = 0; p < M; ++p) {
-      if (s.keep)
-        for (int l = 0; l < L; ++l) s.keep[start + p * L + l] = uint8_t(v[p][l] & 1);
-      if (s.out) store_chosen<S>(s, start + p * L, v[p], beta);
+    if (s.bits || s.keep) {
+      uint8_t bits[M * L / 8];
+      store_lanes(bits, v);
+      if (s.bits) __builtin_memcpy(s.bits + start / 8, bits, sizeof bits);
+      if (s.keep) load_bits(bits, M * L, s.keep + start);
     }
+    if (s.out)
+#pragma GCC unroll 32
+      for (int p = 0; p < M; ++p) store_chosen<S>(s, start + p * L, v[p], beta);
   }
   return at;
 }
@@ -275,10 +280,10 @@ static int64_t rows_done(const Select& s, int64_t first, int64_t panels) {
 template <class S>
 static void tile_of_scores(const Select& s, int64_t first, int64_t panels) {
   using T = decltype(widen(S{}) + 0);
-  constexpr int64_t spare = 32 * 64;
+  constexpr int64_t spare = 32 * 64;  // for whole blocks of groups
   alignas(64) T score[2 * kTile + spare];
-  alignas(64) uint8_t buffer[2 * kTile + spare + kMargin];
-  uint8_t* const kept = buffer + kMargin;
+  uint8_t bits[(2 * kTile + spare) / 8];
+  alignas(64) uint8_t kept[2 * kTile + 8];
   constexpr int L = Lanes<decltype(magnitude(T{}))>::count;
   const int64_t start = first * s.m, count = panels * s.m, row = s.groups * s.m, padded = (panels + L - 1) / L * L;
   const S* const w = static_cast<const S*>(s.w) + start;
@@ -292,13 +297,17 @@ static void tile_of_scores(const Select& s, int64_t first, int64_t panels) {
   for (int64_t i = count; i < padded * s.m; ++i) score[i] = T(0);
   Select of_scores = s;
   of_scores.w = score;
-  of_scores.keep = kept;
-  of_scores.bits = nullptr;
+  of_scores.bits = bits;
   of_scores.out = nullptr;
+  of_scores.keep = nullptr;
   rows_done<T>(of_scores, 0, padded);
-  __builtin_memset(kept + count, 0, 8);
+  if (s.out || s.keep) load_bits(bits, count, kept);
   if (s.out) emit_out<S>(s, start, count, kept);
-  emit_mask(s, start, count, kept);
+  if (s.keep) __builtin_memcpy(s.keep + start, kept, uint64_t(count));
+  if (s.bits) {
+    __builtin_memcpy(s.bits + start / 8, bits, uint64_t(count / 8));
+    if (count % 8) s.bits[(start + count) / 8] = bits[count / 8] & 0xf;  // four at the end of all
+  }
 }
 
 // Whole panels, small enough for a tile: groups across rows of `inner` elements.

@@ -92,26 +92,25 @@ template <class T, class I>
 DITHER_HD I greedy_pattern(const T (&a)[16], const I& zero) {
   I chosen = zero, allowed = zero + 0xffff;
   for (int round = 0; round < 8; ++round) {
-    T most = -a[0] - 1.0f;  // less than any
-    I pick = zero;
-    DITHER_UNROLL(16)
-    for (int j = 0; j < 16; ++j) {
-      const auto better = ((allowed & (1 << j)) != 0) & (a[j] > most);
-      most = better ? a[j] : most;
-      pick = better ? I(zero + (1 << j)) : pick;
+    const T none = -a[0] - 1.0f;  // less than any
+    Best<T, I> best[4];           // of each row, which do not wait for each other
+    DITHER_UNROLL(4)
+    for (int r = 0; r < 4; ++r) {
+      best[r] = {none, zero};
+      DITHER_UNROLL(4)
+      for (int j = 4 * r; j < 4 * r + 4; ++j) improve(best[r], T((allowed & (1 << j)) != 0 ? a[j] : none), I(zero + (1 << j)));
     }
+    improve(best[0], best[1].sum, best[1].pattern);
+    improve(best[2], best[3].sum, best[3].pattern);
+    improve(best[0], best[2].sum, best[2].pattern);
+    const I pick = best[0].pattern;
     chosen |= pick;
     allowed &= ~pick;
-    // Rows and columns with two: of the four bits of each, at least two sums of neighbours.
-    for (int line = 0; line < 4; ++line) {
-      I row = zero, column = zero;
-      for (int k = 0; k < 4; ++k) {
-        row += chosen >> (4 * line + k) & 1;
-        column += chosen >> (4 * k + line) & 1;
-      }
-      allowed = row > zero + 1 ? I(allowed & ~(0xf << 4 * line)) : allowed;
-      allowed = column > zero + 1 ? I(allowed & ~(0x1111 << line)) : allowed;
-    }
+    // Where two of four bits are set, the lowest bit of each nibble: of rows as they are, of columns when transposed.
+    const auto two = [](const I& p, const I& q, const I& r, const I& s) { return (p & q) | (r & s) | ((p | q) & (r | s)); };
+    const I rows = two(chosen, chosen >> 1, chosen >> 2, chosen >> 3) & 0x1111;
+    const I columns = two(chosen, chosen >> 4, chosen >> 8, chosen >> 12) & 0xf;
+    allowed &= ~(rows * 0xf | columns * 0x1111);
   }
   return chosen;
 }

@@ -33,9 +33,13 @@ static void columns_of_tiles(const Transposable& t, int64_t row, int64_t column,
     V v[16];
     __builtin_memcpy(v, a, sizeof v);
     const I pattern = t.exact ? best_pattern(v, I{}) : greedy_pattern(v, I{});
+    alignas(64) decltype(pattern[0] + 0) row[L];
+    __builtin_memcpy(row, &pattern, sizeof pattern);
     for (int r = 0; r < 4; ++r)
-      for (int l = 0; l < L; ++l)
-        for (int c = 0; c < 4; ++c) kept[r][kMargin + at + 4 * l + c] = uint8_t(pattern[l] >> (4 * r + c) & 1);
+      for (int l = 0; l < L; ++l) {  // four bits as four bytes
+        const uint32_t bytes = uint32_t(row[l] >> 4 * r & 15) * 0x00204081u & 0x01010101u;
+        __builtin_memcpy(&kept[r][kMargin + at + 4 * l], &bytes, 4);
+      }
   }
   for (int r = 0; r < 4; ++r) {
     uint8_t* const from = kept[r] + kMargin;

@@ -221,8 +221,9 @@ def _transposable(setting: Setting, side: int, method: str) -> Contest:
 
 def _pack(setting: Setting, side: int) -> Contest:
     w = _weights(setting, side, side, dtype=BF16)
+    values, indices = sparsity.pack24(w)
     return Contest(
-        lambda: sparsity.pack24(w),
+        lambda: ops.write("pack24_", [values, indices], w, None, values, indices),
         {"torch": lambda: sparse_semi_structured_from_dense_cutlass(w)},
         bytes=w.nbytes + w.nbytes * 9 // 16,
         elements=w.numel(),
@@ -230,9 +231,10 @@ def _pack(setting: Setting, side: int) -> Contest:
 
 
 def _unpack(setting: Setting, side: int) -> Contest:
-    values, indices = sparsity.pack24(_weights(setting, side, side, dtype=BF16))
+    dense = _weights(setting, side, side, dtype=BF16)
+    values, indices = sparsity.pack24(dense)
     return Contest(
-        lambda: sparsity.unpack24(values, indices),
+        lambda: ops.write("unpack24_", [dense], dense, values, indices),
         {"torch": lambda: sparse_semi_structured_to_dense_cutlass(values, indices)},
         bytes=values.nbytes + indices.nbytes + 2 * values.nbytes,
         elements=2 * values.numel(),

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..optim import Adam, AdamW, FusedOptimizer
+from ..optim._shards import is_sharded
 from . import layers
-from .masks import _Decay, nm_mask
+from .masks import _check, _Decay, nm_mask
 from .recipe import Recipe, check_times
 
 Pattern = tuple[int, int]
@@ -46,14 +47,17 @@ class NM(nn.Module):
         self, n: int, m: int, dim: int, beta: float = 0.0, grad: Literal["ste", "masked"] = "ste", lamb: float = 0.0
     ) -> None:
         super().__init__()
+        _check_pattern("NM", n, m)
+        _check_grad("NM", grad)
         self.n, self.m, self.dim, self.grad, self.lamb = n, m, dim, grad, lamb
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
         self.shared: Tensor | None = None  # packed mask of the last forward pass, where an optimizer reads it
 
     def forward(self, w: Tensor) -> Tensor:
+        dim = _check("NM", w, self.n, self.m, self.dim, False)
         if self.n == self.m:
             return w
-        out, bits = _Decay.apply(w, self.n, self.m, self.beta, self.dim, self.grad == "masked", self.lamb or None)
+        out, bits = _Decay.apply(w, self.n, self.m, self.beta, dim, self.grad == "masked", self.lamb or None)
         if self.shared is not None:
             self.shared.copy_(bits)
         return out
@@ -69,7 +73,16 @@ class NM(nn.Module):
         return torch.tensor([self.n, self.m, self.dim])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.n, self.m, self.dim = (int(x) for x in state)
+        n, m, dim = (int(x) for x in state)
+        _check_pattern("NM.load_state_dict", n, m)
+        if dim != self.dim:
+            raise ValueError(f"NM.load_state_dict: dim is {dim}, expected {self.dim} as in this layer")
+        self.n, self.m = n, m
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NM:
+        super()._apply(fn, recurse)
+        self.beta = self.beta.float()  # of a model.bfloat16() too
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.n}:{self.m}, dim={self.dim}, grad={self.grad}" + (f", lamb={self.lamb}" if self.lamb else "")
@@ -79,6 +92,7 @@ class _NMRecipe(Recipe):
     """A recipe over `NM` parametrizations."""
 
     _largest: ClassVar[int] = 1  # the schedule's group size over the final one
+    _hook: Any = None  # on the optimizer, until the recipe is finished
 
     def __init__(
         self,
@@ -90,16 +104,12 @@ class _NMRecipe(Recipe):
         grad: Literal["ste", "masked"] = "ste",
     ) -> None:
         owner = type(self).__name__
-        patterns = {"*": structure} if isinstance(structure, tuple) else dict(structure)
-        if not patterns:
-            raise ValueError(f"{owner}: structure is empty, expected (n, m) or a dict from patterns of names to (n, m)")
-        for key, (n, m) in patterns.items():
-            if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
-                raise ValueError(
-                    f"{owner}: structure[{key!r}] is {n}:{m}, expected integers 1 <= n <= m (n is the number kept)"
-                )
-        if grad not in ("ste", "masked"):
-            raise ValueError(f"{owner}: grad is {grad!r}, expected 'ste' or 'masked'")
+        patterns = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
+        if not patterns or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in patterns.values()):
+            raise ValueError(f"{owner}: structure is {structure!r}, expected (n, m) or a dict from patterns of names to (n, m)")
+        for n, m in patterns.values():
+            _check_pattern(owner, n, m)
+        _check_grad(owner, grad)
         names = {layer.name for layer in layers.sparsifiable(model, skip=skip)}
         chosen = {name: found for name in names if (found := _first_match(name, patterns)) is not None}
         fitting = {
@@ -132,17 +142,30 @@ class _NMRecipe(Recipe):
 
     def finish(self) -> nn.Module:
         """Make the model plain again, its weights n:m in every layer of the recipe; the parameters stay the same objects."""
+        self._refuse_shards("finish")
         for name, holder in self._holders.items():
             holder.n, holder.m = self.structure[name]
             holder.beta.fill_(0.0)
             holder.shared = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         mine = set(self._holders)
         return layers.bake(self.model, keep=lambda layer: layer.name in mine)
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Which weights the next forward pass keeps, by name."""
+        self._refuse_shards("masks")
         return {layer.name: holder.mask(layer.weight) for layer, holder in self._pairs()}
+
+    def _refuse_shards(self, what: str) -> None:
+        for layer in self._layers.values():
+            if is_sharded(layer.weight):
+                raise TypeError(
+                    f"{type(self).__name__}.{what}: weight {layer.name!r} is a DTensor, expected a whole tensor; load the full"
+                    " state_dict into a model and a recipe that are not sharded"
+                )
 
     def _pairs(self) -> Iterator[tuple[layers.Layer, NM]]:
         return ((layer, self._holders[layer.name]) for layer in self._layers.values())
@@ -151,12 +174,37 @@ class _NMRecipe(Recipe):
         """Set the parametrizations to what `steps` says."""
         raise NotImplementedError
 
+    def _listen(self) -> None:
+        """Set `_hook`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: torch's optimizers leave their hooks behind."""
+        self.__dict__.update(state)
+        if self._hook is not None:
+            self._listen()
+
     def _config(self) -> dict[str, Any]:
         return {"structure": {name: list(pattern) for name, pattern in self.structure.items()}, "grad": self.grad}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._update()
+
+
+def _check_pattern(owner: str, n: int, m: int) -> None:
+    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
+        raise ValueError(f"{owner}: n:m is {n}:{m}, expected integers 1 <= n <= m (n is the number kept)")
+
+
+def _check_grad(owner: str, grad: str) -> None:
+    if grad not in ("ste", "masked"):
+        raise ValueError(f"{owner}: grad is {grad!r}, expected 'ste' or 'masked'")
+
+
+def _check_lamb(owner: str, lamb: float) -> float:
+    if not 0 <= lamb < math.inf:
+        raise ValueError(f"{owner}: lamb is {lamb}, expected a finite number >= 0")
+    return float(lamb)
 
 
 def _first_match(name: str, patterns: Mapping[str, Pattern]) -> Pattern | None:
@@ -228,9 +276,11 @@ def structure_frames(n: int, m: int, kind: Literal["sparsify", "fine", "densify"
     "sparsify": m-1:m, m/2:m, m/4:m ... n:m. "fine": 8n:8m, 4n:4m, 2n:2m, n:m, the same density in ever smaller groups.
     "densify": n:8m, n:4m, n:2m, n:m.
     """
+    _check_pattern("structure_frames", n, m)
     if kind == "sparsify":
-        halves = [m >> k for k in range(1, m.bit_length()) if m >> k > n]
-        return [(m - 1, m), *((h, m) for h in halves if h < m - 1), *([(n, m)] if n < m - 1 else [])]
+        first = max(n, m - 1)
+        halves = [m >> k for k in range(1, m.bit_length()) if n < m >> k < first]
+        return [(first, m), *((h, m) for h in halves), *([(n, m)] if n < first else [])]
     if kind == "fine":
         return [(k * n, k * m) for k in (8, 4, 2, 1)]
     if kind == "densify":
@@ -304,16 +354,17 @@ class SRSTE(_NMRecipe):
         skip: Iterable[str] = (),
     ) -> None:
         owner = type(self).__name__
-        if not 0 <= lamb < math.inf:
-            raise ValueError(f"{owner}: lamb is {lamb}, expected a finite number >= 0")
         if begin < 0:
             raise ValueError(f"{owner}: begin is {begin}, expected begin >= 0")
-        self.lamb, self.begin = float(lamb), begin
+        self.lamb, self.begin = _check_lamb(owner, lamb), begin
         self._folded = isinstance(optimizer, FusedOptimizer) and lamb > 0
         super().__init__(model, structure, optimizer, skip=skip)
+        self._listen()
+
+    def _listen(self) -> None:
         if self._folded:
-            assert isinstance(optimizer, FusedOptimizer)
-            optimizer.register_load_state_dict_post_hook(lambda _: self._share())
+            assert isinstance(self.optimizer, FusedOptimizer)
+            self._hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self._share())
 
     def _update(self) -> None:
         dense = self.steps < self.begin
@@ -331,21 +382,28 @@ class SRSTE(_NMRecipe):
         """Let the optimizer read the masks that the forward passes write."""
         assert isinstance(self.optimizer, FusedOptimizer)
         folded = [(layer.weight, holder) for layer, holder in self._pairs() if self._is_folded(layer)]
-        ids = {id(w) for w, _ in folded}
-        for group in self.optimizer.param_groups:
-            if any(id(p) in ids for p in group["params"]):
-                group["srste"] = self.lamb
+        for group in self._groups():
+            group["srste"] = self.lamb
         for w, holder in folded:
             if holder.shared is None or self.optimizer.state[w].get("mask") is not holder.shared:
                 holder.shared = nm_mask(w, holder.n, holder.m, holder.dim, packed=True)
                 self.optimizer.set_mask(w, holder.shared)
 
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        """Those of the optimizer that hold weights of the recipe."""
+        assert self.optimizer is not None
+        ids = {id(layer.weight) for layer in self._layers.values()}
+        return (group for group in self.optimizer.param_groups if any(id(p) in ids for p in group["params"]))
+
     def finish(self) -> nn.Module:
+        model = super().finish()
         if self._folded:
             assert isinstance(self.optimizer, FusedOptimizer)
             for layer, _ in self._pairs():
                 self.optimizer.set_mask(layer.weight, None)
-        return super().finish()
+            for group in self._groups():
+                group["srste"] = 0.0
+        return model
 
     def _config(self) -> dict[str, Any]:
         return {**super()._config(), "lamb": self.lamb, "begin": self.begin}
@@ -398,34 +456,36 @@ class STEP(_NMRecipe):
         check_times("STEP", 0, steps)
         self.window, self.earliest, self.latest = window, int(earliest * steps), int(latest * steps)
         self.threshold = float(optimizer.param_groups[0]["eps"] if threshold is None else threshold)
-        self.lamb = float(lamb)
+        self.lamb = _check_lamb("STEP", lamb)
         self.switched: int | None = None
-        self._before: list[Tensor] = []
+        self._before: dict[Tensor, Tensor] | None = None  # v where the optimizer's step began
         super().__init__(model, structure, optimizer, skip=skip)
         device = next(iter(self._layers.values())).weight.device
         self._changes = torch.zeros(window, dtype=torch.float64, device=device)
-        self._hook: Any = optimizer.register_step_pre_hook(self._remember)
+        self._listen()
 
-    def _moments(self) -> list[Tensor]:
-        states = (self.optimizer.state[p] for group in self.optimizer.param_groups for p in group["params"])
-        return [state["exp_avg_sq"] for state in states if "exp_avg_sq" in state]
+    def _listen(self) -> None:
+        self._hook = self.optimizer.register_step_pre_hook(self._remember)
+
+    def _moments(self) -> dict[Tensor, Tensor]:
+        states = {p: self.optimizer.state.get(p, {}) for group in self.optimizer.param_groups for p in group["params"]}
+        return {p: state["exp_avg_sq"] for p, state in states.items() if "exp_avg_sq" in state}
 
     @torch.no_grad()
     def _remember(self, *_: Any) -> None:
-        self._before = [] if self.switched is not None else [v.clone() for v in self._moments()]
+        if self.switched is None:
+            self._before = {p: v.clone() for p, v in self._moments().items()}
 
     @torch.no_grad()
     def step(self) -> None:
         if self.switched is None:
             after = self._moments()
-            before = self._before or [torch.zeros_like(v) for v in after]
-            total = sum(v.numel() for v in after)
-            if total:
-                change = torch.stack(
-                    [(a - b).abs().sum(dtype=torch.float64).to(self._changes.device) for a, b in zip(after, before)]
-                )
-                self._changes[self.steps % self.window] = change.sum() / total
-            self._before = []
+            before = after if self._before is None else self._before
+            device = self._changes.device
+            changes = [(v - before.get(p, 0)).abs().sum(dtype=torch.float64).to(device) for p, v in after.items()]
+            if changes:
+                self._changes[self.steps % self.window] = torch.stack(changes).sum() / sum(map(Tensor.numel, after.values()))
+            self._before = None
         self.steps += 1
         if self.switched is None and self._due():
             self._switch()
@@ -434,8 +494,8 @@ class STEP(_NMRecipe):
     def _due(self) -> bool:
         if self.steps >= self.latest:
             return True
-        asked = self.steps % max(1, self.window // 10) == 0
-        return asked and self.steps >= max(self.earliest, self.window) and float(self._changes.mean()) < self.threshold
+        asked = self.steps >= self.earliest and self.steps % max(1, self.window // 10) == 0
+        return asked and float(self._changes[: self.steps].mean()) < self.threshold
 
     def _switch(self) -> None:
         self.switched = self.steps
@@ -443,8 +503,9 @@ class STEP(_NMRecipe):
             beta1, beta2 = group["betas"]
             for p in group["params"]:
                 state = self.optimizer.state[p]
-                if "exp_avg_sq" in state and beta2 < 1:
-                    state["exp_avg_sq"].div_(1 - beta2 ** float(state["step"]))
+                for v in (state[name] for name in ("exp_avg_sq", "max_exp_avg_sq") if name in state and beta2 < 1):
+                    v.div_(1 - beta2 ** float(state["step"]))
+                    v.copy_(torch.where(v == 0, v.mean(), v))
             group["betas"] = (beta1, 1.0)
 
     def _update(self) -> None:
@@ -465,7 +526,3 @@ class STEP(_NMRecipe):
         self.switched = state_dict["switched"]
         self._changes.copy_(state_dict["changes"])
         super().load_state_dict(state_dict)
-
-    def finish(self) -> nn.Module:
-        self._hook.remove()
-        return super().finish()
