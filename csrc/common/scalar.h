@@ -9,8 +9,10 @@
 #define DITHER_HD inline __attribute__((always_inline))
 #endif
 #define DITHER_PRAGMA(text) _Pragma(#text)
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #define DITHER_UNROLL(count) DITHER_PRAGMA(unroll)
+#elif defined(__CUDACC__)  // nvcc's pass for the host, which knows neither
+#define DITHER_UNROLL(count)
 #else
 #define DITHER_UNROLL(count) DITHER_PRAGMA(GCC unroll count)
 #endif

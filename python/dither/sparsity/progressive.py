@@ -504,8 +504,7 @@ class STEP(_NMRecipe):
             for p in group["params"]:
                 state = self.optimizer.state[p]
                 for v in (state[name] for name in ("exp_avg_sq", "max_exp_avg_sq") if name in state and beta2 < 1):
-                    v.div_(1 - beta2 ** float(state["step"]))
-                    v.copy_(torch.where(v == 0, v.mean(), v))
+                    v.div_(1 - beta2 ** float(state["step"])).add_(group["eps"])
             group["betas"] = (beta1, 1.0)
 
     def _update(self) -> None:
