@@ -34,7 +34,7 @@ static void nm_select_(const Tensor& w, const std::optional<Tensor>& factor, int
   const char* op = "nm_select_";
   Select s{};
   s.type = checked_type(op, "w", w);
-  DITHER_CHECK(m == 4 || m == 8 || m == 16 || m == 32, op, ": m is ", m, ", expected 4, 8, 16 or 32");
+  DITHER_CHECK(2 <= m && m <= kMostGroup, op, ": m is ", m, ", expected 2 <= m <= ", kMostGroup);
   DITHER_CHECK(1 <= n && n <= m, op, ": n is ", n, ", expected 1 <= n <= m = ", m);
   DITHER_CHECK(-w.dim() <= dim && dim < w.dim(), op, ": dim is ", dim, ", expected ", -w.dim(), " <= dim < ", w.dim());
   dim += dim < 0 ? w.dim() : 0;
@@ -70,7 +70,7 @@ static void nm_select_(const Tensor& w, const std::optional<Tensor>& factor, int
                  (s.inner == 1 || s.inner * size_of(s.type) % 64 == 0);
   if constexpr (device == Device::cpu) {
     if (s.bits) {  // shared bytes are or-ed into
-      const bool rows_share = in_parts(s.inner, s.m) && s.inner % 8;
+      const bool rows_share = (in_parts(s.inner, s.m) && s.inner % 8) || s.m % 4;
       std::memset(rows_share ? s.bits : s.bits + bits->numel() - 1, 0, rows_share ? bits->numel() : 1);
     }
     const auto run = DITHER_PICK_ISA(select_units);
@@ -78,7 +78,7 @@ static void nm_select_(const Tensor& w, const std::optional<Tensor>& factor, int
   } else {
     const auto guard = device_guard(w);
     std::optional<Tensor> scratch;
-    if (s.bits && !s.keep && s.inner > 1 && s.inner % 8) {
+    if (s.bits && !s.keep && bits_need_keep(s)) {
       scratch = torch::stable::new_empty(w, {w.numel()}, ScalarType::Bool);
       s.keep = data_or_null<uint8_t>(scratch);
     }

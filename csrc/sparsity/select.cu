@@ -128,6 +128,24 @@ __global__ void __launch_bounds__(kThreads) lanes_kernel(const __grid_constant__
     }
 }
 
+// Any m: a thread an element, which counts who comes before it; its group is in the caches.
+template <class Key, class S>
+__global__ void __launch_bounds__(kThreads) any_kernel(const __grid_constant__ Select s) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= s.numel()) return;
+  const S* w = static_cast<const S*>(s.w);
+  const int64_t panel = i / (s.m * s.inner), first = panel * s.m * s.inner + i % s.inner, column = panel % s.groups * s.m;
+  const int own = int((i - first) / s.inner);
+  const Key key = key_of<Key>(w[i], s.factor, column + own);
+  int rank = 0;
+  for (int k = 0; k < s.m; ++k) {
+    const Key other = key_of<Key>(w[first + k * s.inner], s.factor, column + k);
+    rank += other > key || (other == key && k < own);
+  }
+  if (s.out) static_cast<S*>(s.out)[i] = pick(rank < s.n, w[i], pruned(w[i], s));
+  if (s.keep) s.keep[i] = rank < s.n;
+}
+
 __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* keep, int64_t numel, uint8_t* bits) {
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 8;
   if (i >= numel) return;
@@ -154,14 +172,15 @@ int select_cuda(const Select& s, Stream stream) {
         case 4: return of_size(key, Constant<4>{});
         case 8: return of_size(key, Constant<8>{});
         case 16: return of_size(key, Constant<16>{});
-        default: return of_size(key, Constant<32>{});
+        case 32: return of_size(key, Constant<32>{});
+        default: error = launch(any_kernel<decltype(key), S>, blocks_for(s.numel()), kThreads, 0, stream)(s);
       }
     };
     if constexpr (sizeof(S) > 2) of_key(magnitude(S{}));
     else if (s.factor) of_key(int32_t{});
     else of_key(int16_t{});
   });
-  if (error == 0 && s.bits && s.inner > 1 && s.inner % 8)
+  if (error == 0 && s.bits && bits_need_keep(s))
     error = launch(pack_kernel, blocks_for((s.numel() + 7) / 8), kThreads, 0, stream)(s.keep, s.numel(), s.bits);
   return error;
 }

@@ -61,10 +61,12 @@ DITHER_HD auto magnitude(S x) {
   return smaller(Key(bit_as<Key>(x) & Key(~(uint64_t(1) << (8 * sizeof(Key) - 1)))), Key(kNan<S>));
 }
 
-// A unit of CPU work: whole bytes of bits where inner = 1 or panels are small; else a part of a panel, whose rows may begin and
-// end inside a byte, which is then updated atomically.
-constexpr int64_t kTile = 4096;                                // elements
-DITHER_HD int64_t tile_lanes(int m) { return 2 * kTile / m; }  // of a panel that is no whole tile
+// A unit of CPU work: some panels where they are small, else a part of one, some lanes wide. Runs of memory that begin or end
+// inside a byte of bits update it atomically.
+constexpr int64_t kTile = 4096;  // elements
+constexpr int kMostGroup = 256;
+DITHER_HD int64_t tile_lanes(int m) { return 2 * kTile / m / 32 * 32; }                  // of a panel that is no whole tile
+DITHER_HD bool has_own_kernel(int m) { return m == 4 || m == 8 || m == 16 || m == 32; }  // other sizes compare all with all
 DITHER_HD bool in_parts(int64_t inner, int m) { return inner * m > kTile; }
 DITHER_HD int64_t panels_of_a_tile(int64_t inner, int m) { return larger<int64_t>(kTile / (inner * m) & ~int64_t(1), 2); }
 DITHER_HD int64_t units(const Select& s) {
@@ -75,6 +77,7 @@ DITHER_HD int64_t units(const Select& s) {
 
 DITHER_PER_ISA(void select_units(const Select&, int64_t lo, int64_t hi))
 DITHER_PER_ISA(void blend_range(const Blend&, int64_t lo, int64_t hi))  // lo: a multiple of 8
-int select_cuda(const Select&, Stream);  // where inner % 8 != 0 and inner > 1, bits need keep too
+DITHER_HD bool bits_need_keep(const Select& s) { return !has_own_kernel(s.m) || (s.inner > 1 && s.inner % 8 != 0); }
+int select_cuda(const Select&, Stream);  // with keep where bits need it
 int blend_cuda(const Blend&, Stream);
 }  // namespace dither

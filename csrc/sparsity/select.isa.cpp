@@ -162,7 +162,7 @@ static INLINE void choose(Vector<Key> (&key)[M], int n) {
   }
 }
 template <class Key, int M>
-__attribute__((noinline)) static void choose_in_memory(Key* key, int64_t pitch, int n) {
+__attribute__((noinline)) static void choose_in_memory(Key* key, int64_t pitch, int n, int) {
   Vector<Key> v[M];
 #pragma GCC unroll 32
   for (int j = 0; j < M; ++j) __builtin_memcpy(&v[j], key + j * pitch, sizeof v[j]);
@@ -170,14 +170,29 @@ __attribute__((noinline)) static void choose_in_memory(Key* key, int64_t pitch, 
 #pragma GCC unroll 32
   for (int j = 0; j < M; ++j) __builtin_memcpy(key + j * pitch, &v[j], sizeof v[j]);
 }
+// Any m: how many come before, of all.
 template <class Key>
-using Choose = void (*)(Key*, int64_t, int);
+static void choose_of_any(Key* key, int64_t pitch, int n, int m) {
+  using V = Vector<Key>;
+  V x[kMostGroup];
+  for (int j = 0; j < m; ++j) __builtin_memcpy(&x[j], key + j * pitch, sizeof x[j]);
+  for (int j = 0; j < m; ++j) {
+    V rank{};
+    for (int k = 0; k < j; ++k) rank -= x[k] >= x[j];
+    for (int k = j + 1; k < m; ++k) rank -= x[k] > x[j];
+    const V kept = rank < Key(n);
+    __builtin_memcpy(key + j * pitch, &kept, sizeof kept);
+  }
+}
+template <class Key>
+using Choose = void (*)(Key*, int64_t, int, int);
 template <class Key>
 static Choose<Key> chooser(int m) {
   return m == 4    ? choose_in_memory<Key, 4>
          : m == 8  ? choose_in_memory<Key, 8>
          : m == 16 ? choose_in_memory<Key, 16>
-                   : choose_in_memory<Key, 32>;
+         : m == 32 ? choose_in_memory<Key, 32>
+                   : choose_of_any<Key>;
 }
 
 // Keys of scores: w, or |w| times its factor.
@@ -315,7 +330,7 @@ template <class Key, class S>
 static void tile_of_panels(const Select& s, int64_t first, int64_t panels) {
   using T = decltype(widen(S{}) + 0);
   constexpr int L = Lanes<Key>::count;
-  alignas(64) Key key[2 * kTile + 32 * L];  // [m][panels][inner], rows padded to whole vectors
+  alignas(64) Key key[2 * kTile + kMostGroup * L];  // [m][panels][inner], rows padded to whole vectors
   alignas(64) uint8_t buffer[2 * kTile + 2 * kMargin];
   uint8_t* const kept = buffer + kMargin;
   const int64_t inner = s.inner, m = s.m, lanes = panels * inner, pitch = (lanes + L - 1) / L * L, start = first * m * inner;
@@ -330,10 +345,11 @@ static void tile_of_panels(const Select& s, int64_t first, int64_t panels) {
   for (int64_t j = 0; j < m; ++j)
     for (int64_t lane = lanes; lane < pitch; ++lane) key[j * pitch + lane] = 0;
   const auto choose = chooser<Key>(s.m);
-  for (int64_t at = 0; at < pitch; at += L) choose(key + at, pitch, s.n);
+  for (int64_t at = 0; at < pitch; at += L) choose(key + at, pitch, s.n, s.m);
   for (int64_t q = 0; q < panels; ++q)
     for (int64_t j = 0; j < m; ++j)
       for (int64_t i = 0; i < inner; ++i) kept[(q * m + j) * inner + i] = uint8_t(key[j * pitch + q * inner + i] & 1);
+  __builtin_memset(kept - 8, 0, 8);
   __builtin_memset(kept + lanes * m, 0, 8);
   if (s.out) emit_out<S>(s, start, lanes * m, kept);
   emit_mask(s, start, lanes * m, kept);
@@ -344,8 +360,8 @@ template <class Key, class S>
 static void tile_of_lanes(const Select& s, int64_t panel, int64_t lane, int64_t lanes) {
   using T = decltype(widen(S{}) + 0);
   constexpr int L = Lanes<Key>::count;
-  alignas(64) Key key[32 * L];
-  alignas(64) uint8_t buffer[2 * kTile + 32 * 2 * kMargin];
+  alignas(64) Key key[kMostGroup * L];
+  alignas(64) uint8_t buffer[2 * kTile + kMostGroup * 2 * kMargin];
   const int64_t start = panel * s.m * s.inner + lane, pitch = tile_lanes(s.m) + 2 * kMargin;
   const S* const w = static_cast<const S*>(s.w) + start;
   const T* const factor = s.factor ? static_cast<const T*>(s.factor) + panel % s.groups * s.m : nullptr;
@@ -366,7 +382,7 @@ static void tile_of_lanes(const Select& s, int64_t panel, int64_t lane, int64_t 
       else
         for (int64_t l = 0; l < L; ++l) key[j * L + l] = key_of<Key, S, T>(x[l], nullptr);
     }
-    choose(key, L, s.n);
+    choose(key, L, s.n, s.m);
     if constexpr (direct)
       if (s.out && here == L)
         for (int64_t j = 0; j < s.m; ++j) {
@@ -402,12 +418,12 @@ static void run_units(const Select& s, int64_t lo, int64_t hi) {
   const int64_t each = panels_of_a_tile(s.inner, s.m);
   for (int64_t u = lo; u < hi; ++u) {
     int64_t first = u * each, panels = smaller(each, s.panels - first);
-    if (s.inner == 1 && s.factor) {
+    if (s.inner == 1 && s.factor && has_own_kernel(s.m)) {
       tile_of_scores<S>(s, first, panels);
       continue;
     }
     if constexpr (sizeof(Key) == sizeof(S))
-      if (s.inner == 1) {
+      if (s.inner == 1 && !s.factor && has_own_kernel(s.m)) {
         const int64_t done = rows_done<S>(s, first, panels);
         first += done;
         panels -= done;

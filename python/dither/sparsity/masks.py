@@ -16,7 +16,7 @@ from .. import ops
 from ..ops import write
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_FAST = (4, 8, 16, 32)  # group sizes with a kernel; others are sorted
+_MOST = 256  # the largest group with a kernel; larger ones are sorted
 
 
 def nm_mask(
@@ -27,7 +27,7 @@ def nm_mask(
     Args:
         w: float32, bfloat16, float16 or float64, any shape and strides.
         n: how many are kept, 1 <= n <= m. (Wanda, SparseGPT and DSnoT call n the number pruned.)
-        m: group size; 4, 8, 16 and 32 have kernels, other sizes are sorted.
+        m: group size. 4, 8, 16 and 32 go at the speed of memory, others up to 256 compare all with all, larger are sorted.
         dim: the dimension along which groups lie; its size must be a multiple of m unless `pad`.
         packed: return bits, uint8 of ceil(numel / 8), in w's storage order, instead of bool in w's shape and strides.
         factor: one number >= 0 for each index of `dim`; the score is |w| times it (Wanda: the norm of the input feature).
@@ -39,7 +39,7 @@ def nm_mask(
     dim = _check("nm_mask", w, n, m, dim, pad)
     factor = _checked_factor("nm_mask", factor, w, dim)
     w = _dense(w)
-    if w.shape[dim] % m or m not in _FAST:
+    if w.shape[dim] % m or not 2 <= m <= _MOST:
         keep = torch.empty_like(w, dtype=torch.bool).copy_(_sorted(w, n, m, dim, factor))
         return pack_bits(keep) if packed else keep
     result = _bits_for(w) if packed else torch.empty_like(w, dtype=torch.bool)
@@ -187,7 +187,7 @@ class _Decay(torch.autograd.Function):
         number, tensor = (0.0, beta) if isinstance(beta, Tensor) else (beta, None)
         out = torch.empty_like(dense)
         bits = _bits_for(dense)
-        if dense.shape[dim] % m or m not in _FAST:
+        if dense.shape[dim] % m or not 2 <= m <= _MOST:
             bits.copy_(pack_bits(torch.empty_like(dense, dtype=torch.bool).copy_(_sorted(dense, n, m, dim, None))))
             write("masked_blend_", [out], out, dense, None, bits, number, tensor, 0.0)
         else:
