@@ -583,3 +583,18 @@ def test_errors_before_anything_is_changed():
             ValueError, match=r"_\w+: the model has no weights, expected some of linear, convolution or attention"
         ):
             f(empty)
+
+
+def test_a_baked_model_is_like_one_that_was_never_parametrized():
+    """The same class, parameters in the same order, also where a copy of the model was baked first."""
+    model, copied = (nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.Conv1d(8, 4, 3)) for _ in range(2))
+    names, classes, ids = [n for n, _ in model.named_parameters()], list(map(type, model)), list(map(id, model.parameters()))
+    masks = {name: mask for name, mask in random_masks(model, 0.5, seed=0).items() if "out_proj" not in name}
+    apply_masks(model, masks)
+    assert [n for n, _ in model.named_parameters()] != names
+    copied = bake(copy.deepcopy(model))
+    assert all(torch.equal(mask, masks[name]) for name, mask in masks_of(model).items())
+    for baked in (copied, bake(model)):
+        assert [n for n, _ in baked.named_parameters()] == names and list(map(type, baked)) == classes
+        assert all((dict(baked.named_parameters())[name][~mask] == 0).all() for name, mask in masks.items())
+    assert list(map(id, model.parameters())) == ids

@@ -165,7 +165,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 def bake(model: nn.Module, keep: Callable[[Layer], bool] = lambda layer: True) -> nn.Module:
     """Remove the parametrizations of dither and leave their weights: a plain dense model with zeros in it.
 
-    Parameters stay the same objects. keep: leave alone the layers for which it is False.
+    Parameters stay the same objects, in the order of a model that never had any. keep: False for a layer to leave alone.
     """
     for layer in list(sparsifiable(model)):
         holder = parametrization(layer, nn.Module)
@@ -174,4 +174,6 @@ def bake(model: nn.Module, keep: Callable[[Layer], bool] = lambda layer: True) -
                 shared = type(module)  # of a deepcopy: the class, from which torch removes the property
                 module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
                 parametrize.remove_parametrizations(module, parameter, leave_parametrized=place == 0)
+                order = sorted(module._parameters, key=lambda name: name not in ("weight", *_NAMES))  # as before it had one
+                module._parameters = {name: module._parameters[name] for name in order}
     return model

@@ -9,6 +9,9 @@
 
 The dense weights stay what the optimizer trains and a checkpoint holds; the forward pass sees them through an `NM`
 parametrization. n is the number of weights kept of every m.
+
+With fully_shard: first the recipe (without an optimizer), then fully_shard, then the optimizer. To finish, load the full
+state_dicts into a model and a recipe on one device.
 """
 
 from __future__ import annotations
@@ -107,6 +110,7 @@ class _NMRecipe(Recipe):
         patterns = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
         if not patterns or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in patterns.values()):
             raise ValueError(f"{owner}: structure is {structure!r}, expected (n, m) or a dict from patterns of names to (n, m)")
+        patterns = {key: (n, m) for key, (n, m) in patterns.items()}
         for n, m in patterns.values():
             _check_pattern(owner, n, m)
         _check_grad(owner, grad)
@@ -337,8 +341,9 @@ class SRSTE(_NMRecipe):
 
     Args:
         model, structure, skip: as `MaskDecay`.
-        optimizer: if it is one of dither, the term joins its step, at the cost of reading a bit for each weight; otherwise the
-            backward pass adds it, and clipping sees it.
+        optimizer: if it is one of dither, the term joins its step, at the cost of reading a bit for each weight. Otherwise
+            every backward pass adds it: again where gradients are accumulated, too little where a GradScaler divides by its
+            scale, and clipping sees it.
         lamb: >= 0; 0 is the plain straight-through estimator. The paper's 2e-4 is for SGD with momentum.
         begin: training is dense up to this step.
     """
@@ -419,8 +424,9 @@ class STEP(_NMRecipe):
 
     Args:
         model, structure, skip: as `MaskDecay`.
-        optimizer: `dither.optim.Adam` or `AdamW`. At the switch v is divided by its bias correction, and beta2 of all groups
-            becomes 1, which for these optimizers means: leave v as it is.
+        optimizer: `dither.optim.Adam` or `AdamW`. At the switch v becomes v / (1 - beta2^t) + eps, and beta2 of all groups 1,
+            which for these optimizers means: leave v as it is. The step is then m / sqrt(v + eps): under a v that is almost 0,
+            gradients that masks made large would be steps without bounds.
         steps: of the whole training.
         window: default 1 / (1 - beta2). threshold: default the optimizer's eps. earliest, latest: 0 <= earliest <= latest <= 1.
         lamb: as `SRSTE`, added in the backward pass.
