@@ -59,6 +59,8 @@ static void nm_select_(const Tensor& w, const std::optional<Tensor>& factor, int
   s.w = w.const_data_ptr();
   s.factor = factor ? factor->const_data_ptr() : nullptr;
   s.out = data_or_null<void>(out);
+  DITHER_CHECK(s.out != s.w || has_own_kernel(int(m)), op, ": out is w, expected another tensor where m is ", m,
+               " (4, 8, 16 and 32 may be in place)");
   s.bits = data_or_null<uint8_t>(bits);
   s.keep = data_or_null<uint8_t>(keep);
   s.n = int(n);
