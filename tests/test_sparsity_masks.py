@@ -21,7 +21,6 @@ from torch.sparse import _semi_structured_conversions as conversions
 import dither
 from conftest import Backend
 from dither import optim, reference, sparsity
-from dither.sparsity.masks import nm_decay_and_bits, srste_and_bits
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -329,7 +328,7 @@ def test_masks_of_any_weight(backend, layout, n, m):
         assert keep.dtype == torch.bool and keep.stride() == dense.stride() and torch.equal(keep.cpu(), want)
         bits = sparsity.nm_mask(w, n, m, dim - w.dim() if dim >= 0 else dim, packed=True)
         assert torch.equal(bits.cpu(), packed(want, w))
-        out, same = nm_decay_and_bits(w, n, m, 0.3, dim)
+        out, same = sparsity.nm_decay_and_bits(w, n, m, 0.3, dim)
         assert torch.equal(bits, same) and out.stride() == dense.stride()
         assert_decayed(out, w, want, 0.3)
         kept = sparsity.masked(w, bits)
@@ -494,7 +493,7 @@ def test_gradients(backend, layout, cotangent):
             assert same_bits(got, want(keep, w.cpu(), g.cpu())), (name, dtype)
             with torch.no_grad():
                 assert not function(leaf, m, dim, bits, number).requires_grad
-    assert not nm_decay_and_bits(leaf, 2, m, 0.3, dim)[1].requires_grad
+    assert not sparsity.nm_decay_and_bits(leaf, 2, m, 0.3, dim)[1].requires_grad
     assert not sparsity.nm_mask(leaf, 2, m, dim).requires_grad
 
 
@@ -526,9 +525,9 @@ def test_stale_tensors_are_caught():
 
 def test_results_are_those_of_the_same_pass():
     w = FAR.view(4, 6, 8)
-    for out, bits in (nm_decay_and_bits(w, 2, 4, 0.3), srste_and_bits(w, 2, 4)):
+    for out, bits in (sparsity.nm_decay_and_bits(w, 2, 4, 0.3), sparsity.srste_and_bits(w, 2, 4)):
         assert torch.equal(bits, sparsity.nm_mask(w, 2, 4, packed=True)) and out.shape == w.shape
-    assert same_bits(srste_and_bits(w, 2, 4)[0], sparsity.nm_decay(w, 2, 4))
+    assert same_bits(sparsity.srste_and_bits(w, 2, 4)[0], sparsity.nm_decay(w, 2, 4))
 
 
 @pytest.mark.parametrize("layout", ["vector", "kernels", "channels_last", "transposed", "sliced", "every other", "no rows"])
@@ -888,7 +887,7 @@ def test_compiled_steps():
     """A schedule of a tensor beta is one graph; in-place functions and packing compile too."""
 
     def step(w, grad, beta):
-        out, bits = nm_decay_and_bits(w, 2, 4, beta)
+        out, bits = sparsity.nm_decay_and_bits(w, 2, 4, beta)
         sparsity.srste_grad_(grad, w, bits, 0.1)
         return sparsity.unpack24(*sparsity.pack24(out))
 
@@ -1033,7 +1032,7 @@ REFUSED = {  # of w: float32 [4, 8], and its bits
         "unpack24: indices is torch.int32 of shape [4, 1] on cpu, expected torch.int16 of shape [4, 1] on cpu": (
             lambda w, bits: sparsity.unpack24(w.half(), torch.ones(4, 1, dtype=torch.int32))
         ),
-        "unpack24: w has shape [4, 16], expected a matrix whose sizes are multiples of 32": (
+        "unpack24: the result has shape [4, 16], expected a matrix whose sizes are multiples of 32": (
             lambda w, bits: sparsity.unpack24(w.half(), torch.ones(4, 1, dtype=torch.int16))
         ),
         "semi_structured: w has shape [32, 32], expected columns a multiple of 64": (

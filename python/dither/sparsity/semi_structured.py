@@ -22,7 +22,7 @@ def pack24(w: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
     Returns values [rows, columns / 2], and indices, int16 [rows, columns / 16]: two bits for each value, in CUTLASS's order.
     """
-    _check_matrix("pack24", w)
+    _check_matrix("pack24", "w", w)
     if bits is not None:
         _check_bits("pack24", bits, w)
         if not w.is_contiguous():
@@ -49,16 +49,16 @@ def unpack24(values: Tensor, indices: Tensor) -> Tensor:
             f"unpack24: indices is {_what(indices)}, expected torch.int16 of shape [{rows}, {half // 8}] on {values.device}"
         )
     dense = values.new_empty(rows, 2 * half)
-    _check_matrix("unpack24", dense)
+    _check_matrix("unpack24", "the result", dense)
     write("unpack24_", [dense], dense, values.detach().contiguous(), indices.contiguous())
     return dense
 
 
-def _check_matrix(op: str, w: Tensor) -> None:
+def _check_matrix(op: str, name: str, w: Tensor) -> None:
     if w.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"{op}: w is {w.dtype}, expected bfloat16 or float16 (2:4 of other dtypes has another layout)")
+        raise TypeError(f"{op}: {name} is {w.dtype}, expected bfloat16 or float16 (2:4 of other dtypes has another layout)")
     if w.dim() != 2 or w.shape[0] % 32 or w.shape[1] % 32:
-        raise ValueError(f"{op}: w has shape {list(w.shape)}, expected a matrix whose sizes are multiples of 32")
+        raise ValueError(f"{op}: {name} has shape {list(w.shape)}, expected a matrix whose sizes are multiples of 32")
 
 
 def semi_structured(w: Tensor, bits: Tensor | None = None) -> Tensor:
