@@ -6,6 +6,7 @@ namespace dither::DITHER_ISA {
 // Elements that pass through buffers at a time: so few that the processor, which looks some hundred instructions ahead, loads
 // while it computes. Draws cost a call a block and want more.
 constexpr int64_t kBlock = 256, kBlockWithoutDraws = 128;
+constexpr int64_t kMaskBlock = 1024;  // where only the mask passes through a buffer
 
 // A block of a mask as bytes. kept: its bits. moves: 0 where the element stands still.
 struct Masked {
@@ -209,14 +210,15 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
     for (int k = 0; k <= R::states; ++k) all_direct = direct[k] = false;
   const bool g_direct = slot.g_type == native && !a.gradient;
   const bool draws = a.noise != T(0) || a.kick != T(0) || a.stochastic;
-  const int64_t block = all_direct && g_direct && inside ? hi - lo : draws ? kBlock : kBlockWithoutDraws;
+  const bool in_place = all_direct && g_direct && a.kick == T(0);
+  const int64_t block = in_place && inside ? hi - lo : in_place ? kMaskBlock : draws ? kBlock : kBlockWithoutDraws;
   Around<T> left = a;  // what is left to do in the loop of the rule
   if (a.gradient) left.scale = T(1), left.clip = T(__builtin_inf()), left.pull = T(0);
 
   alignas(64) T buffer[1 + kMaxStates][kBlock], g_buffer[kBlock], old[kBlock];
   alignas(64) uint32_t w[kBlock];
-  alignas(64) uint8_t kept[kBlock], all[kBlock];
-  __builtin_memset(all, 1, kBlock);
+  alignas(64) uint8_t kept[kMaskBlock], all[kMaskBlock];
+  __builtin_memset(all, 1, kMaskBlock);
   for (int64_t at = lo; at < hi; at += block) {
     const int64_t n = smaller(block, hi - at);
     T* x[1 + kMaxStates] = {};
