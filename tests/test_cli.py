@@ -277,7 +277,7 @@ def test_langevin_posterior():
 
 def test_sparse_training():
     """Measured: 97.4, 31.5, 97.2, 96.9 %."""
-    dense, cut, repaired, decayed = (float(n) for (n,) in numbers_of("sparse_training.py", r": ([\d.]+) %\n"))
+    dense, cut, repaired, decayed = (float(n) for n in numbers_of("sparse_training.py", r": ([\d.]+) %\n"))
     assert dense > 95 and cut < 80 and repaired > 94 and decayed > 94
 
 
