@@ -79,7 +79,8 @@ def test_a_family_end_to_end(family, tiny, tmp_path, capsys):
     table = (tmp_path / "b.md").read_text()
     out = capsys.readouterr().out
     for row in report.rows:
-        assert row.family == family and row.seconds > 0 and row.of_roof > 0
+        assert row.family == family and row.seconds > 0
+        assert row.of_roof is None if "training step" in row.name else row.of_roof > 0
         assert row.name in out and f"| {row.name}" in table
     assert any(row.speedups for row in report.rows)
 
