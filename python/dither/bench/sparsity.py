@@ -92,7 +92,10 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield Case("sparsity", "transposable 2:4, greedy", size, partial(_transposable, setting, side, "greedy"))
     yield Case("sparsity", "pack 2:4, bf16", size, partial(_pack, setting, side))
     yield Case("sparsity", "unpack 2:4, bf16", size, partial(_unpack, setting, side))
-    yield Case("sparsity", "training step of a ViT with MaskDecay", "4 blocks of 192", partial(_vit, setting))
+    batch, width = (4, 64) if setting.quick else (64, 192)
+    yield Case(
+        "sparsity", "training step of a ViT with MaskDecay", f"4 blocks of {width}", partial(_vit, setting, batch, width)
+    )
 
 
 def _weights(setting: Setting, *shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -259,9 +262,8 @@ class _Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-def _vit(setting: Setting) -> Contest:
-    """64 tokens, the batch of 64 of a small training."""
-    batch, width = (64, 192) if not setting.quick else (4, 64)
+def _vit(setting: Setting, batch: int, width: int) -> Contest:
+    """64 tokens an image."""
     x = torch.randn(batch, 64, width, device=setting.device)
 
     def step_of(recipe: bool) -> Run:
