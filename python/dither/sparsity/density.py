@@ -161,9 +161,11 @@ def magnitude_masks(
 
 def largest(scores: Tensor, k: int) -> Tensor:
     """Which k elements of a vector are largest. Ties: lower index; NaN is larger than every number."""
-    keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[scores.sort(descending=True, stable=True).indices[:k]] = True
-    return keep
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.kthvalue(len(scores) - k + 1).values  # of those kept; NaN is the largest here too
+    above, equal = (scores > least) | (scores.isnan() & ~least.isnan()), (scores == least) | (scores.isnan() & least.isnan())
+    return above | (equal & (equal.cumsum(0) <= k - above.sum()))
 
 
 def apportion(total: int, shares: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..optim import FusedOptimizer
-from .masks import masked, pack_bits, unpack_bits
+from .masks import dense_strides, masked, pack_bits, unpack_bits
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -81,22 +81,43 @@ def sparsifiable(
 
 
 class Masked(nn.Module):
-    """A parametrization: weight = dense weight where its bit is 1, else 0. `bits` is a buffer, packed, in the state_dict."""
+    """A parametrization: weight = dense weight where its bit is 1, else 0.
+
+    bits: a buffer, packed in the order of a weight of these strides. Strides are in the state_dict too: where the weight comes
+    to have others (channels_last), the bits are put in its order.
+    """
 
     bits: Tensor
 
-    def __init__(self, bits: Tensor) -> None:
+    def __init__(self, bits: Tensor, strides: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("bits", bits)
+        self.strides = strides
 
     def forward(self, w: Tensor) -> Tensor:
+        self._fit(w)
         return masked(w, self.bits)
+
+    def _fit(self, w: Tensor) -> None:
+        strides = dense_strides(w)
+        if strides != self.strides:
+            keep = torch.empty_strided(w.shape, self.strides, dtype=torch.bool, device=w.device)
+            keep = torch.empty_strided(w.shape, strides, dtype=torch.bool, device=w.device).copy_(unpack_bits(self.bits, keep))
+            self.bits.copy_(pack_bits(keep))
+            self.strides = strides
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.strides)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.strides = tuple(state.tolist())
 
     def right_inverse(self, w: Tensor) -> Tensor:
         return w
 
     def mask(self, w: Tensor) -> Tensor:
         """Which weights are kept; bool, w's shape."""
+        self._fit(w)
         return unpack_bits(self.bits, w)
 
 
@@ -126,15 +147,17 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: FusedO
     for layer, mask in matched("apply_masks", model, masks):
         if optimizer is not None:
             with torch.no_grad():
-                layer.weight.mul_(mask)
+                layer.weight.masked_fill_(~mask, 0)
             optimizer.set_mask(layer.weight, mask)
             continue
-        bits = pack_bits(torch.empty_like(layer.weight, dtype=torch.bool).copy_(mask))
+        strides = dense_strides(layer.weight)
+        bits = pack_bits(torch.empty_strided(mask.shape, strides, dtype=torch.bool, device=mask.device).copy_(mask))
         present = parametrization(layer, Masked)
         if present is None:
-            register(layer, Masked(bits))
+            register(layer, Masked(bits, strides))
         else:
             present.bits.copy_(bits)
+            present.strides = strides
 
 
 def matched(op: str, model: nn.Module, masks: Mapping[str, Tensor]) -> list[tuple[Layer, Tensor]]:

@@ -301,7 +301,7 @@ def _check_bits(op: str, bits: Tensor, w: Tensor) -> None:
         )
 
 
-def _dense_strides(w: Tensor) -> bool:
+def _is_dense(w: Tensor) -> bool:
     """Whether elements fill their memory: each dimension begins where those inside it end."""
     span = 1
     for _ in w.shape:
@@ -313,7 +313,12 @@ def _dense_strides(w: Tensor) -> bool:
 
 def _dense(w: Tensor) -> Tensor:
     """w itself where its elements fill their memory, in whatever order; else a contiguous copy."""
-    return w if w.is_contiguous() or w.numel() == 0 or _dense_strides(w) else w.contiguous()
+    return w if w.is_contiguous() or w.numel() == 0 or _is_dense(w) else w.contiguous()
+
+
+def dense_strides(w: Tensor) -> tuple[int, ...]:
+    """The strides in which packed bits of w lie: its own, row-major where it leaves gaps."""
+    return w.stride() if _is_dense(w) else torch.empty(w.shape, device="meta").stride()
 
 
 def _laid_out(grad: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -61,7 +61,7 @@ class NM(nn.Module):
         if self.n == self.m:
             return w
         out, bits = _Decay.apply(w, self.n, self.m, self.beta, dim, self.grad == "masked", self.lamb or None)
-        if self.shared is not None:
+        if self.shared is not None and w.is_contiguous():
             self.shared.copy_(bits)
         return out
 
@@ -96,6 +96,8 @@ class _NMRecipe(Recipe):
 
     _largest: ClassVar[int] = 1  # the schedule's group size over the final one
     _hook: Any = None  # on the optimizer, until the recipe is finished
+
+    finished = False
 
     def __init__(
         self,
@@ -140,13 +142,17 @@ class _NMRecipe(Recipe):
         self._update()
 
     def step(self) -> None:
-        """Call it after every step of the optimizer."""
-        self.steps += 1
-        self._update()
+        """Call it after every step of the optimizer. After `finish` it does nothing."""
+        if not self.finished:
+            self.steps += 1
+            self._update()
 
     def finish(self) -> nn.Module:
         """Make the model plain again, its weights n:m in every layer of the recipe; the parameters stay the same objects."""
         self._refuse_shards("finish")
+        if self.finished:
+            return self.model
+        self.finished = True
         for name, holder in self._holders.items():
             holder.n, holder.m = self.structure[name]
             holder.beta.fill_(0.0)
@@ -173,6 +179,11 @@ class _NMRecipe(Recipe):
 
     def _pairs(self) -> Iterator[tuple[layers.Layer, NM]]:
         return ((layer, self._holders[layer.name]) for layer in self._layers.values())
+
+    def _check_state(self, owner: str, state_dict: dict[str, Any]) -> None:
+        if self.finished:
+            raise RuntimeError(f"{owner}: this {type(self).__name__} has finished, expected one that trains; make a new one")
+        super()._check_state(owner, state_dict)
 
     def _update(self) -> None:
         """Set the parametrizations to what `steps` says."""
@@ -331,6 +342,7 @@ class StructureDecay(_NMRecipe):
         for name, holder in self._holders.items():
             pattern = self.pattern(name, self.steps)
             holder.n, holder.m = pattern or (self.structure[name][1],) * 2
+            holder.beta.fill_(0.0)
 
     def _config(self) -> dict[str, Any]:
         return {**super()._config(), "kind": self.kind, "begin": self.begin, "end": self.end}
@@ -376,7 +388,12 @@ class SRSTE(_NMRecipe):
         for layer, holder in self._pairs():
             n, m = self.structure[layer.name]
             holder.n, holder.m = (m, m) if dense else (n, m)
+            holder.beta.fill_(0.0)
             holder.lamb = 0.0 if self._is_folded(layer) else self.lamb
+            if holder.shared is not None and not self._is_folded(layer):  # the weight has other strides by now
+                assert isinstance(self.optimizer, FusedOptimizer)
+                self.optimizer.set_mask(layer.weight, None)
+                holder.shared = None
         if self._folded and not dense:
             self._share()
 
@@ -401,8 +418,8 @@ class SRSTE(_NMRecipe):
         return (group for group in self.optimizer.param_groups if any(id(p) in ids for p in group["params"]))
 
     def finish(self) -> nn.Module:
-        model = super().finish()
-        if self._folded:
+        first, model = not self.finished, super().finish()
+        if self._folded and first:
             assert isinstance(self.optimizer, FusedOptimizer)
             for layer, _ in self._pairs():
                 self.optimizer.set_mask(layer.weight, None)
@@ -484,6 +501,8 @@ class STEP(_NMRecipe):
 
     @torch.no_grad()
     def step(self) -> None:
+        if self.finished:
+            return
         if self.switched is None:
             after = self._moments()
             before = after if self._before is None else self._before
@@ -517,6 +536,7 @@ class STEP(_NMRecipe):
         for layer, holder in self._pairs():
             n, m = self.structure[layer.name]
             holder.n, holder.m = (m, m) if self.switched is None else (n, m)
+            holder.beta.fill_(0.0)
             holder.lamb = self.lamb
 
     def _config(self) -> dict[str, Any]:
