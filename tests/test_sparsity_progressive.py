@@ -1046,3 +1046,17 @@ def test_step_trains_at_high_sparsity():
         recipe = STEP(model, optimizer, (1, 16), steps=400, skip="4.*")
         train(model, 0, 400, seed, optimizer, recipe.step)
         assert recipe.switched == 200 and accuracy(recipe.finish()) > 0.9
+
+
+def test_a_finished_recipe_does_nothing_more():
+    model = nn.Linear(8, 4)
+    optimizer = optim.AdamW(model.parameters())
+    recipe = sparsity.SRSTE(model, (2, 4), optimizer, lamb=0.5)
+    saved = recipe.state_dict()
+    assert recipe.finish() is model
+    weight = model.weight.clone()
+    recipe.step()
+    assert recipe.finish() is model and torch.equal(model.weight, weight)
+    assert optimizer.param_groups[0]["srste"] == 0 and "mask" not in optimizer.state[model.weight]
+    with pytest.raises(RuntimeError, match=r"SRSTE\.load_state_dict: this SRSTE has finished, expected one that trains"):
+        recipe.load_state_dict(saved)

@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations, parametrize
 from dither import optim
 from dither._extras import MissingExtra
 from dither.sparsity import (
+    SRSTE,
+    MaskDecay,
     apply_masks,
     bake,
     masks_of,
@@ -598,3 +600,65 @@ def test_a_baked_model_is_like_one_that_was_never_parametrized():
         assert [n for n, _ in baked.named_parameters()] == names and list(map(type, baked)) == classes
         assert all((dict(baked.named_parameters())[name][~mask] == 0).all() for name, mask in masks.items())
     assert list(map(id, model.parameters())) == ids
+
+
+def conv():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+
+def test_masks_follow_a_change_of_strides():
+    """channels_last comes after the masks, or in a checkpoint: the same masks."""
+    model, masks, x = conv(), random_masks(conv(), 0.5, seed=0), torch.randn(2, 4, 8, 8)
+    apply_masks(model, masks)
+    want = model(x)
+    model.to(memory_format=torch.channels_last)
+    loaded = conv()
+    apply_masks(loaded, random_masks(loaded, 0.5, seed=1))
+    loaded.load_state_dict(model.state_dict())
+    for each in (model, loaded):
+        torch.testing.assert_close(each(x), want)
+        assert all(torch.equal(mask, masks[name]) for name, mask in masks_of(each).items())
+
+
+def test_parametrizations_of_others_stay():
+    """finish and bake take away what is theirs, wherever that leaves the same weights."""
+    model, x = conv(), torch.randn(2, 4, 8, 8)
+    decay = MaskDecay(model, (2, 4), end=1)
+    masks = random_masks(model, 0.5, seed=0)
+    apply_masks(model, masks)
+    decay.step()
+    want = model(x)
+    decay.finish()
+    assert torch.equal(model(x), want) and masks_of(model).keys() == masks.keys()
+    parametrizations.spectral_norm(model[0])
+    want = model.eval()(x)
+    bake(model)
+    torch.testing.assert_close(model(x), want)
+    assert not masks_of(model) and parametrize.is_parametrized(model[0])
+    first = conv()
+    parametrizations.spectral_norm(first[0])
+    parametrize.register_parametrization(first[0], "weight", decay._holders["0.weight"], unsafe=True)
+    with pytest.raises(ValueError, match=r"'0\.weight' has a _SpectralNorm before the NM, expected nothing before it"):
+        bake(first)
+
+
+def test_frozen_and_pulled_masks_do_not_share_a_group():
+    model = conv()
+    optimizer = optim.AdamW(model.parameters(), srste=1e-3)
+    with pytest.raises(ValueError, match=r"'0\.weight' is in a parameter group with srste, whose masks do not freeze"):
+        apply_masks(model, random_masks(model, 0.5, seed=0), optimizer)
+    assert all((p != 0).all() for p in model.parameters())
+    optimizer = optim.AdamW(model.parameters())
+    apply_masks(model, random_masks(model, 0.5, seed=0, skip="2.*"), optimizer)
+    with pytest.raises(ValueError, match="SRSTE: a parameter group has masks that freeze, expected a group of its own"):
+        SRSTE(model, (2, 4), optimizer, skip="0.*")
+    assert list(model.state_dict()) == list(conv().state_dict())
+
+
+def test_what_is_frozen_is_zero_whatever_it_was():
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    apply_masks(model, {"weight": torch.eye(4) > 0}, optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.weight.isnan(), torch.eye(4) > 0)

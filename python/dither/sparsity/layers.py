@@ -135,6 +135,29 @@ def register(layer: Layer, parametrized: nn.Module) -> None:
         parametrize.register_parametrization(module, parameter, parametrized, unsafe=True)
 
 
+@torch.no_grad()
+def unregister(layer: Layer, parametrized: nn.Module) -> None:
+    """Take a parametrization from a layer's weight, which becomes what it made of it. Others that follow it stay."""
+    for place, (module, parameter) in enumerate(layer.places):
+        is_one = parametrize.is_parametrized(module, parameter)
+        chain: Any = module.parametrizations[parameter] if is_one else ()  # type: ignore[union-attr,index]
+        if not any(each is parametrized for each in chain):
+            continue
+        if len(chain) > 1:
+            if chain[0] is not parametrized:
+                before = f"a {type(chain[0]).__name__} before the {type(parametrized).__name__}"
+                raise ValueError(f"{layer.name!r} has {before}, expected nothing before it; remove it first")
+            if place == 0:
+                layer.weight.copy_(parametrized(layer.weight))
+            del chain[0]
+            continue
+        shared = type(module)  # of a deepcopy: the class, from which torch removes the property
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+        parametrize.remove_parametrizations(module, parameter, leave_parametrized=place == 0)
+        order = sorted(module._parameters, key=lambda name: name not in ("weight", *_NAMES))  # as before it had one
+        module._parameters = {name: module._parameters[name] for name in order}
+
+
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: FusedOptimizer | None = None) -> None:
     """Keep weights at 0 where a mask is False, from now on.
 
@@ -144,6 +167,13 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: FusedO
     """
     if not isinstance(optimizer, (FusedOptimizer, type(None))):
         raise TypeError(f"apply_masks: optimizer is {type(optimizer).__name__}, expected one of dither.optim or None")
+    pulled = {id(p) for group in (optimizer.param_groups if optimizer else ()) if group["srste"] for p in group["params"]}
+    for layer, _ in matched("apply_masks", model, masks):
+        if id(layer.weight) in pulled:
+            raise ValueError(
+                f"apply_masks: {layer.name!r} is in a parameter group with srste, whose masks do not freeze, expected a group "
+                "without"
+            )
     for layer, mask in matched("apply_masks", model, masks):
         if optimizer is not None:
             with torch.no_grad():
@@ -191,12 +221,8 @@ def bake(model: nn.Module, keep: Callable[[Layer], bool] = lambda layer: True) -
     Parameters stay the same objects, in the order of a model that never had any. keep: False for a layer to leave alone.
     """
     for layer in list(sparsifiable(model)):
-        holder = parametrization(layer, nn.Module)
-        if holder is not None and type(holder).__module__.startswith(__package__ or "dither") and keep(layer):
-            for place, (module, parameter) in enumerate(layer.places):
-                shared = type(module)  # of a deepcopy: the class, from which torch removes the property
-                module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
-                parametrize.remove_parametrizations(module, parameter, leave_parametrized=place == 0)
-                order = sorted(module._parameters, key=lambda name: name not in ("weight", *_NAMES))  # as before it had one
-                module._parameters = {name: module._parameters[name] for name in order}
+        if keep(layer) and parametrize.is_parametrized(layer.module, layer.parameter):
+            for holder in list(layer.module.parametrizations[layer.parameter]):  # type: ignore[union-attr,index]
+                if type(holder).__module__.startswith(__package__ or "dither"):
+                    unregister(layer, holder)
     return model

@@ -139,7 +139,12 @@ class _NMRecipe(Recipe):
             holder = NM(n, m, layer.dim, grad=grad).to(layer.weight.device)
             layers.register(layer, holder)
             self._holders[layer.name] = holder
-        self._update()
+        try:
+            self._update()
+        except ValueError:
+            for layer, holder in self._pairs():
+                layers.unregister(layer, holder)
+            raise
 
     def step(self) -> None:
         """Call it after every step of the optimizer. After `finish` it does nothing."""
@@ -160,8 +165,9 @@ class _NMRecipe(Recipe):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        mine = set(self._holders)
-        return layers.bake(self.model, keep=lambda layer: layer.name in mine)
+        for layer, holder in self._pairs():
+            layers.unregister(layer, holder)
+        return self.model
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -404,6 +410,14 @@ class SRSTE(_NMRecipe):
         """Let the optimizer read the masks that the forward passes write."""
         assert isinstance(self.optimizer, FusedOptimizer)
         folded = [(layer.weight, holder) for layer, holder in self._pairs() if self._is_folded(layer)]
+        own = {id(w) for w, _ in folded}
+        for group in self._groups():
+            masked = [p for p in group["params"] if id(p) not in own and "mask" in self.optimizer.state.get(p, {})]
+            if masked or group["srste"] not in (0.0, self.lamb):
+                found = "masks that freeze" if masked else f"srste {group['srste']}"
+                raise ValueError(
+                    f"SRSTE: a parameter group has {found}, expected a group of its own: srste is for all its masks"
+                )
         for group in self._groups():
             group["srste"] = self.lamb
         for w, holder in folded:
