@@ -1051,7 +1051,7 @@ def test_step_trains_at_high_sparsity():
 def test_a_finished_recipe_does_nothing_more():
     model = nn.Linear(8, 4)
     optimizer = optim.AdamW(model.parameters())
-    recipe = sparsity.SRSTE(model, (2, 4), optimizer, lamb=0.5)
+    recipe = SRSTE(model, (2, 4), optimizer, lamb=0.5)
     saved = recipe.state_dict()
     assert recipe.finish() is model
     weight = model.weight.clone()
