@@ -947,3 +947,9 @@ def test_tickets_are_stable():
 
     for seed in range(3):
         assert distance(20, seed) < 0.85 * distance(0, seed)
+
+
+def test_rigl_refuses_what_does_not_train():
+    model = torch.nn.Linear(8, 4).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"RigL: 'weight' does not require a gradient, expected weights that train; skip it"):
+        RigL(model, torch.optim.SGD(model.parameters()), density=0.5, end=10, seed=0)

@@ -73,6 +73,9 @@ class RigL(MaskRecipe):
             raise ValueError(f"RigL: density is {density} and masks {'are' if masks else 'not'} given, expected one of them")
         given = None if masks is None else {layer.name: mask.clone() for layer, mask in matched("RigL", model, masks)}
         super().__init__(model, optimizer, skip=skip, only=given)
+        for layer in self._layers.values():
+            if not layer.weight.requires_grad:
+                raise ValueError(f"RigL: {layer.name!r} does not require a gradient, expected weights that train; skip it")
         if density is not None:
             first = random_masks(model, density, distribution, seed=seed, skip=skip)
         elif given is not None:
