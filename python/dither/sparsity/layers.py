@@ -168,13 +168,14 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: FusedO
     if not isinstance(optimizer, (FusedOptimizer, type(None))):
         raise TypeError(f"apply_masks: optimizer is {type(optimizer).__name__}, expected one of dither.optim or None")
     pulled = {id(p) for group in (optimizer.param_groups if optimizer else ()) if group["srste"] for p in group["params"]}
-    for layer, _ in matched("apply_masks", model, masks):
+    pairs = matched("apply_masks", model, masks)
+    for layer, _ in pairs:
         if id(layer.weight) in pulled:
             raise ValueError(
                 f"apply_masks: {layer.name!r} is in a parameter group with srste, whose masks do not freeze, expected a group "
                 "without"
             )
-    for layer, mask in matched("apply_masks", model, masks):
+    for layer, mask in pairs:
         if optimizer is not None:
             with torch.no_grad():
                 layer.weight.masked_fill_(~mask, 0)

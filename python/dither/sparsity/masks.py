@@ -39,8 +39,8 @@ def nm_mask(
     dim = _check("nm_mask", w, n, m, dim, pad)
     factor = _checked_factor("nm_mask", factor, w, dim)
     w = _dense(w)
-    if w.shape[dim] % m or not 2 <= m <= _MOST:
-        keep = torch.empty_like(w, dtype=torch.bool).copy_(_sorted(w, n, m, dim, factor))
+    if not _has_kernel(w, m, dim):
+        keep = _sorted(w, n, m, dim, factor)
         return pack_bits(keep) if packed else keep
     result = _bits_for(w) if packed else torch.empty_like(w, dtype=torch.bool)
     bits, kept = (result, None) if packed else (None, result)
@@ -118,7 +118,7 @@ def transposable_mask(w: Tensor, method: Literal["exact", "greedy"] = "exact", *
 def masked(w: Tensor, bits: Tensor) -> Tensor:
     """w where its bit is 1, else +0; the gradient is masked alike. `bits`: packed, as `nm_mask(..., packed=True)`."""
     _check_bits("masked", bits, w)
-    return _Masked.apply(w, bits)
+    return _Blend.apply(_dense(w), None, bits, 0.0, None, 0.0)
 
 
 def srste(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1, *, pad: bool = False) -> Tensor:
@@ -186,12 +186,12 @@ class _Decay(torch.autograd.Function):
         dense = _dense(w.detach())
         number, tensor = (0.0, beta) if isinstance(beta, Tensor) else (beta, None)
         out = torch.empty_like(dense)
-        bits = _bits_for(dense)
-        if dense.shape[dim] % m or not 2 <= m <= _MOST:
-            bits.copy_(pack_bits(torch.empty_like(dense, dtype=torch.bool).copy_(_sorted(dense, n, m, dim, None))))
-            write("masked_blend_", [out], out, dense, None, bits, number, tensor, 0.0)
-        else:
+        if _has_kernel(dense, m, dim):
+            bits = _bits_for(dense)
             write("nm_select_", [out, bits], dense, None, n, m, dim, number, tensor, out, bits, None)
+        else:
+            bits = pack_bits(_sorted(dense, n, m, dim, None))
+            write("masked_blend_", [out], out, dense, None, bits, number, tensor, 0.0)
         ctx.mark_non_differentiable(bits)
         ctx.mask_grad, ctx.beta, ctx.lamb = mask_grad, number, lamb
         if mask_grad:
@@ -235,28 +235,21 @@ class _Blend(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-class _Masked(torch.autograd.Function):
-    """w where kept, else 0, and the gradient alike."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, bits: Tensor) -> Tensor:  # type: ignore[override]
-        dense = _dense(w.detach())
-        out = torch.empty_like(dense)
-        write("masked_blend_", [out], out, dense, None, bits, 0.0, None, 0.0)
-        ctx.save_for_backward(bits)
-        ctx.like = dense.stride()
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
-        return _Blend.apply(_laid_out(grad, ctx.like), None, ctx.saved_tensors[0], 0.0, None, 0.0), None
-
-
 # ---- checks and layouts
 
 
 def _what(t: Tensor) -> str:
     return f"{t.dtype} of shape {list(t.shape)} on {t.device}"
+
+
+def check_pattern(op: str, n: int, m: int) -> None:
+    """Raise ValueError unless n of every m can be kept."""
+    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
+        raise ValueError(f"{op}: n:m is {n}:{m}, expected integers 1 <= n <= m (n is the number kept)")
+
+
+def _has_kernel(w: Tensor, m: int, dim: int) -> bool:
+    return w.shape[dim] % m == 0 and 2 <= m <= _MOST
 
 
 def _check(op: str, w: Tensor, n: int, m: int, dim: int, pad: bool) -> int:
@@ -265,8 +258,7 @@ def _check(op: str, w: Tensor, n: int, m: int, dim: int, pad: bool) -> int:
         raise TypeError(f"{op}: w is {w.dtype}, expected float32, bfloat16, float16 or float64")
     if w.dim() == 0:
         raise ValueError(f"{op}: w has no dimensions, expected at least 1")
-    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
-        raise ValueError(f"{op}: n:m is {n}:{m}, expected integers 1 <= n <= m (n is the number kept)")
+    check_pattern(op, n, m)
     if not -w.dim() <= dim < w.dim():
         raise ValueError(f"{op}: dim is {dim}, expected {-w.dim()} <= dim < {w.dim()}")
     dim %= w.dim()
@@ -334,9 +326,10 @@ def _bits_for(w: Tensor) -> Tensor:
 
 def _sorted(w: Tensor, n: int, m: int, dim: int, factor: Tensor | None) -> Tensor:
     """The mask by sorting, for group sizes without a kernel and for tails. The padding is smaller than every weight."""
+    result = torch.empty_like(w, dtype=torch.bool)
     size = w.shape[dim]
     short = -size % m
     if short:
         w = torch.cat([w, w.new_zeros([short if d == dim else s for d, s in enumerate(w.shape)])], dim)
         factor = None if factor is None else torch.cat([factor, factor.new_zeros(short)])
-    return ops.reference.sparsity.nm_keep(w, n, m, dim, factor).narrow(dim, 0, size)
+    return result.copy_(ops.reference.sparsity.nm_keep(w, n, m, dim, factor).narrow(dim, 0, size))

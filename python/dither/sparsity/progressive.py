@@ -17,9 +17,10 @@ state_dicts into a model and a recipe on one device.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 from ..optim import Adam, AdamW, FusedOptimizer
 from ..optim._shards import is_sharded
 from . import layers
-from .masks import _check, _Decay, nm_mask
+from .masks import _check, _Decay, check_pattern, nm_mask
 from .recipe import Recipe, check_times
 
 Pattern = tuple[int, int]
@@ -50,7 +51,7 @@ class NM(nn.Module):
         self, n: int, m: int, dim: int, beta: float = 0.0, grad: Literal["ste", "masked"] = "ste", lamb: float = 0.0
     ) -> None:
         super().__init__()
-        _check_pattern("NM", n, m)
+        check_pattern("NM", n, m)
         _check_grad("NM", grad)
         self.n, self.m, self.dim, self.grad, self.lamb = n, m, dim, grad, lamb
         self.register_buffer("beta", torch.tensor(beta, dtype=torch.float32))
@@ -77,7 +78,7 @@ class NM(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         n, m, dim = (int(x) for x in state)
-        _check_pattern("NM.load_state_dict", n, m)
+        check_pattern("NM.load_state_dict", n, m)
         if dim != self.dim:
             raise ValueError(f"NM.load_state_dict: dim is {dim}, expected {self.dim} as in this layer")
         self.n, self.m = n, m
@@ -94,7 +95,7 @@ class NM(nn.Module):
 class _NMRecipe(Recipe):
     """A recipe over `NM` parametrizations."""
 
-    _largest: ClassVar[int] = 1  # the schedule's group size over the final one
+    _largest: int = 1  # the schedule's group size over the final one
     _hook: Any = None  # on the optimizer, until the recipe is finished
 
     finished = False
@@ -114,14 +115,13 @@ class _NMRecipe(Recipe):
             raise ValueError(f"{owner}: structure is {structure!r}, expected (n, m) or a dict from patterns of names to (n, m)")
         patterns = {key: (n, m) for key, (n, m) in patterns.items()}
         for n, m in patterns.values():
-            _check_pattern(owner, n, m)
+            check_pattern(owner, n, m)
         _check_grad(owner, grad)
-        names = {layer.name for layer in layers.sparsifiable(model, skip=skip)}
-        chosen = {name: found for name in names if (found := _first_match(name, patterns)) is not None}
         fitting = {
-            layer.name
+            layer.name: pattern
             for layer in layers.sparsifiable(model, skip=skip)
-            if layer.name in chosen and layer.weight.shape[layer.dim] % (chosen[layer.name][1] * self._largest) == 0
+            if (pattern := _first_match(layer.name, patterns)) is not None
+            and layer.weight.shape[layer.dim] % (pattern[1] * self._largest) == 0
         }
         if not fitting:
             sizes = ", ".join(f"{n}:{m}" for n, m in patterns.values())
@@ -131,7 +131,7 @@ class _NMRecipe(Recipe):
             )
         super().__init__(model, optimizer, skip=skip, only=fitting)
         self._refuse_parametrizations()
-        self.structure = {layer.name: chosen[layer.name] for layer in self._layers.values()}
+        self.structure = {layer.name: fitting[layer.name] for layer in self._layers.values()}
         self.grad = grad
         self._holders: dict[str, NM] = {}
         for layer in self._layers.values():
@@ -191,9 +191,9 @@ class _NMRecipe(Recipe):
             raise RuntimeError(f"{owner}: this {type(self).__name__} has finished, expected one that trains; make a new one")
         super()._check_state(owner, state_dict)
 
+    @abstractmethod
     def _update(self) -> None:
         """Set the parametrizations to what `steps` says."""
-        raise NotImplementedError
 
     def _listen(self) -> None:
         """Set `_hook`."""
@@ -210,11 +210,6 @@ class _NMRecipe(Recipe):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._update()
-
-
-def _check_pattern(owner: str, n: int, m: int) -> None:
-    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
-        raise ValueError(f"{owner}: n:m is {n}:{m}, expected integers 1 <= n <= m (n is the number kept)")
 
 
 def _check_grad(owner: str, grad: str) -> None:
@@ -297,7 +292,7 @@ def structure_frames(n: int, m: int, kind: Literal["sparsify", "fine", "densify"
     "sparsify": m-1:m, m/2:m, m/4:m ... n:m. "fine": 8n:8m, 4n:4m, 2n:2m, n:m, the same density in ever smaller groups.
     "densify": n:8m, n:4m, n:2m, n:m.
     """
-    _check_pattern("structure_frames", n, m)
+    check_pattern("structure_frames", n, m)
     if kind == "sparsify":
         first = max(n, m - 1)
         halves = [m >> k for k in range(1, m.bit_length()) if n < m >> k < first]
@@ -335,7 +330,7 @@ class StructureDecay(_NMRecipe):
         check_times("StructureDecay", begin, end)
         structure_frames(1, 4, kind)
         self.kind, self.begin, self.end = kind, begin, end
-        self._largest = 1 if kind == "sparsify" else 8  # type: ignore[misc]
+        self._largest = 1 if kind == "sparsify" else 8
         super().__init__(model, structure, grad=grad, skip=skip)
 
     def pattern(self, name: str, step: int) -> Pattern | None:

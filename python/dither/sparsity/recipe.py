@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from .layers import apply_masks, parametrization
 from .masks import pack_bits
 
 
-class Recipe:
+class Recipe(ABC):
     """Something that is done to a model while it trains. steps: how many steps were counted.
 
     To resume, make the model, the optimizer and the recipe in the same way as before, then load their state_dicts in any order:
@@ -46,9 +47,9 @@ class Recipe:
                     f"{type(self).__name__}: {layer.name!r} has a parametrization, expected none; dither.sparsity.bake it"
                 )
 
+    @abstractmethod
     def _config(self) -> dict[str, Any]:
         """What a checkpoint must agree in."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and tensors."""
