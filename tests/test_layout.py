@@ -60,12 +60,13 @@ def test_includes(path):
 
 EVERYTHING = None
 EDGES: dict[str, set[str] | None] = {
+    "_checks": set(),
     "_extras": set(),
     "reference": set(),
     "ops": {"reference"},
     "noise": {"ops"},
     "optim": {"ops", "noise"},
-    "sparsity": {"ops", "noise", "optim", "_extras"},
+    "sparsity": {"ops", "noise", "optim", "_checks", "_extras"},
     "bench": EVERYTHING,
     "cli": EVERYTHING,
     "demo": EVERYTHING,

@@ -424,6 +424,7 @@ def test_flip_rate():
     assert 0.3 < sparsity.flip_rate(before, after) == moved.double().mean() < 0.7
     assert sparsity.flip_rate(before, before) == 0 and sparsity.flip_rate(before, ~before) == 1
     assert sparsity.flip_rate(before[:0], before[:0]) == 0
+    assert sparsity.flip_rate(torch.tensor([True, False, True]), torch.tensor([True, True, True])) == 1 / 3
 
 
 # Gradients
@@ -791,7 +792,6 @@ def test_models_become_semi_structured():
         assert isinstance(w, SparseSemiStructuredTensorCUTLASS) == (name in ("fits", "f16", "columns")), name
         assert torch.equal(sparsity.unpack24(w.packed, w.meta) if hasattr(w, "packed") else w, before[name]), name
     assert isinstance(model["fits"].weight, nn.Parameter) and not model["fits"].weight.requires_grad
-    assert sparsity.to_semi_structured(nn.Sequential(linear(64, 32)), only="1.*") == []
 
 
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (4, 8), (3, 16)])
@@ -904,6 +904,52 @@ def test_compiled_steps():
     assert counter.frame_count == 1
 
 
+FUNCTIONS = {
+    "ste": lambda w: sparsity.nm_decay(w, 2, 4, 0.3),
+    "masked": lambda w: sparsity.nm_decay(w, 1, 3, torch.tensor(0.3), 0, grad="masked"),
+    "sorted": lambda w: sparsity.nm_decay(w, 3, 5, 0.3, grad="masked", pad=True),
+    "srste": lambda w: sparsity.srste(w, 1, 4, 0.3),
+    "masked(bits)": lambda w: sparsity.masked(w, torch.tensor([99, 141, 7, 0, 255, 12], dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_transforms(name):
+    """grad, vmap, and one in the other agree with backward on each tensor alone."""
+    torch.manual_seed(0)
+    batch = torch.randn(4, 6, 3, 8).movedim(2, 0)[1]  # [4, 6, 8] with gaps
+
+    def loss(w):
+        return (FUNCTIONS[name](w) ** 2).sum() if w.dim() == 2 else None
+
+    expected = []
+    for w in batch:
+        leaf = w.clone().requires_grad_()
+        loss(leaf).backward()
+        expected.append(leaf.grad)
+    expected = torch.stack(expected)
+    assert torch.equal(torch.stack([torch.func.grad(loss)(w) for w in batch]), expected)
+    assert torch.equal(torch.vmap(torch.func.grad(loss))(batch), expected)
+    assert torch.equal(torch.func.grad(lambda batch: torch.vmap(loss)(batch).sum())(batch), expected)
+    assert torch.equal(torch.vmap(FUNCTIONS[name], -1)(batch.movedim(0, -1)), torch.stack([FUNCTIONS[name](w) for w in batch]))
+
+
+def test_samples_have_gradients_of_their_own_under_a_mask():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    recipe = sparsity.MaskDecay(model, {"0.*": (2, 4)}, end=4)
+    recipe.step()
+    parameters, buffers, x = dict(model.named_parameters()), dict(model.named_buffers()), torch.randn(5, 8)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, (parameters, buffers), (x,)).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), p.grad)
+
+
 def test_inference_mode():
     w = values("normal", (32, 64), BF16)
     with torch.inference_mode():
@@ -1008,11 +1054,11 @@ REFUSED = {  # of w: float32 [4, 8], and its bits
         "srste_grad_: w is torch.float32 of shape [8, 4] on cpu, expected torch.float32 of shape [4, 8] on cpu like grad": (
             lambda w, bits: sparsity.srste_grad_(w, w.T, bits)
         ),
-        "flip_rate: after is torch.uint8 of shape [3] on cpu, expected torch.uint8 of shape [4] on cpu like before, packed": (
+        "flip_rate: after is torch.uint8 of shape [3] on cpu, expected torch.uint8 of shape [4] on cpu like before, bool": (
             lambda w, bits: sparsity.flip_rate(bits, bits[:3])
         ),
-        "flip_rate: after is torch.bool of shape [4] on cpu, expected torch.bool of shape [4] on cpu like before, packed": (
-            lambda w, bits: sparsity.flip_rate(bits.bool(), bits.bool())
+        "flip_rate: after is torch.bool of shape [4] on cpu, expected torch.uint8 of shape [4] on cpu like before, bool": (
+            lambda w, bits: sparsity.flip_rate(bits, bits.bool())
         ),
         "pack24: w has shape [4, 8], expected a matrix whose sizes are multiples of 32": (
             lambda w, bits: sparsity.pack24(w.bfloat16())

@@ -146,8 +146,8 @@ RECIPES = {
     "sr-ste": lambda model, optimizer: SRSTE(model, (2, 4), optimizer, lamb=0.02),
     "sr-ste later": lambda model, optimizer: SRSTE(model, (2, 4), optimizer, lamb=0.02, begin=5),
     "sr-ste unfolded": lambda model, optimizer: SRSTE(model, (2, 4), lamb=0.02, skip="0.*"),
-    "step": lambda model, optimizer: STEP(model, optimizer, (2, 8), steps=14, window=4, threshold=0.0, lamb=0.01),
-    "step soon": lambda model, optimizer: STEP(model, optimizer, (2, 4), steps=14, window=4, threshold=1.0, earliest=0.2),
+    "step": lambda model, optimizer: STEP(model, (2, 8), optimizer, steps=14, window=4, threshold=0.0, lamb=0.01),
+    "step soon": lambda model, optimizer: STEP(model, (2, 4), optimizer, steps=14, window=4, threshold=1.0, earliest=0.2),
 }
 OPTIMIZERS = {
     "dither SGD": lambda model: optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
@@ -397,9 +397,9 @@ OTHERS = [
     (FRAMED, {"end": 18}, "end is 17, expected 18"),
     (SRSTE, {"lamb": 0.1}, "lamb is 0.0002, expected 0.1"),
     (SRSTE, {"begin": 3}, "begin is 0, expected 3"),
-    (functools.partial(STEP, steps=100), {"steps": 120}, "earliest is 10, expected 12"),
-    (functools.partial(STEP, steps=100), {"window": 7}, "window is 1000, expected 7"),
-    (functools.partial(STEP, steps=100), {"threshold": 0.5}, "threshold is 1e-08, expected 0.5"),
+    (functools.partial(STEP, structure=(2, 4), steps=100), {"steps": 120}, "earliest is 10, expected 12"),
+    (functools.partial(STEP, structure=(2, 4), steps=100), {"window": 7}, "window is 1000, expected 7"),
+    (functools.partial(STEP, structure=(2, 4), steps=100), {"threshold": 0.5}, "threshold is 1e-08, expected 0.5"),
 ]
 
 
@@ -576,7 +576,7 @@ def test_step_is_adam_and_then_its_formula(make, arguments):
     """Before the switch the bits of plain Adam; after it, in float64 by hand: v of the switch, m as before."""
     model, plain = network(dtype=F64), network(dtype=F64)
     optimizer, other = adam(model, make, **arguments), adam(plain, make, **arguments)
-    recipe = STEP(model, optimizer, (2, 8), steps=12, latest=0.5, window=50, lamb=0.1)
+    recipe = STEP(model, (2, 8), optimizer, steps=12, latest=0.5, window=50, lamb=0.1)
     for t in range(6):
         assert recipe.switched is None
         advance(model, optimizer, recipe, [t])
@@ -620,7 +620,7 @@ def test_first_gradients_after_the_switch_are_bounded():
     """v = 0 is no estimate; in the root, eps bounds what is divided by it."""
     model = nn.Linear(8, 4)
     optimizer = adam(model)
-    recipe = STEP(model, optimizer, (2, 4), steps=11, latest=10 / 11)
+    recipe = STEP(model, (2, 4), optimizer, steps=11, latest=10 / 11)
     x = torch.randn(32, 8)
     dead = x * (torch.arange(8) > 0)
     for t in range(11):
@@ -664,7 +664,9 @@ def test_autoswitch(earliest, latest, quantile):
     threshold = quantile and (math.inf if quantile == math.inf else sorted(averages)[int(quantile * steps)])
     model = network()
     optimizer = adam(model)
-    recipe = STEP(model, optimizer, steps=steps, window=WINDOW, threshold=threshold or 0.0, earliest=earliest, latest=latest)
+    recipe = STEP(
+        model, (2, 4), optimizer, steps=steps, window=WINDOW, threshold=threshold or 0.0, earliest=earliest, latest=latest
+    )
     advance(model, optimizer, recipe, range(steps))
     low, high = int(earliest * steps), int(latest * steps)
     due = [t for t in range(1, steps + 1) if t % 2 == 0 and t >= low and averages[t - 1] < (threshold or 0.0)]
@@ -675,7 +677,7 @@ def test_parameters_that_begin_later_are_counted():
     """A parameter's first gradient may come at any step, and a step of the optimizer may be left out."""
     model = network()
     optimizer = adam(model)
-    recipe = STEP(model, optimizer, steps=100, window=10)
+    recipe = STEP(model, (2, 4), optimizer, steps=100, window=10)
     first, second = list(model[:3].parameters()), list(model[3:].parameters())
     means, before = [], {}
     for t, trained_ones in enumerate([second, first + second, first + second, [], second]):
@@ -798,7 +800,7 @@ def normed_network():
     return model
 
 
-STEPS = functools.partial(STEP, network(), adam(network()))
+STEPS = functools.partial(STEP, network(), (2, 4), adam(network()))
 BAD = [
     (ValueError, lambda: MaskDecay(network(), (5, 4), end=3), "MaskDecay: n:m is 5:4, expected integers 1 <= n <= m"),
     (ValueError, lambda: MaskDecay(network(), (0, 4), end=3), "MaskDecay: n:m is 0:4"),
@@ -811,7 +813,18 @@ BAD = [
         lambda: MaskDecay(network(), (2, 5), end=3),
         "no weight fits 2:5, expected input features that are a multiple",
     ),
-    (ValueError, lambda: MaskDecay(network(), {"7.*": (2, 4)}, end=3), "MaskDecay: no weight fits 2:4"),
+    (ValueError, lambda: MaskDecay(network(), {"7.*": (2, 4)}, end=3), "only has '7.*', expected a pattern of parameter names"),
+    (
+        ValueError,
+        lambda: MaskDecay(network(), end=3, skip="head.*"),
+        "skip has 'head.*', expected a pattern of .* such as 0.weight",
+    ),
+    (ValueError, lambda: MaskDecay(network(), {"5.bias": (2, 4)}, end=3), "MaskDecay: no weight fits 2:4"),
+    (TypeError, lambda: MaskDecay(network(), end="3"), "MaskDecay: end is '3', expected an integer"),
+    (TypeError, lambda: MaskDecay(network().parameters(), end=3), "model is generator, expected a torch.nn.Module"),
+    (ValueError, lambda: SRSTE(network(), adam(network())), "SRSTE: structure is Adam, expected"),
+    (ValueError, lambda: DECAY(nn.Sequential(nn.LazyLinear(4))), "'0.weight' has no shape yet, expected a lazy layer that"),
+    (ValueError, lambda: DECAY(network().requires_grad_(False)), "'0.weight' does not require a gradient, expected weights"),
     (ValueError, lambda: MaskDecay(network(), end=3, skip="*"), "MaskDecay: no weight fits 2:4"),
     (ValueError, lambda: FRAMED(network(), (2, 32), kind="densify"), "no weight fits 2:32, expected .* multiple of m times 8"),
     (ValueError, lambda: MaskDecay(network()), "MaskDecay: end and rate are None, expected at least one of them"),
@@ -824,7 +837,7 @@ BAD = [
     (ValueError, lambda: FRAMED(network(), begin=17), "StructureDecay: begin is 17 and end is 17"),
     (ValueError, lambda: structure_frames(3, 2, "fine"), "structure_frames: n:m is 3:2"),
     (ValueError, lambda: SRSTE(network(), lamb=-1), "SRSTE: lamb is -1, expected a finite number >= 0"),
-    (ValueError, lambda: SRSTE(network(), begin=-1), "SRSTE: begin is -1, expected begin >= 0"),
+    (ValueError, lambda: SRSTE(network(), begin=-1), "SRSTE: begin is -1, expected at least 0"),
     (TypeError, lambda: SRSTE(network(), (2, 4), 0.1), "SRSTE: optimizer is float, expected a torch.optim.Optimizer"),
     (ValueError, lambda: SRSTE(network(), (2, 4), adam(network())), "SRSTE: optimizer lacks '0.weight', expected all weights"),
     (ValueError, lambda: NM(3, 2, 1), "NM: n:m is 3:2"),
@@ -833,13 +846,17 @@ BAD = [
     (ValueError, lambda: DECAY(normed_network()), "MaskDecay: '5.weight' has a parametrization, expected none"),
     (
         TypeError,
-        lambda: STEP(network(), optim.SGD(network().parameters(), lr=0.1), steps=9),
+        lambda: STEP(network(), (2, 4), optim.SGD(network().parameters(), lr=0.1), steps=9),
         "STEP: optimizer is SGD, expected",
     ),
-    (TypeError, lambda: STEP(network(), adam(network(), torch.optim.Adam), steps=9), "expected dither.optim.Adam or AdamW"),
-    (TypeError, lambda: STEP(network(), adam(network(), optim.NAdam), steps=9), "STEP: optimizer is NAdam"),
+    (
+        TypeError,
+        lambda: STEP(network(), (2, 4), adam(network(), torch.optim.Adam), steps=9),
+        "expected dither.optim.Adam or AdamW",
+    ),
+    (TypeError, lambda: STEP(network(), (2, 4), adam(network(), optim.NAdam), steps=9), "STEP: optimizer is NAdam"),
     (ValueError, lambda: STEPS(steps=9, earliest=0.6), "STEP: earliest and latest are 0.6 and 0.5, expected 0 <= earliest <="),
-    (ValueError, lambda: STEPS(steps=9, window=0), "STEP: window is 0, expected an integer >= 1 or None"),
+    (ValueError, lambda: STEPS(steps=9, window=0), "STEP: window is 0, expected at least 1"),
     (ValueError, lambda: STEPS(steps=0), "STEP: begin is 0 and end is 0"),
     (ValueError, lambda: STEPS(steps=9, lamb=math.nan), "STEP: lamb is nan, expected a finite number >= 0"),
     (ValueError, lambda: STEPS(steps=9), "STEP: optimizer lacks '0.weight', expected all weights but those of skip"),
@@ -857,7 +874,10 @@ def test_refused_models_stay_as_they_were():
         model = make()
         before = copy.deepcopy(model.state_dict())
         optimizer = adam(network())
-        of_another = [functools.partial(STEP, optimizer=optimizer, steps=9), functools.partial(SRSTE, optimizer=optimizer)]
+        of_another = [
+            functools.partial(STEP, structure=(2, 4), optimizer=optimizer, steps=9),
+            functools.partial(SRSTE, optimizer=optimizer),
+        ]
         for call in [*of_another, *([DECAY, FRAMED] if make is normed_network else [])]:
             with pytest.raises(ValueError, match=r"has a parametrization|optimizer lacks"):
                 call(model)
@@ -1043,7 +1063,7 @@ def test_step_trains_at_high_sparsity():
     for seed in range(3):
         model = perceptron(128, seed)
         optimizer = adam(model, lr=0.003)
-        recipe = STEP(model, optimizer, (1, 16), steps=400, skip="4.*")
+        recipe = STEP(model, (1, 16), optimizer, steps=400, skip="4.*")
         train(model, 0, 400, seed, optimizer, recipe.step)
         assert recipe.switched == 200 and accuracy(recipe.finish()) > 0.9
 

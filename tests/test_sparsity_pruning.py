@@ -778,7 +778,7 @@ def test_sara_refuses():
         ({"ratio": 1e-9}, "expected one that selects some of 16 weights"),
         ({"threshold": 0.0}, "threshold is 0.0, expected a number > 0"),
         ({"threshold": math.nan}, "threshold is nan"),
-        ({"only": "1.*"}, "the model has no weight to adapt"),
+        ({"skip": "*"}, "the model has no weight to adapt"),
     ]:
         model = mlp(4, 4)
         with pytest.raises(ValueError, match="sara: .*" + words):

@@ -256,9 +256,11 @@ def test_gradual_pruning_follows_its_schedule(make, scope):
 
 def test_gradual_structure():
     model = network()
-    frozen = model[5].weight.requires_grad_(False)
-    frozen.copy_(torch.arange(8).repeat(5, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    still = model[5].weight
+    still.data.copy_(torch.arange(8).repeat(5, 2))
+    optimizer = torch.optim.SGD(
+        [{"params": [p for p in model.parameters() if p is not still]}, {"params": [still], "lr": 0.0}], lr=0.1
+    )
     recipe = GradualPruning(model, optimizer, structure=(1, 8), end=12, every=3)
     assert list(recipe.masks) == ["3.weight", "5.weight"], "two input channels are no group of 8"
     kept = []
@@ -268,7 +270,7 @@ def test_gradual_structure():
         kept += {int(n) for m in recipe.masks.values() for n in m.unflatten(1, (-1, 8)).sum(-1).unique()}
         assert all((before[name] | ~mask).all() for name, mask in recipe.masks.items())
         if t == 2:
-            frozen.zero_()  # a kept 0 comes before a pruned one
+            still.data.zero_()  # a kept 0 comes before a pruned one
     assert kept == [8, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1, 1]
     assert recipe.masks["5.weight"][0].int().tolist() == 2 * [0, 0, 0, 0, 1, 0, 0, 0]
 
@@ -560,7 +562,7 @@ BAD = [
     (lambda: GradualPruning(network(), density=0.1, begin=9, end=5), "begin is 9 and end is 5, expected 0 <= begin < end"),
     (lambda: GradualPruning(network(), density=0.1, end=5, every=0), "GradualPruning: every is 0, expected at least 1"),
     (lambda: GradualPruning(network(), end=5), "density is None and structure is None, expected one of them"),
-    (lambda: GradualPruning(network(), structure=(4, 2), end=5), "structure is 4:2, expected integers 1 <= n <= m"),
+    (lambda: GradualPruning(network(), structure=(4, 2), end=5), "n:m is 4:2, expected integers 1 <= n <= m"),
     (lambda: GradualPruning(network(), structure=(1, 7), end=5), "GradualPruning: no weight is left to prune"),
     (lambda: GradualPruning(network(), density=0.1, end=5, scope="all"), "scope is 'all', expected 'global' or 'layer'"),
     (lambda: GradualPruning(network(), density=0, end=5), "GradualPruning: density is 0, expected 0 < density <= 1"),

@@ -28,9 +28,20 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return (bits[:, None] >> shifts & 1).bool().flatten()[: math.prod(shape)].view(tuple(shape))
 
 
+def is_dense(w: Tensor) -> bool:
+    """Whether elements fill their memory: each dimension begins where those inside it end."""
+    span = 1
+    for _ in w.shape:
+        for stride, size in zip(w.stride(), w.shape):
+            if stride == span and size != 1:
+                span *= size
+    return span == w.numel()
+
+
 def unpack_like(bits: Tensor, w: Tensor) -> Tensor:
-    """Packed bits as a bool tensor with the shape and the strides of `w`, whose memory must be dense."""
-    keep = torch.empty_like(w, dtype=torch.bool)
+    """Packed bits as a bool tensor with the shape and the strides of `w`; row-major where `w` has gaps."""
+    keep = torch.empty_strided(w.shape, w.stride(), dtype=torch.bool, device=w.device) if is_dense(w) else None
+    keep = torch.empty(w.shape, dtype=torch.bool, device=w.device) if keep is None else keep
     keep.as_strided((keep.numel(),), (1,)).copy_(unpack_bits(bits, (keep.numel(),)))
     return keep
 

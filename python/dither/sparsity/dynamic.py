@@ -64,7 +64,7 @@ class RigL(MaskRecipe):
         seed: int,
         skip: Iterable[str] = (),
     ) -> None:
-        check_times("RigL", 0, end, every)
+        _, end, every = check_times("RigL", 0, end, every)
         if not 0 <= drop <= 1:
             raise ValueError(f"RigL: drop is {drop}, expected 0 <= drop <= 1")
         if grow not in ("gradient", "random"):
@@ -73,9 +73,6 @@ class RigL(MaskRecipe):
             raise ValueError(f"RigL: density is {density} and masks {'are' if masks else 'not'} given, expected one of them")
         given = None if masks is None else {layer.name: mask.clone() for layer, mask in matched("RigL", model, masks)}
         super().__init__(model, optimizer, skip=skip, only=given)
-        for layer in self._layers.values():
-            if not layer.weight.requires_grad:
-                raise ValueError(f"RigL: {layer.name!r} does not require a gradient, expected weights that train; skip it")
         if density is not None:
             first = random_masks(model, density, distribution, seed=seed, skip=skip)
         elif given is not None:
@@ -86,7 +83,9 @@ class RigL(MaskRecipe):
         self._watch()
 
     def step(self) -> bool:
-        """Call it after every step of the optimizer, before zero_grad. Returns whether masks changed."""
+        """Call it after every step of the optimizer, before zero_grad. Returns whether masks changed; False after `finish`."""
+        if self.finished:
+            return False
         step = self.steps + 1
         due = self._due(step)
         if due:

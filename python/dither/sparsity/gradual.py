@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .density import Scope, budget, magnitude_masks
-from .masks import nm_mask
+from .masks import check_pattern, nm_mask
 from .recipe import MaskRecipe, check_times
 
 
@@ -19,7 +19,7 @@ def cubic_sparsity(step: int, begin: int, end: int, initial: float = 0.0, final:
 
     `initial` until begin, `final` from end on; both in [0, 1], of sparsities or of densities: the rule is the same.
     """
-    check_times("cubic_sparsity", begin, end, 1)
+    check_times("cubic_sparsity", begin, end)
     for name, value in (("initial", initial), ("final", final)):
         if not 0 <= value <= 1:
             raise ValueError(f"cubic_sparsity: {name} is {value}, expected 0 <= {name} <= 1")
@@ -61,15 +61,15 @@ class GradualPruning(MaskRecipe):
         scope: Scope = "global",
         skip: Iterable[str] = (),
     ) -> None:
-        check_times("GradualPruning", begin, end, every)
+        begin, end, every = check_times("GradualPruning", begin, end, every)
         if (density is None) == (structure is None):
             raise ValueError(f"GradualPruning: density is {density} and structure is {structure}, expected one of them")
         if scope not in ("global", "layer"):
             raise ValueError(f"GradualPruning: scope is {scope!r}, expected 'global' or 'layer'")
         if structure is not None:
-            n, m = structure
-            if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
-                raise ValueError(f"GradualPruning: structure is {n}:{m}, expected integers 1 <= n <= m (n is the number kept)")
+            if not (isinstance(structure, (tuple, list)) and len(structure) == 2):
+                raise ValueError(f"GradualPruning: structure is {structure!r}, expected (n, m)")
+            n, m = structure = check_pattern("GradualPruning", *structure)
             density = n / m
         assert density is not None
         super().__init__(model, optimizer, skip=skip, m=structure and structure[1])
@@ -79,7 +79,9 @@ class GradualPruning(MaskRecipe):
         self._apply(self._all())
 
     def step(self) -> bool:
-        """Call it after every step of the optimizer. Returns whether masks changed."""
+        """Call it after every step of the optimizer. Returns whether masks changed; False after `finish`."""
+        if self.finished:
+            return False
         step = self.steps + 1
         due = self.begin <= step <= self.end and ((step - self.begin) % self.every == 0 or step == self.end)
         if due:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from ..optim import FusedOptimizer
 from .masks import dense_strides, masked, pack_bits, unpack_bits
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.MultiheadAttention)
 
 
@@ -27,7 +29,7 @@ _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Multihead
 class Layer:
     """A weight that may be sparsified. name: of the parameter in the model. dim: its input features, along which groups lie.
 
-    tied: further places (module, name) of the same parameter.
+    tied: further places (module, name) of the same parameter, in modules of any kind.
     """
 
     name: str
@@ -40,6 +42,12 @@ class Layer:
     def weight(self) -> nn.Parameter:
         """The dense parameter, under any parametrization."""
         return _dense(self.module, self.parameter)  # type: ignore[return-value]
+
+    @property
+    def features(self) -> int:
+        """How many input features an output feature sees: the size of `dim`, of one group of a transposed convolution."""
+        groups = self.module.groups if isinstance(self.module, _TRANSPOSED) else 1
+        return self.weight.shape[self.dim] // int(groups)
 
     @property
     def places(self) -> tuple[tuple[nn.Module, str], ...]:
@@ -60,24 +68,61 @@ def sparsifiable(
 ) -> Iterator[Layer]:
     """The weights of Linear, convolution and MultiheadAttention layers, in the order of `named_modules`; tied ones once.
 
-    only, skip: shell patterns of parameter names, for instance skip=("head.*", "*.qkv.weight"). m: leave out weights whose
-    input features are no multiple of m (the first convolution of three channels, depthwise convolutions). Weights that are made
-    of several parameters (weight_norm) are left out too.
+    Args:
+        model: names are those of the model inside DistributedDataParallel, AveragedModel or torch.compile.
+        only, skip: shell patterns of parameter names, for instance skip=("head.*", "*.qkv.weight"). ValueError where a pattern
+            matches no parameter of the model.
+        m: leave out weights whose input features are no multiple of m (the first convolution of three channels, depthwise
+            convolutions).
+
+    Weights that are made of several parameters (weight_norm) are left out. A weight that is tied to an embedding is found too,
+    and then sparse in both.
     """
-    only, skip = (only,) if isinstance(only, str) else tuple(only), (skip,) if isinstance(skip, str) else tuple(skip)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsifiable: model is {type(model).__name__}, expected a torch.nn.Module")
+    patterns = {
+        "only": (only,) if isinstance(only, str) else tuple(only),
+        "skip": (skip,) if isinstance(skip, str) else tuple(skip),
+    }
     found: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, _KINDS):
-            for parameter in _NAMES if isinstance(module, nn.MultiheadAttention) else ("weight",):
-                w = _dense(module, parameter)
-                if w is not None:
-                    found.setdefault(id(w), []).append((f"{path}.{parameter}" if path else parameter, module, parameter))
-    for (name, module, parameter), *others in found.values():
-        tied = tuple((module, parameter) for _, module, parameter in others)
+    others: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    known: list[str] = []
+    for path, module in _plain(model).named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        prefix = "".join(f"{part}." for part in path.split(".") if part not in ("", "_orig_mod"))
+        names = _NAMES if isinstance(module, nn.MultiheadAttention) else ("weight",) if isinstance(module, _KINDS) else ()
+        for parameter in dict.fromkeys((*names, *module._parameters, *getattr(module, "parametrizations", ()))):
+            w = _dense(module, parameter)
+            known.append(prefix + parameter)
+            if w is not None:
+                (found if parameter in names else others).setdefault(id(w), []).append((prefix + parameter, module, parameter))
+    for argument, given in patterns.items():
+        for pattern in given:
+            if pattern != "*" and not any(fnmatchcase(name, pattern) for name in known):
+                some = ", ".join(known[:8]) or "(the model has none)"
+                raise ValueError(
+                    f"sparsifiable: {argument} has {pattern!r}, expected a pattern of parameter names, such as {some}"
+                )
+    only, skip = patterns.values()
+    for (name, module, parameter), *more in found.values():
+        more += others.get(id(_dense(module, parameter)), [])
+        tied = tuple((module, parameter) for _, module, parameter in more)
         layer = Layer(name, module, parameter, int(not isinstance(module, _TRANSPOSED)), tied)
         wanted = any(fnmatchcase(name, p) for p in only) and not any(fnmatchcase(name, p) for p in skip)
-        if wanted and not (m and layer.weight.shape[layer.dim] % m):
+        if wanted and isinstance(layer.weight, nn.UninitializedParameter):
+            raise ValueError(
+                f"sparsifiable: {name!r} has no shape yet, expected a lazy layer that has seen a batch; or skip it"
+            )
+        if wanted and not (m and layer.features % m):
             yield layer
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The user's module inside wrappers."""
+    while isinstance(model, _WRAPPERS):
+        model = model.module
+    return model
 
 
 class Masked(nn.Module):
@@ -163,7 +208,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: FusedO
 
     Without `optimizer`, each weight gets a `Masked` parametrization: any optimizer may train it, gradients are masked too.
     With a dither optimizer nothing is added to the forward pass: the weights are set to 0 once, and the step leaves them and
-    their states alone (`FusedOptimizer.set_mask`). Called again, masks are replaced.
+    their states alone (`FusedOptimizer.set_mask`); after loading other weights call it again. Masks are then replaced.
     """
     if not isinstance(optimizer, (FusedOptimizer, type(None))):
         raise TypeError(f"apply_masks: optimizer is {type(optimizer).__name__}, expected one of dither.optim or None")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._checks import integer, tensor
 from ..ops import write
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,10 +36,9 @@ def nm_mask(
 
     Ties: larger magnitude, then lower index. NaN is larger than every number: it is kept, and the loss shows it.
     """
-    w = w.detach()
-    dim = _check("nm_mask", w, n, m, dim, pad)
+    n, m, dim = _check("nm_mask", w, n, m, dim, pad)
     factor = _checked_factor("nm_mask", factor, w, dim)
-    w = _dense(w)
+    w = _dense(w.detach())
     if not _has_kernel(w, m, dim):
         keep = _sorted(w, n, m, dim, factor)
         return pack_bits(keep) if packed else keep
@@ -83,8 +83,8 @@ def nm_decay_and_bits(
     """`nm_decay` and the packed mask of the same pass."""
     if grad not in ("ste", "masked"):
         raise ValueError(f"nm_decay: grad is {grad!r}, expected 'ste' or 'masked'")
-    dim = _check("nm_decay", w, n, m, dim, pad)
-    return _Decay.apply(w, n, m, _beta("nm_decay", beta), dim, grad == "masked", None)
+    n, m, dim = _check("nm_decay", w, n, m, dim, pad)
+    return _Decay.apply(w, n, m, *_beta("nm_decay", beta), dim, grad == "masked", None)
 
 
 def transposable_mask(w: Tensor, method: Literal["exact", "greedy"] = "exact", *, packed: bool = False) -> Tensor:
@@ -100,9 +100,7 @@ def transposable_mask(w: Tensor, method: Literal["exact", "greedy"] = "exact", *
 
     NaN counts as the largest finite weight. Magnitudes above 4e37 (float64: 2e307) are equal.
     """
-    w = w.detach()
-    if w.dtype not in _FLOATS:
-        raise TypeError(f"transposable_mask: w is {w.dtype}, expected float32, bfloat16, float16 or float64")
+    w = _floats("transposable_mask", w).detach()
     if w.dim() != 2 or w.shape[0] % 4 or w.shape[1] % 4:
         raise ValueError(f"transposable_mask: w has shape {list(w.shape)}, expected a matrix whose sizes are multiples of 4")
     if method not in ("exact", "greedy"):
@@ -128,10 +126,10 @@ def srste(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1, *, pad: 
 
 def srste_and_bits(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1, *, pad: bool = False) -> tuple[Tensor, Tensor]:
     """`srste` and the packed mask of the same pass."""
-    dim = _check("srste", w, n, m, dim, pad)
-    if not math.isfinite(lamb):
-        raise ValueError(f"srste: lamb is {lamb}, expected a finite number")
-    return _Decay.apply(w, n, m, 0.0, dim, False, float(lamb))
+    n, m, dim = _check("srste", w, n, m, dim, pad)
+    if not (isinstance(lamb, (int, float)) and math.isfinite(lamb)):
+        raise ValueError(f"srste: lamb is {lamb!r}, expected a finite number")
+    return _Decay.apply(w, n, m, 0.0, None, dim, False, float(lamb))
 
 
 @torch.no_grad()
@@ -154,7 +152,7 @@ def srste_grad_(grad: Tensor, w: Tensor, bits: Tensor, lamb: float = 2e-4) -> Te
 
 def pack_bits(keep: Tensor) -> Tensor:
     """A bool mask as one bit per element, in its storage order (row-major where it has gaps)."""
-    if keep.dtype != torch.bool:
+    if tensor("pack_bits", "keep", keep).dtype != torch.bool:
         raise TypeError(f"pack_bits: keep is {keep.dtype}, expected torch.bool")
     return ops.reference.sparsity.pack_bits(_dense(keep))
 
@@ -166,10 +164,16 @@ def unpack_bits(bits: Tensor, w: Tensor) -> Tensor:
 
 
 def flip_rate(before: Tensor, after: Tensor) -> float:
-    """The fraction of bits in which two packed masks of one weight differ (Hu et al. 2024: how restless the masks are)."""
-    if before.shape != after.shape or before.dtype != torch.uint8 or after.dtype != torch.uint8:
-        raise ValueError(f"flip_rate: after is {_what(after)}, expected {_what(before)} like before, packed in uint8")
-    flipped = ops.reference.sparsity.unpack_bits(before ^ after, (8 * before.numel(),))
+    """The fraction of weights in which two masks of one weight differ (Hu et al. 2024: how restless the masks are).
+
+    Both bool, or both packed; packed masks count the padding of their last byte, of fewer than 8 bits, as weights too.
+    """
+    same = tensor("flip_rate", "before", before).shape == tensor("flip_rate", "after", after).shape
+    if not same or before.dtype != after.dtype or before.dtype not in (torch.uint8, torch.bool):
+        raise ValueError(f"flip_rate: after is {_what(after)}, expected {_what(before)} like before, bool or packed in uint8")
+    flipped = before ^ after
+    if flipped.dtype == torch.uint8:
+        flipped = ops.reference.sparsity.unpack_bits(flipped, (8 * before.numel(),))
     return int(flipped.count_nonzero()) / max(1, flipped.numel())
 
 
@@ -181,37 +185,40 @@ class _Decay(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, w: Tensor, n: int, m: int, beta: float | Tensor, dim: int, mask_grad: bool, lamb: float | None
+        w: Tensor, n: int, m: int, beta: float, beta_tensor: Tensor | None, dim: int, mask_grad: bool, lamb: float | None
     ) -> tuple[Tensor, Tensor]:
         dense = _dense(w.detach())
-        number, tensor = (0.0, beta) if isinstance(beta, Tensor) else (beta, None)
         out = torch.empty_like(dense)
         if _has_kernel(dense, m, dim):
             bits = _bits_for(dense)
-            write("nm_select_", [out, bits], dense, None, n, m, dim, number, tensor, out, bits, None)
+            write("nm_select_", [out, bits], dense, None, n, m, dim, beta, beta_tensor, out, bits, None)
         else:
             bits = pack_bits(_sorted(dense, n, m, dim, None))
-            write("masked_blend_", [out], out, dense, None, bits, number, tensor, 0.0)
-        ctx.mark_non_differentiable(bits)
-        ctx.mask_grad, ctx.beta, ctx.lamb = mask_grad, number, lamb
-        if mask_grad:
-            ctx.save_for_backward(bits, tensor)
-            ctx.like = dense.stride()
-        elif lamb is not None:
-            ctx.save_for_backward(bits, w)
+            write("masked_blend_", [out], out, dense, None, bits, beta, beta_tensor, 0.0)
         return out, bits
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # type: ignore[override]
+        w, _, _, ctx.beta, beta_tensor, _, ctx.mask_grad, ctx.lamb = inputs
+        ctx.mark_non_differentiable(output[1])
+        if ctx.mask_grad or ctx.lamb is not None:
+            ctx.save_for_backward(output[1], beta_tensor, None if ctx.lamb is None else w)
+            ctx.like = dense_strides(w)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        none = (None,) * 6
-        if ctx.mask_grad:
-            bits, beta = ctx.saved_tensors
-            return _Blend.apply(_laid_out(grad, ctx.like), None, bits, ctx.beta, beta, 0.0), *none
-        if ctx.lamb is not None:
-            bits, w = ctx.saved_tensors
-            dense = _dense(w)
-            return _Blend.apply(_laid_out(grad, dense.stride()), dense, bits, 1.0, None, ctx.lamb), *none
-        return grad, *none
+        if ctx.mask_grad or ctx.lamb is not None:
+            bits, beta, w = ctx.saved_tensors
+            grad = _laid_out(grad, ctx.like)
+            if ctx.mask_grad:
+                grad = _Blend.apply(grad, None, bits, ctx.beta, beta, 0.0)
+            else:
+                grad = _Blend.apply(grad, _dense(w), bits, 1.0, None, ctx.lamb)
+        return grad, None, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        return _one_by_one(_Decay.apply, info, in_dims, args), (0, 0)
 
 
 class _Blend(torch.autograd.Function):
@@ -219,20 +226,36 @@ class _Blend(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, a: Tensor, b: Tensor | None, bits: Tensor, scale: float, scale_tensor: Tensor | None, lamb: float
+        a: Tensor, b: Tensor | None, bits: Tensor, scale: float, scale_tensor: Tensor | None, lamb: float
     ) -> Tensor:
         out = torch.empty_like(a)
         write("masked_blend_", [out], out, a.detach(), None if b is None else b.detach(), bits, scale, scale_tensor, lamb)
-        ctx.save_for_backward(bits, scale_tensor)
-        ctx.scale = scale
-        ctx.like = a.stride()
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        a, _, bits, ctx.scale, scale_tensor, _ = inputs
+        ctx.save_for_backward(bits, scale_tensor)
+        ctx.like = a.stride()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         bits, scale_tensor = ctx.saved_tensors
         grad = _Blend.apply(_laid_out(grad, ctx.like), None, bits, ctx.scale, scale_tensor, 0.0)
         return grad, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _one_by_one(_Blend.apply, info, in_dims, args), 0
+
+
+def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
+    """The results for each member of a batch, stacked in front: packed bits of several tensors do not share bytes."""
+    members = [
+        function(*(a if d is None else a.movedim(d, 0)[i].contiguous() for a, d in zip(args, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(map(torch.stack, zip(*members))) if isinstance(members[0], tuple) else torch.stack(members)
 
 
 # ---- checks and layouts
@@ -242,75 +265,80 @@ def _what(t: Tensor) -> str:
     return f"{t.dtype} of shape {list(t.shape)} on {t.device}"
 
 
-def check_pattern(op: str, n: int, m: int) -> None:
-    """Raise ValueError unless n of every m can be kept."""
-    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
-        raise ValueError(f"{op}: n:m is {n}:{m}, expected integers 1 <= n <= m (n is the number kept)")
+def check_pattern(op: str, n: int, m: int) -> tuple[int, int]:
+    """n and m as ints; ValueError unless n of every m can be kept."""
+    try:
+        integers = integer(op, "n", n), integer(op, "m", m)
+    except (TypeError, ValueError):
+        integers = 0, 0
+    if not 1 <= integers[0] <= integers[1]:
+        raise ValueError(f"{op}: n:m is {n!r}:{m!r}, expected integers 1 <= n <= m (n is the number kept)")
+    return integers
 
 
 def _has_kernel(w: Tensor, m: int, dim: int) -> bool:
     return w.shape[dim] % m == 0 and 2 <= m <= _MOST
 
 
-def _check(op: str, w: Tensor, n: int, m: int, dim: int, pad: bool) -> int:
-    """The dimension, counted from the front."""
-    if w.dtype not in _FLOATS:
-        raise TypeError(f"{op}: w is {w.dtype}, expected float32, bfloat16, float16 or float64")
+def _check(op: str, w: Tensor, n: int, m: int, dim: int, pad: bool) -> tuple[int, int, int]:
+    """n, m and the dimension, counted from the front."""
+    _floats(op, w)
     if w.dim() == 0:
         raise ValueError(f"{op}: w has no dimensions, expected at least 1")
-    check_pattern(op, n, m)
+    n, m = check_pattern(op, n, m)
+    dim = integer(op, "dim", dim)
     if not -w.dim() <= dim < w.dim():
         raise ValueError(f"{op}: dim is {dim}, expected {-w.dim()} <= dim < {w.dim()}")
     dim %= w.dim()
-    if w.shape[dim] % m and not pad:
-        raise ValueError(f"{op}: w has size {w.shape[dim]} in dimension {dim}, expected a multiple of m = {m}, or pad=True")
-    return dim
+    size = w.shape[dim]
+    if size % m and not pad:
+        raise ValueError(f"{op}: w has size {size} in dimension {dim}, expected a multiple of m = {m}, or pad=True")
+    if m > size > 0:  # one group of all
+        n, m = min(n, size), size
+    return n, m, dim
+
+
+def _floats(op: str, w: Tensor) -> Tensor:
+    if tensor(op, "w", w).dtype not in _FLOATS:
+        raise TypeError(f"{op}: w is {w.dtype}, expected float32, bfloat16, float16 or float64")
+    return w
 
 
 def _checked_factor(op: str, factor: Tensor | None, w: Tensor, dim: int) -> Tensor | None:
     if factor is None:
         return None
-    if factor.shape != (w.shape[dim],) or factor.device != w.device or not factor.is_floating_point():
+    if tensor(op, "factor", factor).shape != (w.shape[dim],) or factor.device != w.device or not factor.is_floating_point():
         raise ValueError(f"{op}: factor is {_what(factor)}, expected floating point of shape [{w.shape[dim]}] on {w.device}")
     return factor.detach().to(torch.float64 if w.dtype == torch.float64 else torch.float32).contiguous()
 
 
-def _beta(op: str, beta: float | Tensor) -> float | Tensor:
+def _beta(op: str, beta: float | Tensor) -> tuple[float, Tensor | None]:
+    """beta as a number, or as a tensor that stays where it is."""
     if isinstance(beta, Tensor):
         if beta.numel() != 1 or not beta.is_floating_point():
             raise ValueError(f"{op}: beta is {_what(beta)}, expected one floating point number")
-        return beta.detach().to(torch.float32)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"{op}: beta is {beta}, expected 0 <= beta <= 1")
-    return float(beta)
+        return 0.0, beta.detach().to(torch.float32)
+    if not (isinstance(beta, (int, float)) and 0 <= beta <= 1):
+        raise ValueError(f"{op}: beta is {beta!r}, expected 0 <= beta <= 1")
+    return float(beta), None
 
 
 def _check_bits(op: str, bits: Tensor, w: Tensor) -> None:
-    size = (w.numel() + 7) // 8
-    if bits.dtype != torch.uint8 or bits.shape != (size,) or bits.device != w.device:
+    size = (tensor(op, "w", w).numel() + 7) // 8
+    if tensor(op, "bits", bits).dtype != torch.uint8 or bits.shape != (size,) or bits.device != w.device:
         raise ValueError(
             f"{op}: bits is {_what(bits)}, expected torch.uint8 of shape [{size}] on {w.device}, one bit per element of w"
         )
 
 
-def _is_dense(w: Tensor) -> bool:
-    """Whether elements fill their memory: each dimension begins where those inside it end."""
-    span = 1
-    for _ in w.shape:
-        for stride, size in zip(w.stride(), w.shape):
-            if stride == span and size != 1:
-                span *= size
-    return span == w.numel()
-
-
 def _dense(w: Tensor) -> Tensor:
     """w itself where its elements fill their memory, in whatever order; else a contiguous copy."""
-    return w if w.is_contiguous() or w.numel() == 0 or _is_dense(w) else w.contiguous()
+    return w if w.is_contiguous() or w.numel() == 0 or ops.reference.sparsity.is_dense(w) else w.contiguous()
 
 
 def dense_strides(w: Tensor) -> tuple[int, ...]:
     """The strides in which packed bits of w lie: its own, row-major where it leaves gaps."""
-    return w.stride() if _is_dense(w) else torch.empty(w.shape, device="meta").stride()
+    return w.stride() if ops.reference.sparsity.is_dense(w) else torch.empty(w.shape, device="meta").stride()
 
 
 def _laid_out(grad: Tensor, strides: tuple[int, ...]) -> Tensor:

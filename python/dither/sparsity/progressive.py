@@ -17,6 +17,7 @@ state_dicts into a model and a recipe on one device.
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._checks import integer
 from ..optim import Adam, AdamW, FusedOptimizer
 from ..optim._shards import is_sharded
 from . import layers
@@ -58,10 +60,10 @@ class NM(nn.Module):
         self.shared: Tensor | None = None  # packed mask of the last forward pass, where an optimizer reads it
 
     def forward(self, w: Tensor) -> Tensor:
-        dim = _check("NM", w, self.n, self.m, self.dim, False)
-        if self.n == self.m:
+        n, m, dim = _check("NM", w, self.n, self.m, self.dim, False)
+        if n == m:
             return w
-        out, bits = _Decay.apply(w, self.n, self.m, self.beta, dim, self.grad == "masked", self.lamb or None)
+        out, bits = _Decay.apply(w, n, m, 0.0, self.beta, dim, self.grad == "masked", self.lamb or None)
         if self.shared is not None and w.is_contiguous():
             self.shared.copy_(bits)
         return out
@@ -98,8 +100,6 @@ class _NMRecipe(Recipe):
     _largest: int = 1  # the schedule's group size over the final one
     _hook: Any = None  # on the optimizer, until the recipe is finished
 
-    finished = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -111,17 +111,18 @@ class _NMRecipe(Recipe):
     ) -> None:
         owner = type(self).__name__
         patterns = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
-        if not patterns or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in patterns.values()):
-            raise ValueError(f"{owner}: structure is {structure!r}, expected (n, m) or a dict from patterns of names to (n, m)")
-        patterns = {key: (n, m) for key, (n, m) in patterns.items()}
-        for n, m in patterns.values():
-            check_pattern(owner, n, m)
+        for pattern in patterns.values() or [None]:
+            if not (isinstance(pattern, (tuple, list)) and len(pattern) == 2):
+                given = structure if isinstance(structure, (Mapping, tuple, list, int, float)) else type(structure).__name__
+                raise ValueError(f"{owner}: structure is {given}, expected (n, m) or a dict from patterns of names to (n, m)")
+        patterns = {key: check_pattern(owner, *pattern) for key, pattern in patterns.items()}
+        any(layers.sparsifiable(model, only=patterns))  # every key matches
         _check_grad(owner, grad)
         fitting = {
             layer.name: pattern
             for layer in layers.sparsifiable(model, skip=skip)
             if (pattern := _first_match(layer.name, patterns)) is not None
-            and layer.weight.shape[layer.dim] % (pattern[1] * self._largest) == 0
+            and layer.features % (pattern[1] * self._largest) == 0
         }
         if not fitting:
             sizes = ", ".join(f"{n}:{m}" for n, m in patterns.values())
@@ -152,22 +153,31 @@ class _NMRecipe(Recipe):
             self.steps += 1
             self._update()
 
-    def finish(self) -> nn.Module:
-        """Make the model plain again, its weights n:m in every layer of the recipe; the parameters stay the same objects."""
+    def finish(self, model: nn.Module | None = None) -> nn.Module:
         self._refuse_shards("finish")
-        if self.finished:
+        if model is None and self.finished:
             return self.model
-        self.finished = True
-        for name, holder in self._holders.items():
-            holder.n, holder.m = self.structure[name]
+        pairs = list(self._pairs() if model is None else self._pairs_of(model))
+        if model is None:
+            self.finished = True
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
+        for layer, holder in pairs:
+            holder.n, holder.m = self.structure[layer.name]
             holder.beta.fill_(0.0)
             holder.shared = None
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        for layer, holder in self._pairs():
             layers.unregister(layer, holder)
-        return self.model
+        return self.model if model is None else model
+
+    def _pairs_of(self, model: nn.Module) -> Iterator[tuple[layers.Layer, NM]]:
+        found = {layer.name: layer for layer in layers.sparsifiable(model)}
+        for name in self.structure:
+            holder = layers.parametrization(found[name], NM) if name in found else None
+            if holder is None:
+                what = f"a {type(model).__name__} without an NM parametrization of {name!r}"
+                raise ValueError(f"{type(self).__name__}.finish: model is {what}, expected a copy of the recipe's model")
+            yield found[name], holder
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -185,11 +195,6 @@ class _NMRecipe(Recipe):
 
     def _pairs(self) -> Iterator[tuple[layers.Layer, NM]]:
         return ((layer, self._holders[layer.name]) for layer in self._layers.values())
-
-    def _check_state(self, owner: str, state_dict: dict[str, Any]) -> None:
-        if self.finished:
-            raise RuntimeError(f"{owner}: this {type(self).__name__} has finished, expected one that trains; make a new one")
-        super()._check_state(owner, state_dict)
 
     @abstractmethod
     def _update(self) -> None:
@@ -262,8 +267,8 @@ class MaskDecay(_NMRecipe):
             raise ValueError("MaskDecay: end and rate are None, expected at least one of them")
         if rate is not None and not (0 < rate < math.inf):
             raise ValueError(f"MaskDecay: rate is {rate}, expected a finite number > 0")
-        check_times("MaskDecay", begin, begin + 1 if end is None else end)
-        self.schedule, self.begin, self.end = schedule, begin, end
+        begin, last, _ = check_times("MaskDecay", begin, sys.maxsize if end is None else end)
+        self.schedule, self.begin, self.end = schedule, begin, None if end is None else last
         self.rate = rate if rate is not None else (1.0 if schedule == "linear" else math.log(1000)) / (float(end or 0) - begin)
         super().__init__(model, structure, grad=grad, skip=skip)
 
@@ -327,7 +332,7 @@ class StructureDecay(_NMRecipe):
         grad: Literal["ste", "masked"] = "ste",
         skip: Iterable[str] = (),
     ) -> None:
-        check_times("StructureDecay", begin, end)
+        begin, end, _ = check_times("StructureDecay", begin, end)
         structure_frames(1, 4, kind)
         self.kind, self.begin, self.end = kind, begin, end
         self._largest = 1 if kind == "sparsify" else 8
@@ -372,9 +377,7 @@ class SRSTE(_NMRecipe):
         skip: Iterable[str] = (),
     ) -> None:
         owner = type(self).__name__
-        if begin < 0:
-            raise ValueError(f"{owner}: begin is {begin}, expected begin >= 0")
-        self.lamb, self.begin = _check_lamb(owner, lamb), begin
+        self.lamb, self.begin = _check_lamb(owner, lamb), integer(owner, "begin", begin, 0)
         self._folded = isinstance(optimizer, FusedOptimizer) and lamb > 0
         super().__init__(model, structure, optimizer, skip=skip)
         self._listen()
@@ -426,9 +429,10 @@ class SRSTE(_NMRecipe):
         ids = {id(layer.weight) for layer in self._layers.values()}
         return (group for group in self.optimizer.param_groups if any(id(p) in ids for p in group["params"]))
 
-    def finish(self) -> nn.Module:
-        first, model = not self.finished, super().finish()
-        if self._folded and first:
+    def finish(self, model: nn.Module | None = None) -> nn.Module:
+        ends = model is None and not self.finished
+        model = super().finish(model)
+        if self._folded and ends:
             assert isinstance(self.optimizer, FusedOptimizer)
             for layer, _ in self._pairs():
                 self.optimizer.set_mask(layer.weight, None)
@@ -466,8 +470,8 @@ class STEP(_NMRecipe):
     def __init__(
         self,
         model: nn.Module,
+        structure: Patterns,
         optimizer: Adam,
-        structure: Patterns = (2, 4),
         *,
         steps: int,
         window: int | None = None,
@@ -483,10 +487,14 @@ class STEP(_NMRecipe):
             raise ValueError(f"STEP: earliest and latest are {earliest} and {latest}, expected 0 <= earliest <= latest <= 1")
         beta2 = optimizer.param_groups[0]["betas"][1]
         window = max(1, round(1 / (1 - beta2))) if window is None and beta2 < 1 else window
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"STEP: window is {window!r}, expected an integer >= 1 or None")
-        check_times("STEP", 0, steps)
-        self.window, self.earliest, self.latest = window, int(earliest * steps), int(latest * steps)
+        if window is None:
+            raise ValueError("STEP: window is None, expected an integer, since beta2 is 1")
+        _, steps, _ = check_times("STEP", 0, steps)
+        self.window, self.earliest, self.latest = (
+            integer("STEP", "window", window, 1),
+            int(earliest * steps),
+            int(latest * steps),
+        )
         self.threshold = float(optimizer.param_groups[0]["eps"] if threshold is None else threshold)
         self.lamb = _check_lamb("STEP", lamb)
         self.switched: int | None = None

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
+from .._checks import integer
 from ..optim import FusedOptimizer
 from .density import prunable
-from .layers import apply_masks, parametrization
+from .layers import apply_masks, bake, parametrization
 from .masks import pack_bits
 
 
@@ -27,10 +28,14 @@ class Recipe(ABC):
     """
 
     _needs_optimizer: ClassVar[bool] = False
+    finished = False
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, **which: Any) -> None:
         owner = type(self).__name__
         self._layers = prunable(owner, model, **which)
+        for layer in self._layers.values():
+            if not layer.weight.requires_grad:
+                raise ValueError(f"{owner}: {layer.name!r} does not require a gradient, expected weights that train; skip it")
         if optimizer is not None or self._needs_optimizer:
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(f"{owner}: optimizer is {type(optimizer).__name__}, expected a torch.optim.Optimizer")
@@ -48,6 +53,14 @@ class Recipe(ABC):
                 )
 
     @abstractmethod
+    def finish(self, model: nn.Module | None = None) -> nn.Module:
+        """Make the model plain, its weights sparse; the parameters stay the same objects. The recipe ends.
+
+        model: a copy of the recipe's model instead, such as an average of its weights, that gets the same masks as the recipe's
+            or, where masks follow the weights, the same pattern. The recipe goes on.
+        """
+
+    @abstractmethod
     def _config(self) -> dict[str, Any]:
         """What a checkpoint must agree in."""
 
@@ -61,6 +74,8 @@ class Recipe(ABC):
         self.steps = int(state_dict["steps"])
 
     def _check_state(self, owner: str, state_dict: dict[str, Any]) -> None:
+        if self.finished:
+            raise RuntimeError(f"{owner}: this {type(self).__name__} has finished, expected one that trains; make a new one")
         for name, own in self.state_dict().items():
             if name not in state_dict:
                 raise ValueError(f"{owner}: state_dict has no {name!r}")
@@ -93,11 +108,27 @@ class MaskRecipe(Recipe):
         return sum(int(mask.sum()) for mask in self.masks.values()) / sum(mask.numel() for mask in self.masks.values())
 
     def _apply(self, masks: dict[str, Tensor]) -> None:
+        if self.finished:
+            raise RuntimeError(f"this {type(self).__name__} has finished, expected one that trains; make a new one")
         apply_masks(self.model, masks, self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None)
         self.masks = masks
 
     def _all(self) -> dict[str, Tensor]:
         return {layer.name: torch.ones_like(layer.weight, dtype=torch.bool) for layer in self._layers.values()}
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module | None = None) -> nn.Module:
+        other, model = model is not None, self.model if model is None else model
+        if other or not isinstance(self.optimizer, FusedOptimizer):
+            if other or not self.finished:
+                apply_masks(model, self.masks)
+                bake(model, lambda layer: layer.name in self.masks)
+        elif not self.finished:
+            for layer in self._layers.values():
+                layer.weight.masked_fill_(~self.masks[layer.name], 0)
+                self.optimizer.set_mask(layer.weight, None)
+        self.finished = self.finished or not other
+        return model
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and tensors; masks as one bit per element, row-major."""
@@ -123,9 +154,9 @@ class MaskRecipe(Recipe):
         self.steps = int(state_dict["steps"])
 
 
-def check_times(owner: str, begin: int, end: int, every: int = 1) -> None:
-    """Raise ValueError unless 0 <= begin < end and every >= 1."""
+def check_times(owner: str, begin: int, end: int, every: int = 1) -> tuple[int, int, int]:
+    """The three as ints; ValueError unless 0 <= begin < end and every >= 1."""
+    begin, end = integer(owner, "begin", begin), integer(owner, "end", end)
     if not 0 <= begin < end:
         raise ValueError(f"{owner}: begin is {begin} and end is {end}, expected 0 <= begin < end")
-    if every < 1:
-        raise ValueError(f"{owner}: every is {every}, expected at least 1")
+    return begin, end, integer(owner, "every", every, 1)
