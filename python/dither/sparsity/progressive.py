@@ -31,7 +31,7 @@ from .._checks import integer
 from ..optim import Adam, AdamW, FusedOptimizer
 from ..optim._shards import is_sharded
 from . import layers
-from .masks import _check, _Decay, check_pattern, nm_mask
+from .masks import _apply, _check, _Decay, check_pattern, nm_mask
 from .recipe import Recipe, check_times
 
 Pattern = tuple[int, int]
@@ -63,7 +63,7 @@ class NM(nn.Module):
         n, m, dim = _check("NM", w, self.n, self.m, self.dim, False)
         if n == m:
             return w
-        out, bits = _Decay.apply(w, n, m, 0.0, self.beta, dim, self.grad == "masked", self.lamb or None)
+        out, bits = _apply(_Decay, w, n, m, 0.0, self.beta, dim, self.grad == "masked", self.lamb or None)
         if self.shared is not None and w.is_contiguous():
             self.shared.copy_(bits)
         return out
