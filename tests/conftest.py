@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import dither
+from two_ranks import two_ranks as two_ranks
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("cpu", "emulated_cuda", "cuda")
@@ -55,3 +57,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     ops = emulator() if emulated else torch.ops.dither
     monkeypatch.setattr(dither.ops, "native", ops)
     return Backend(request.param, ops, "cuda" if request.param == "cuda" else "cpu")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -199,14 +199,6 @@ def test_demo_sparsity(out):
     assert_is_picture(out / "masks.png", panels=1)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_demo_runs_repeat(demo, one_thread):
     from dither.demo.data import digits
     from dither.demo.experiments import DEEP, DEEP_ARMS

@@ -1,13 +1,7 @@
 """Optimizers over sharded parameters: placements by a pretended group of ranks, training and checkpoints by two processes."""
 
-import datetime
 import itertools
 import math
-import multiprocessing
-import os
-import pathlib
-import time
-import traceback
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,6 +10,7 @@ from torch import nn
 
 from dither import optim
 from optim_table import BF16, F32, F64, ROWS, same
+from two_ranks import check, needs_two_ranks
 
 dist = torch.distributed
 if not (dist.is_available() and dist.is_gloo_available()):
@@ -168,28 +163,6 @@ def test_fully_sharded_layers_draw_their_part(as_rank, mesh_shape):
 CHECKS: dict[str, Callable[[dist.DeviceMesh], None]] = {}
 
 
-def check(f):
-    CHECKS[f.__name__] = f
-    return f
-
-
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    patience = datetime.timedelta(seconds=20)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=patience)
-    mesh = init_device_mesh("cpu", (2,))
-    for name, f in CHECKS.items():
-        torch.manual_seed(rank)  # ranks differ, unless a check makes them agree
-        try:
-            f(mesh)
-            said = ""
-        except BaseException:  # torch's CheckpointException is no Exception
-            said = traceback.format_exc()
-        pathlib.Path(f"{name}.{rank}").write_text(said)
-    dist.destroy_process_group()
-
-
 NOISY = {"noise_eta": 0.04, "stochastic_rounding": True, "grokfast_lamb": 0.5, "clip_value": 2.0, "seed": 5}
 SHAPES = ((5, 3), (4, 6), (1, 4), (7,), (2, 3, 4))  # cut in two they are uneven, or leave a rank without elements
 
@@ -246,7 +219,7 @@ def masked(optimizer, dtensors=False):
     return optimizer
 
 
-@check
+@check(CHECKS)
 def every_rule_steps_shards_as_the_whole(mesh):
     """Bit for bit: noise, rounding, masks, averages, clipping of values; states of 16 bits too."""
     for name, row in ROWS.items():
@@ -257,7 +230,7 @@ def every_rule_steps_shards_as_the_whole(mesh):
         assert mesh.get_local_rank() == 0 or all(p.to_local().numel() < p.numel() for p in runs[1]), "shards"
 
 
-@check
+@check(CHECKS)
 def placements_do_not_matter(mesh):
     for name in ("SGLD", "AdamW", "RMSprop centered momentum"):
         want = advance(masked(ROWS[name](parameters(F64, BF16), **NOISY)), range(3))
@@ -266,7 +239,7 @@ def placements_do_not_matter(mesh):
             assert same(advance(masked(ROWS[name](params, **NOISY), dtensors=True), range(3)), want), name
 
 
-@check
+@check(CHECKS)
 def gradients_may_be_placed_otherwise(mesh):
     want = parameters(F64)
     optimizer = ROWS["AdamW"](want, max_norm=1.0, **NOISY)
@@ -288,7 +261,7 @@ def gradients_may_be_placed_otherwise(mesh):
                 torch.testing.assert_close(whole(p), q.detach(), rtol=1e-12, atol=1e-12)
 
 
-@check
+@check(CHECKS)
 def max_norm_is_that_of_the_whole(mesh):
     """Replicas count once, on every rank the same; the norm is large and small by turns."""
     for name, max_norm in itertools.product(("SGD momentum", "AdamW"), (0.1, 8.0)):
@@ -306,7 +279,7 @@ def max_norm_is_that_of_the_whole(mesh):
                 assert torch.equal(other, t)
 
 
-@check
+@check(CHECKS)
 def all_ranks_skip_for_a_bad_shard(mesh):
     """NaN or infinity in the last rank's shard of one parameter: no rank advances; later steps as if it had not been."""
     for name in ("SGLD", "NAdam", "ADOPT"):
@@ -326,7 +299,7 @@ def all_ranks_skip_for_a_bad_shard(mesh):
             assert same(got, want), (name, bad)
 
 
-@check
+@check(CHECKS)
 def a_scaler_skips_on_all_ranks(mesh):
     for name in ("SGLD", "AdamW"):
         arguments = NOISY | {"max_norm": 3.0}
@@ -342,7 +315,7 @@ def a_scaler_skips_on_all_ranks(mesh):
         assert same(everything(optimizer), want)
 
 
-@check
+@check(CHECKS)
 def replicas_need_a_seed(mesh):
     params = parameters(BF16)
     optimizer = optim.AdamW(params, stochastic_rounding=True)
@@ -355,7 +328,7 @@ def replicas_need_a_seed(mesh):
     assert not same(params, parameters(BF16))
 
 
-@check
+@check(CHECKS)
 def ranks_agree_on_a_seed(mesh):
     """The first rank's, for each group that draws."""
     params = parameters(BF16, placed=by(mesh, 0))
@@ -418,7 +391,7 @@ def replicated_model(mesh, width):
     return nn.parallel.DistributedDataParallel(network(width))
 
 
-@check
+@check(CHECKS)
 def training_in_parallel_is_training(mesh):
     """FSDP and DDP, each rank with half of a batch, and tensor parallelism; the sums of gradients round differently."""
     half = slice(4 * mesh.get_local_rank(), 4 * mesh.get_local_rank() + 4)
@@ -452,7 +425,7 @@ def set_weights(model, weights):
 FULL = dcp.StateDictOptions(full_state_dict=True)
 
 
-@check
+@check(CHECKS)
 def checkpoints_move_between_two_ranks_and_one(mesh):
     for row, there, back in itertools.product(("SGD momentum", "NAdam"), (True, False), (True, False)):
         models = [sharded_model(mesh) if sharded else network() for sharded in (there, back)]
@@ -466,7 +439,7 @@ def checkpoints_move_between_two_ranks_and_one(mesh):
         assert same(advance(second, range(3, 6)), advance(first, range(3, 6))), (row, there, back)
 
 
-@check
+@check(CHECKS)
 def checkpoints_are_broadcast(mesh):
     model, other = sharded_model(mesh), sharded_model(mesh)
     first = trained(model, range(3))
@@ -480,7 +453,7 @@ def checkpoints_are_broadcast(mesh):
     assert same(advance(second, range(3, 6)), advance(first, range(3, 6)))
 
 
-@check
+@check(CHECKS)
 def sharded_checkpoints_go_through_files(mesh):
     model = sharded_model(mesh)
     first = trained(model, range(3))
@@ -496,24 +469,7 @@ def sharded_checkpoints_go_through_files(mesh):
     assert same(advance(second, range(3, 6)), advance(first, range(3, 6)))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where each rank leaves a file for each check that it has ended."""
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=work, args=(rank, str(folder)), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + 150
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-    return folder
-
-
+@needs_two_ranks
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_ranks(folder, name):
-    for rank in range(2):
-        file = folder / f"{name}.{rank}"
-        assert file.exists(), f"rank {rank} did not end"
-        assert not file.read_text(), f"rank {rank}: {file.read_text()}"
+def test_two_ranks(two_ranks, name):
+    two_ranks(name)

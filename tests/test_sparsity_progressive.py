@@ -1,16 +1,11 @@
 """N:M training from a dense start: the parametrization, mask decay, structure decay, SR-STE and STEP."""
 
 import copy
-import datetime
 import functools
 import io
 import itertools
 import math
-import multiprocessing
-import pathlib
 import statistics
-import time
-import traceback
 
 import pytest
 import torch
@@ -23,16 +18,12 @@ from dither.sparsity import NM, SRSTE, STEP, MaskDecay, StructureDecay, masks_of
 from optim_table import same as same_bits
 from optim_table import tensors_of
 from test_sparsity_training import accuracy, digits, perceptron, train
+from two_ranks import check, needs_two_ranks
 
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(seed=0, dtype=torch.float32):
@@ -886,13 +877,17 @@ def test_refused_models_stay_as_they_were():
 
 # Two processes
 
+CHECKS = {}
+
 
 def whole(t):
     return t.full_tensor() if isinstance(t, torch.distributed.tensor.DTensor) else t.detach()
 
 
-def replicas(rank, mesh):
+@check(CHECKS)
+def replicas(mesh):
     """Replicas of DistributedDataParallel train as one process on both halves of the batch."""
+    rank = mesh.get_rank()
     for name in RECIPES:
         want, got = trained(name, steps=12, dtype=F64), trained(name, dtype=F64)
         replicated = nn.parallel.DistributedDataParallel(got[0])
@@ -906,11 +901,13 @@ def replicas(rank, mesh):
             assert torch.equal(other, t), name
 
 
-def shards(rank, mesh):
+@check(CHECKS)
+def shards(mesh):
     """The recipe, then fully_shard, then the optimizer. Finished is what the whole state_dict was loaded into."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
+    rank = mesh.get_rank()
     for name in ("decay", "exponential", "sparsify", "fine", "sr-ste unfolded"):
         want = trained(name, steps=12, dtype=F64)
         model = network(dtype=F64)
@@ -935,46 +932,10 @@ def shards(rank, mesh):
             RECIPES[name](fully_shard(network(), mesh=mesh), None)
 
 
-TOGETHER = {f.__name__: f for f in (replicas, shards)}
-
-
-def work(rank, folder):
-    """What goes wrong is written to files."""
-    torch.set_num_threads(1)
-    dist = torch.distributed
-    patience = datetime.timedelta(seconds=20)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=patience)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    for name, f in TOGETHER.items():
-        said = ""
-        try:
-            f(rank, mesh)
-        except BaseException:
-            said = traceback.format_exc()
-        pathlib.Path(folder, f"{name}{rank}").write_text(said)
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=work, args=(rank, str(folder)), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + 100
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-    return folder
-
-
-@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
-@pytest.mark.parametrize("name", TOGETHER)
-def test_two_processes(folder, name):
-    for rank in range(2):
-        file = folder / f"{name}{rank}"
-        assert file.exists() and not file.read_text(), file.read_text() if file.exists() else f"rank {rank} did not end"
+@needs_two_ranks
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_ranks(two_ranks, name):
+    two_ranks(name)
 
 
 # What the paper claims, on handwritten digits. Each margin states what was measured.

@@ -32,13 +32,7 @@ from dither.sparsity import (
 )
 from dither.sparsity.report import density_report, export_masks, load_masks, plot_masks_over_time
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linear(keep, dtype=torch.float32):

@@ -1,17 +1,12 @@
 """Masks of an exact density, and recipes that train with them: random, gradual, RigL and SET, lottery tickets."""
 
 import copy
-import datetime
 import functools
 import io
 import itertools
 import math
-import multiprocessing
-import pathlib
 import random
 import statistics
-import time
-import traceback
 
 import pytest
 import torch
@@ -28,17 +23,13 @@ from dither.sparsity.layers import parametrization, sparsifiable
 from dither.sparsity.lottery import LotteryTicket, stability
 from optim_table import same as same_bits
 from optim_table import tensors_of
+from two_ranks import check, needs_two_ranks
 
 SGD = {"torch": torch.optim.SGD, "dither": optim.SGD}
 each_optimizer = pytest.mark.parametrize("make", SGD.values(), ids=SGD)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(seed=0, dtype=torch.float32):
@@ -627,8 +618,17 @@ def test_missing_gradients_are_noticed():
 # Two processes
 
 
+CHECKS = {}
+
+
+@check(CHECKS)
+def replicas_hold_the_same_masks(mesh):
+    """Also with other data on each rank."""
+    for make in SGD.values():
+        train_a_replica(mesh.get_rank(), make)
+
+
 def train_a_replica(rank, make):
-    """Both ranks, with other data each, hold the same masks."""
     model = network()
     optimizer = make(model.parameters(), lr=0.1, momentum=0.9)
     rigl = RigL(model, optimizer, density=0.2, end=12, every=3, seed=0)
@@ -646,34 +646,10 @@ def train_a_replica(rank, make):
     assert not same(first, rigl.masks)
 
 
-def replica(rank, folder):
-    """What goes wrong is written to a file."""
-    torch.set_num_threads(1)
-    dist = torch.distributed
-    patience = datetime.timedelta(seconds=20)
-    said = ""
-    try:
-        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=patience)
-        for make in SGD.values():
-            train_a_replica(rank, make)
-        dist.destroy_process_group()
-    except BaseException:
-        said = traceback.format_exc()
-    pathlib.Path(folder, f"rank{rank}").write_text(said)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
-def test_replicas_hold_the_same_masks(tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=replica, args=(rank, str(tmp_path)), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + 100
-    for rank, process in enumerate(ranks):
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-        file = tmp_path / f"rank{rank}"
-        assert file.exists() and not file.read_text(), file.read_text() if file.exists() else "did not end"
+@needs_two_ranks
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_ranks(two_ranks, name):
+    two_ranks(name)
 
 
 # What the papers claim, on handwritten digits. Each margin states what was measured.
