@@ -5,6 +5,8 @@ import io
 import itertools
 import math
 import operator
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -173,6 +175,18 @@ def test_calibration_of_any_model():
 def test_calibration_sees_through_the_fast_path_of_transformers():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     assert set(collect(layer, [torch.randn(2, 3, 8)])) == {"linear1.weight", "linear2.weight"}
+
+
+def test_progress(monkeypatch):
+    """A bar where tqdm is; what it is given is what is walked."""
+    bars, x = [], torch.ones(2, 4)
+    tqdm = lambda items, **arguments: bars.append(arguments) or items
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=tqdm))
+    for progress in (True, False):
+        assert collect(mlp(4, 4), [x, x], progress=progress)["0.weight"].count == 4
+    assert bars == [{"desc": "calibration", "unit": "batch", "disable": None, "leave": False}]
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert collect(mlp(4, 4), [x, x])["0.weight"].count == 4
 
 
 def test_calibration_refuses():

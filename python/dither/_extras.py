@@ -1,8 +1,11 @@
 """Packages that the library itself does without: pip installs them with an extra."""
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
+from typing import TypeVar
 
+_T = TypeVar("_T")
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 
@@ -20,3 +23,12 @@ def require(module: str, extra: str) -> ModuleType:
             raise
         name = _DISTRIBUTIONS.get(package, package)
         raise MissingExtra(f"this needs {name}: pip install 'dither[{extra}]'", name=package) from error
+
+
+def with_progress(items: Iterable[_T], title: str, unit: str) -> Iterable[_T]:
+    """The items; where tqdm is installed and stderr is a terminal, with a bar while they last."""
+    try:
+        tqdm = require("tqdm", extra="demo").tqdm
+    except MissingExtra:
+        return items
+    return tqdm(items, desc=title, unit=unit, disable=None, leave=False)  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise
-from .._extras import MissingExtra, require
+from .._extras import with_progress
 from ..optim._shards import is_sharded
 from .layers import Layer, apply_masks, matched, sparsifiable
 
@@ -98,7 +98,7 @@ def random_search(
     if trials < 1:
         raise ValueError(f"random_search: trials is {trials}, expected at least 1")
     losses = []
-    for trial in _with_progress(range(trials), "random search"):
+    for trial in with_progress(range(trials), "random search", "trial"):
         candidate = copy.deepcopy(model)
         apply_masks(candidate, random_masks(candidate, density, distribution, seed=seed, step=trial, skip=skip))
         losses.append(float(loss(candidate)))
@@ -233,10 +233,3 @@ def _nodes(layer: Layer) -> tuple[int, ...]:
     """The shape of a mask that keeps or drops whole output features."""
     shape = layer.weight.shape
     return tuple(size if d == 1 - layer.dim else 1 for d, size in enumerate(shape))
-
-
-def _with_progress(steps: Iterable[int], title: str) -> Iterable[int]:
-    try:
-        return require("tqdm", extra="demo").tqdm(steps, title, leave=False, disable=None)  # type: ignore[no-any-return]
-    except MissingExtra:
-        return steps

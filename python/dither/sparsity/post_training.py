@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .._extras import MissingExtra, require
+from .._extras import with_progress
 from .layers import Layer, sparsifiable
 from .masks import _FLOATS, _what, nm_mask
 
@@ -162,7 +162,7 @@ def _run(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module,
     number = 0
     try:
         model.eval()
-        for batch in _bar(batches) if progress else batches:
+        for batch in with_progress(batches, "calibration", "batch") if progress else batches:
             forward(model, batch)
             number += 1
     finally:
@@ -175,14 +175,6 @@ def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def _bar(batches: Iterable[Any]) -> Iterable[Any]:
-    try:
-        tqdm = require("tqdm", extra="demo").tqdm
-    except MissingExtra:
-        return batches
-    return tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False)
 
 
 def _watched(owner: str, model: nn.Module, only: Iterable[str], skip: Iterable[str]) -> list[Layer]:
