@@ -1,5 +1,6 @@
 """What arguments of several functions are held to."""
 
+import numbers
 import operator
 from typing import Any
 
@@ -24,3 +25,21 @@ def tensor(owner: str, name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{owner}: {name} is {type(value).__name__}, expected a tensor")
     return value
+
+
+def instance(owner: str, name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    """TypeError unless `value` is of that kind, which `expected` says in words."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{owner}: {name} is {type(value).__name__}, expected {expected}")
+
+
+def is_real(value: Any) -> bool:
+    """Whether `value` is a number, Python's or numpy's, and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def share(owner: str, name: str, value: Any) -> float:
+    """`value` as a float in (0, 1]."""
+    if not (is_real(value) and 0 < value <= 1):
+        raise ValueError(f"{owner}: {name} is {value!r}, expected 0 < {name} <= 1")
+    return float(value)
