@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dither import optim
-from dither.sparsity import apply_masks, bake, nm_mask
+from dither.sparsity import apply_masks, bake, nm_mask, sparsifiable
 from dither.sparsity.activations import ActivationMeter, TopK, topk_activation
 from dither.sparsity.adaptation import SmallWeights, nuclear_penalty, sara, sara_reselect
 from dither.sparsity.post_training import Calibration, Statistics, collect, dsnot_mask, prune, sparsegpt, wanda_mask
@@ -104,6 +104,11 @@ LAYERS = {
     "circular": (nn.Conv2d(4, 5, 3, padding=(1, 2), padding_mode="circular", bias=False), (2, 4, 6, 7)),
     "conv3d": (nn.Conv3d(4, 5, (1, 2, 3), stride=(1, 2, 1), padding=1, bias=False), (2, 4, 3, 4, 5)),
 }
+GROUPED = {
+    "conv1d": (nn.Conv1d(6, 4, 3, groups=2, padding=1), (3, 6, 8)),
+    "conv2d": (nn.Conv2d(12, 6, (3, 2), groups=3, stride=(1, 2), dilation=(1, 2), padding_mode="circular"), (3, 12, 5, 6)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4), (3, 4, 5, 5)),
+}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -123,6 +128,47 @@ def test_columns_of_layers(name):
         torch.testing.assert_close(collect(module, [x[0], x[1]])["weight"].norm, seen.norm)
 
 
+def in_parts(conv):
+    """A grouped convolution as one convolution for each group."""
+    parts, k, c = [], conv.kernel_size, conv.weight.shape[1]
+    for w, b in zip(conv.weight.detach().chunk(conv.groups), conv.bias.detach().chunk(conv.groups)):
+        arguments = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        parts.append(type(conv)(c, len(w), k, **arguments).to(w.dtype))
+        parts[-1].load_state_dict({"weight": w, "bias": b})
+    return nn.ModuleList(parts)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_convolutions_are_several(name):
+    """Statistics, masks and new weights are those of the parts, each with its own inputs."""
+    torch.manual_seed(0)
+    module, shape = GROUPED[name]
+    module = copy.deepcopy(module).double()
+    torch.nn.init.normal_(module.weight)
+    x = torch.randn(2, *shape, dtype=F64).abs()
+    parts = in_parts(module)
+    split = lambda parts, x: torch.cat([part(c) for part, c in zip(parts, x.chunk(len(parts), 1))], 1)
+    torch.testing.assert_close(split(parts, x[0]), module(x[0]))
+    seen = collect(module, x, hessian=F64)["weight"]
+    each = collect(parts, x, hessian=F64, forward=split).values()
+    assert seen.count == next(iter(each)).count and seen.norm.shape[0] == module.groups
+    for value in ("mean", "variance", "norm", "hessian"):
+        torch.testing.assert_close(getattr(seen, value), torch.stack([getattr(part, value) for part in each]))
+    pattern = {"density": 0.5} if name == "depthwise" else {"n": 1, "m": module.weight.shape[1]}
+    for method in ("wanda", "sparsegpt", "dsnot"):
+        whole, single = copy.deepcopy(module), copy.deepcopy(parts)
+        mask = prune(whole, x, method, **pattern)["weight"]
+        masks = prune(single, x, method, **pattern, forward=split).values()
+        assert mask.equal(torch.cat(list(masks))) and 0 < mask.sum() < mask.numel()
+        torch.testing.assert_close(whole.weight, torch.cat([part.weight for part in single]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"wanda_mask: norm is torch.float64 of shape \[5, .*expected .* or \[groups, "):
+        wanda_mask(module.weight, seen.norm[:1].repeat(5, *[1] * (seen.norm.dim() - 1)), density=0.5)
+    with pytest.raises(ValueError, match=r"sparsegpt: hessian is torch.float64 of shape \[0, .*expected .* or \[groups, "):
+        sparsegpt(module.weight, seen.hessian[:0], density=0.5)
+    with pytest.raises(ValueError, match=rf"x is .*, expected floating point of shape \[{module.groups}, tokens, "):
+        seen.update(x[0].flatten(1))
+
+
 class Odd(nn.Module):
     """Layers run in another order than they are registered in, one twice, with keywords; one never; one inside attention."""
 
@@ -133,12 +179,12 @@ class Odd(nn.Module):
         self.twice = nn.Linear(8, 8)
         self.never = nn.Linear(8, 8)
         self.attention = nn.MultiheadAttention(8, 2)
-        self.depthwise = nn.Conv1d(8, 8, 3, groups=8)
+        self.grouped = nn.Conv1d(8, 8, 3, groups=4)
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x, scale=1.0):
         x = self.attention(x, x, x)[0]
-        x = self.depthwise(F.pad(x.mT, (1, 1))).mT
+        x = self.grouped(F.pad(x.mT, (1, 1))).mT
         x = self.twice(input=self.twice(self.first(self.dropout(x)) * scale).relu())
         return self.last(x)
 
@@ -150,7 +196,7 @@ def test_calibration_of_any_model():
     modes = [m.training for m in model.modules()]
     x = torch.randn(2, 5, 8, dtype=F64)
     seen = collect(model, [{"x": x, "scale": 2.0}], skip="never*")
-    assert set(seen) == {"last.weight", "first.weight", "twice.weight"}
+    assert set(seen) == {"last.weight", "first.weight", "twice.weight", "grouped.weight"}
     assert seen["twice.weight"].count == 2 * seen["first.weight"].count == 20
     assert [m.training for m in model.modules()] == modes
     assert seen["first.weight"].norm.equal(collect(model, [x], only="first*")["first.weight"].norm), "dropout was off"
@@ -159,7 +205,7 @@ def test_calibration_of_any_model():
     with pytest.raises(ZeroDivisionError):
         collect(model, [x], forward=lambda m, b: m(b) / 0 if m(b) is None else 1 / 0)
     assert [m.training for m in model.modules()] == modes
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
     with Calibration(model, only="last*") as calibration:  # one's own loop
         model(x)
@@ -202,6 +248,39 @@ def test_calibration_refuses():
         Calibration(model)
 
 
+class Labels(nn.Module):
+    """Takes x, and by keyword a scale; fails inside where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, *, scale=1.0):
+        return self.layer(x) * scale + None if scale == 0 else self.layer(x) * scale
+
+
+def test_batches_with_labels():
+    model, x = Labels(), torch.ones(2, 4)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(2)), batch_size=2)
+    instead = r"expected the arguments of its forward, or forward=lambda model, batch: model\(batch\[0\]\)"
+    for batches, given in [
+        (loader, r"a batch is a list of 2, which the model does not take \(too many positional arguments\), "),
+        ([(x, None)], r"a batch is a tuple of 2, which the model does not take \(too many positional arguments\), "),
+        ([{"x": x, "y": x}], r"a batch is a dict of 2, which .* \(got an unexpected keyword argument 'y'\), "),
+        ([()], r"a batch is a tuple of 0, which .* \(missing a required argument: 'x'\), "),
+    ]:
+        for use in (collect, lambda *arguments: prune(*arguments, density=0.5)):
+            with pytest.raises(ValueError, match="collect: " + given + instead):
+                use(model, batches)
+        for use in (nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))):
+            with pytest.raises(ValueError, match=instead):
+                collect(use, batches)
+    assert collect(model, loader, forward=lambda model, batch: model(batch[0]))["layer.weight"].count == 2
+    with pytest.raises(TypeError, match="unsupported operand"):  # the model's own
+        collect(model, [{"x": x, "scale": 0}])
+    assert not model.layer._forward_hooks
+
+
 # Wanda
 
 
@@ -236,6 +315,11 @@ def test_wanda_ties_and_convolutions():
         ({"n": 2, "m": 4, "density": 0.5}, ValueError, "n:m is 2:4 and density 0.5, expected either"),
         ({}, ValueError, "n:m is None:None and density None"),
         ({"n": 5, "m": 4}, ValueError, "n:m is 5:4"),
+        ({"n": True, "m": 4}, ValueError, "n:m is True:4, expected integers 1 <= n <= m"),
+        ({"n": 2.0, "m": 4}, ValueError, "n:m is 2.0:4"),
+        ({"n": 2}, ValueError, "n:m is 2:None"),
+        ({"density": "0.5"}, ValueError, "density is '0.5', expected 0 < density <= 1"),
+        ({"density": True}, ValueError, "density is True"),
         ({"n": 1, "m": 3}, ValueError, "w has 8 channels, expected a multiple of m = 3"),
         ({"density": 0.0}, ValueError, "density is 0.0, expected 0 < density <= 1"),
         ({"density": 1.1}, ValueError, "density is 1.1"),
@@ -253,9 +337,10 @@ def test_patterns_refused(arguments, error, words):
         sparsegpt(hessian=torch.eye(8), **arguments)
     model = mlp(8, 2)
     del arguments["w"]
-    if "shape" not in words and error is ValueError:
-        with pytest.raises(error, match=f"prune, 0.weight: {words}"):
-            prune(model, [torch.ones(1, 8)], **arguments)
+    if "w has" not in words and error is ValueError:
+        for method in ("wanda", "magnitude"):
+            with pytest.raises(error, match=f"prune(, 0.weight)?: {words}"):
+                prune(model, [torch.ones(1, 8)], method, **arguments)
 
 
 def test_statistics_refused():
@@ -278,7 +363,7 @@ def test_statistics_refused():
             sparsegpt(w, bad, density=0.5)
     with pytest.raises(ValueError, match="damp is -1, expected"):
         sparsegpt(w, torch.eye(8), density=0.5, damp=-1)
-    with pytest.raises(ValueError, match="block is 0, expected an integer >= 1"):
+    with pytest.raises(ValueError, match="sparsegpt: block is 0, expected at least 1"):
         sparsegpt(w, torch.eye(8), density=0.5, block=0)
 
 
@@ -515,12 +600,73 @@ def test_prune_walks_in_forward_order():
     torch.manual_seed(0)
     model = Odd()
     masks = prune(model, [torch.randn(2, 5, 8)], n=2, m=4, skip="never*")
-    assert list(masks) == ["first.weight", "twice.weight", "last.weight"]
+    assert list(masks) == ["first.weight", "twice.weight", "last.weight"], "2 channels in each of the groups"
     conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5))
     for method in ("wanda", "sparsegpt", "dsnot"):
         model = copy.deepcopy(conv)
         masks = prune(model, [torch.randn(4, 3, 6, 6)], method, n=2, m=4, skip="0.*")
         assert masks["2.weight"].view(8, 2, 4, 9).sum(2).eq(2).all() and model[2].weight[~masks["2.weight"]].eq(0).all()
+
+
+def test_prune_leaves_out_what_m_does_not_divide():
+    """As the recipes: three channels, depthwise, a head of odd width; what has no mask is as it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 8, 1, groups=2),
+        nn.Flatten(),
+        nn.Linear(8, 6),
+        nn.Linear(6, 2),
+    )
+    x = torch.randn(4, 3, 5, 5)
+    for method in ("magnitude", "wanda", "sparsegpt", "dsnot"):
+        pruned = copy.deepcopy(model)
+        masks = prune(pruned, [x], method, n=np.int64(2), m=np.int32(4))
+        assert list(masks) == ["2.weight", "4.weight"]
+        assert masks["2.weight"].view(8, 4).sum(1).eq(2).all() and masks["4.weight"].view(6, 2, 4).sum(2).eq(2).all()
+        for name, w in pruned.state_dict().items():
+            assert name in masks or w.equal(model.state_dict()[name])
+        masks = prune(copy.deepcopy(model), [x], method, density=np.float32(0.5))
+        assert list(masks) == [f"{i}.weight" for i in (0, 1, 2, 4, 5)]
+        sizes = r"0.weight 3, 1.weight 1, 2.weight 4, 4.weight 8, 5.weight 6, expected some multiple of m = 5"
+        with pytest.raises(ValueError, match="prune: the input features of all weights are " + sizes):
+            prune(model, [x], method, n=1, m=5)
+
+
+def test_magnitude_prunes_everything_without_batches():
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(8, 5),
+            "conv": nn.Conv2d(8, 4, 3, groups=2),
+            "transposed": nn.ConvTranspose1d(8, 6, 3, groups=2),
+            "attention": nn.MultiheadAttention(8, 2),
+            "other": nn.MultiheadAttention(8, 2, kdim=4, vdim=12),
+            "none": nn.Linear(1, 4),
+        }
+    )
+    model["none"].weight = nn.Parameter(torch.empty(4, 0))
+    layers = [layer for layer in sparsifiable(model) if layer.weight.numel()]
+    dense = copy.deepcopy(model)
+    masks = prune(model, method="magnitude", n=1, m=4)
+    assert list(masks) == [layer.name for layer in layers] and len(masks) == 9
+    for layer in layers:
+        was = dense.get_parameter(layer.name).detach()
+        assert masks[layer.name].equal(nm_mask(was, 1, 4, layer.dim))
+        assert layer.weight.equal(was * masks[layer.name])
+    apply_masks(model, masks)
+    model = copy.deepcopy(dense)
+    for name, mask in prune(model, None, "magnitude", density=0.25, skip="linear*").items():
+        rows = torch.cat([part.transpose(0, 1) for part in mask.chunk(2)]) if "transposed" in name else mask
+        assert rows.flatten(1).sum(1).eq(round(0.25 * rows[0].numel())).all()
+    assert prune(model, 5, "magnitude", density=1.0).keys() == masks.keys(), "not looked at"
+    for method in ("wanda", "sparsegpt", "dsnot"):
+        with pytest.raises(TypeError, match=f"prune: batches is None, expected the calibration data of '{method}'"):
+            prune(dense, None, method, density=0.5)
+        for batches in (5, {"x": 1}):
+            with pytest.raises(TypeError, match=r"prune: batches is (int|dict), expected some to walk"):
+                prune(dense, batches, method, density=0.5)
 
 
 def test_prune_changes_all_or_nothing():
@@ -537,7 +683,7 @@ def test_prune_changes_all_or_nothing():
         (([x], "best"), ValueError, "method is 'best', expected 'magnitude'"),
         ((iter([x]), "wanda"), ValueError, "batches is an iterator"),
         (([], "wanda"), ValueError, "batches is empty"),
-        (([x], "wanda", 2, 3), ValueError, "prune, 0.weight: w has 8 channels, expected a multiple of m = 3"),
+        (([x], "wanda", 2, 3), ValueError, "prune: the input features of all weights are 0.weight 8, 2.weight 8, expected"),
     ]:
         with pytest.raises(error, match=words):
             prune(model, *arguments, **({} if len(arguments) > 2 else {"density": 0.5}))

@@ -3,14 +3,16 @@
 Every method regards a weight as a matrix: a row for each output feature, a column for each number that the row is multiplied
 with. For a Linear layer this is the weight itself. A convolution has one column for each kernel position and input channel,
 the channel running fastest, so that the m members of an N:M group are channels at one position. Statistics have the columns'
-order. n is the number of weights kept of every m.
+order. The rows of a grouped convolution see other inputs in each of its groups, which have statistics of their own. n is the
+number of weights kept of every m.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,9 +21,11 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from .._checks import instance, integer, is_real, share, tensor
 from .._extras import with_progress
+from ..optim._shards import is_sharded
 from .layers import Layer, sparsifiable
-from .masks import _FLOATS, _what, nm_mask
+from .masks import _FLOATS, _what, check_pattern, nm_mask
 
 # ---- calibration
 
@@ -31,6 +35,7 @@ class Statistics:
 
     count: tokens seen. mean, variance: of each column, float64, the variance divided by count. norm: the square root of each
     column's sum of squares. hessian: the sum of x x^T, [columns, columns], if asked for with its dtype (SparseGPT), else None.
+    Where x has groups, so have all but count, as their first dimension.
 
     Parts are merged as by Chan, Golub & LeVeque 1983: nothing depends on how tokens are split into batches, and a large
     mean costs no digits of the variance.
@@ -38,7 +43,7 @@ class Statistics:
 
     def __init__(self, hessian: torch.dtype | None = None) -> None:
         if hessian not in (None, torch.float32, torch.float64):
-            raise TypeError(f"Statistics: hessian is {hessian}, expected torch.float32, torch.float64 or None")
+            raise TypeError(f"Statistics: hessian is {hessian!r}, expected torch.float32, torch.float64 or None")
         self.count = 0
         self.mean = self._squares = torch.zeros((), dtype=torch.float64)
         self.hessian: Tensor | None = None
@@ -46,24 +51,33 @@ class Statistics:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> Statistics:
-        """Count the rows of x, [tokens, columns]. Returns self."""
-        if x.dtype not in _FLOATS or x.dim() != 2 or (self.count and x.shape[1] != len(self.mean)):
-            columns = len(self.mean) if self.count else "columns"
-            raise ValueError(f"Statistics.update: x is {_what(x)}, expected floating point of shape [tokens, {columns}]")
-        new = len(x)
+        """Count the rows of x, [tokens, columns] or [groups, tokens, columns]. Returns self."""
+        owner = "Statistics.update"
+        tensor(owner, "x", x)
+        seen = self.mean.shape
+        if x.dtype not in _FLOATS or x.dim() not in (2, 3) or (self.count and x.shape[:-2] + x.shape[-1:] != seen):
+            fits = ", ".join(map(str, [*seen[:-1], "tokens", *seen[-1:]]))
+            allowed = f"[{fits}]" if self.count else "[tokens, columns] or [groups, tokens, columns]"
+            raise ValueError(f"{owner}: x is {_what(x)}, expected floating point of shape {allowed}")
+        new = x.shape[-2]
         if not new:
             return self
         x = x.double()
-        mean = x.mean(0)
+        mean = x.mean(-2)
         step = mean - self.mean.to(x.device)
         total = self.count + new
-        self._squares = self._squares.to(x.device) + (x - mean).square().sum(0) + step.square() * (self.count * new / total)
+        around = (x - mean.unsqueeze(-2)).square().sum(-2)
+        self._squares = self._squares.to(x.device) + around + step.square() * (self.count * new / total)
         self.mean = self.mean.to(x.device) + step * (new / total)
         self.count = total
         if self._hessian_dtype is not None:
             x = x.to(self._hessian_dtype)
             with torch.autocast(x.device.type, enabled=False):
-                self.hessian = x.T @ x if self.hessian is None else self.hessian.addmm_(x.T, x)
+                if self.hessian is None:
+                    self.hessian = x.mT @ x
+                else:
+                    self.hessian = self.hessian.to(x.device)
+                    (self.hessian.addmm_ if x.dim() == 2 else self.hessian.baddbmm_)(x.mT, x)
         return self
 
     @property
@@ -84,8 +98,8 @@ class Calibration:
         calibration.statistics["0.weight"].norm
 
     Args:
-        model: any module. Watched are Linear layers and convolutions of one group, neither transposed nor inside
-            nn.MultiheadAttention, whose projections are no calls of a module.
+        model: any module. Watched are Linear layers and convolutions. Transposed convolutions are not, nor the projections of
+            nn.MultiheadAttention, which are no calls of a module.
         only, skip: shell patterns of parameter names, as `sparsifiable`.
         hessian: keep the sum of x x^T too, in float32; or the dtype to keep it in, float32 or float64. Memory is then
             quadratic in the columns of a weight, else linear.
@@ -102,14 +116,15 @@ class Calibration:
         skip: Iterable[str] = (),
         hessian: bool | torch.dtype = False,
     ) -> None:
-        self._layers = _watched("Calibration", model, only, skip)
+        self._layers = _prunable("Calibration", model, only, skip)
+        instance("Calibration", "hessian", hessian, (bool, torch.dtype), "a bool, torch.float32 or torch.float64")
         dtype = hessian if isinstance(hessian, torch.dtype) else torch.float32 if hessian else None
         self.statistics = {layer.name: Statistics(dtype) for layer in self._layers}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Calibration:
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_pre_hook(self._hook(layer), with_kwargs=True))
+            self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -117,7 +132,7 @@ class Calibration:
             self._handles.pop().remove()
 
     def _hook(self, layer: Layer) -> Callable[..., None]:
-        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
             self.statistics[layer.name].update(_columns(module, args[0] if args else kwargs["input"]))
 
         return seen
@@ -138,12 +153,13 @@ def collect(
     Args:
         model, only, skip, hessian: as `Calibration`. The model is left in the modes in which it came.
         batches: a tensor is given to the model as it is, a tuple or list as positional arguments, a mapping as keywords.
-        forward: called as forward(model, batch) instead, for instance `lambda model, batch: model(batch[0])` where batches
-            hold labels too.
+        forward: called as forward(model, batch) instead: `lambda model, batch: model(batch[0])` where batches hold labels too.
         progress: show a bar where tqdm is installed and the output is a terminal.
 
-    ValueError: no batches, a layer that no batch reaches, inputs that hold NaN or infinity.
+    ValueError: no batches, one that the model's forward does not take, a layer that no batch reaches, inputs that hold NaN or
+    infinity.
     """
+    _check_calibration("collect", batches, forward)
     with Calibration(model, only=only, skip=skip, hessian=hessian) as calibration:
         if not _run(model, batches, forward or _call, progress):
             raise ValueError("collect: batches is empty, expected at least one batch")
@@ -172,29 +188,69 @@ def _run(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module,
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
+    args, kwargs = (batch if isinstance(batch, (tuple, list)) else (batch,)), {}
     if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        args, kwargs = (), dict(batch)
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        if (reason := _misfit(model.forward, args, kwargs)) is None:
+            raise
+        held = f" of {len(batch)}" if isinstance(batch, (tuple, list, Mapping)) else ""
+        raise ValueError(
+            f"collect: a batch is a {type(batch).__name__}{held}, which the model does not take ({reason}), expected the "
+            "arguments of its forward, or forward=lambda model, batch: model(batch[0])"
+        ) from error
 
 
-def _watched(owner: str, model: nn.Module, only: Iterable[str], skip: Iterable[str]) -> list[Layer]:
-    layers = [layer for layer in sparsifiable(model, only=only, skip=skip) if _is_matrix(layer.module)]
+def _misfit(function: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> str | None:
+    """Why arguments do not fit a signature; None if they do, or nobody knows."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _check_calibration(owner: str, batches: Any, forward: Any) -> None:
+    if isinstance(batches, (str, Mapping)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"{owner}: batches is {type(batches).__name__}, expected some to walk, such as a list of tensors")
+    if not (forward is None or callable(forward)):
+        raise TypeError(f"{owner}: forward is {forward!r}, expected a function of (model, batch)")
+
+
+def _prunable(
+    owner: str, model: nn.Module, only: Iterable[str], skip: Iterable[str], m: int | None = None, watched: bool = True
+) -> list[Layer]:
+    """The layers with plain weights whose input features m divides; watched: of those whose inputs are seen."""
+    instance(owner, "model", model, nn.Module, "a torch.nn.Module")
+    found = [layer for layer in sparsifiable(model, only=only, skip=skip) if layer.weight.numel()]
+    found = [layer for layer in found if _is_watched(layer.module) or not watched]
+    if not found:
+        raise ValueError(f"{owner}: the model has no layer to prune, expected a Linear layer or a convolution")
+    layers = [layer for layer in found if not (m and layer.features % m)]
     if not layers:
-        raise ValueError(f"{owner}: the model has no layer to prune, expected a Linear layer or a convolution of one group")
+        sizes = ", ".join(f"{layer.name} {layer.features}" for layer in found)
+        raise ValueError(f"{owner}: the input features of all weights are {sizes}, expected some multiple of m = {m}")
     for layer in layers:
         if parametrize.is_parametrized(layer.module, layer.parameter):
             raise ValueError(f"{owner}: {layer.name!r} has a parametrization, expected a plain weight; bake the model first")
+        if is_sharded(layer.weight):
+            raise TypeError(f"{owner}: weight {layer.name!r} is a DTensor, expected a whole tensor")
     return layers
 
 
-def _is_matrix(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.groups == 1
-    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+def _is_watched(module: nn.Module) -> bool:
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, kinds) and not isinstance(module, NonDynamicallyQuantizableLinear)  # the latter: of attention
 
 
 def _columns(module: nn.Module, x: Tensor) -> Tensor:
-    """The input of a layer, [tokens, columns]."""
+    """The input of a layer, [tokens, columns], or [groups, tokens, columns] where it has several."""
     if isinstance(module, nn.Linear):
         return x.reshape(-1, module.in_features)
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -204,7 +260,9 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     for dim, (size, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation), 2):
         x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    return x.movedim(1, -1).flatten(1 + places).flatten(0, places)
+    x = x.unflatten(1, (module.groups, -1)).movedim((1, 2), (0, -1))  # [groups, batch, *outputs, *kernel, channels]
+    x = x.flatten(2 + places).flatten(1, 1 + places)
+    return x if module.groups > 1 else x[0]
 
 
 def _matrix(w: Tensor) -> Tensor:
@@ -225,19 +283,18 @@ def wanda_mask(w: Tensor, norm: Tensor, n: int | None = None, m: int | None = No
 
     Args:
         w: floating point, [rows, channels, ...].
-        norm: of each column (`Statistics.norm`), >= 0; a factor common to all changes nothing.
+        norm: of each column (`Statistics.norm`), >= 0; a factor common to all changes nothing. [columns], or [groups,
+            columns] for as many equal parts of the rows.
         n, m: keep n of every m channels; m divides their number.
         density: or keep round(density columns) of each row; 0 < density <= 1.
 
     Returns a bool mask of w's shape. Ties: larger score, then lower column.
     """
-    return _score_mask("wanda_mask", w, norm, n, m, density)
-
-
-def _score_mask(owner: str, w: Tensor, norm: Tensor | None, n: int | None, m: int | None, density: float | None) -> Tensor:
+    owner = "wanda_mask"
     kept, group = _pattern(owner, w, n, m, density)
-    factor = None if norm is None else _per_column(owner, "norm", norm, w)
-    return _like(nm_mask(_matrix(w.detach()), kept, group, factor=factor), w)
+    factors = _per_column(owner, "norm", norm, w).view(-1, w[0].numel())
+    parts = _matrix(w.detach()).chunk(len(factors))
+    return _like(torch.cat([nm_mask(part, kept, group, factor=factor) for part, factor in zip(parts, factors)]), w)
 
 
 @torch.no_grad()
@@ -260,7 +317,8 @@ def sparsegpt(
     Args:
         w: floating point, [rows, channels, ...].
         hessian: sum of x x^T over the columns' inputs (`Statistics.hessian`), float32 or float64, the precision of the
-            computation; a common factor changes nothing. A column that is always 0 loses its weights.
+            computation; a common factor changes nothing. A column that is always 0 loses its weights. [columns, columns], or
+            [groups, columns, columns] for as many equal parts of the rows, each pruned by itself.
         n, m: keep n of every m channels, chosen when the first of them is reached.
         density: or a fraction of all weights, chosen for a block of columns at a time from all rows together; the number kept
             is round(density numel).
@@ -272,15 +330,21 @@ def sparsegpt(
     owner = "sparsegpt"
     kept, group = _pattern(owner, w, n, m, density)
     rows, columns = len(w), w[0].numel()
-    if hessian.shape != (columns, columns) or hessian.dtype not in (torch.float32, torch.float64) or hessian.device != w.device:
-        allowed = f"torch.float32 or torch.float64 of shape [{columns}, {columns}] on {w.device}"
+    tensor(owner, "hessian", hessian)
+    if not (_fits(hessian, (columns, columns), w) and hessian.dtype in (torch.float32, torch.float64)):
+        allowed = (
+            f"torch.float32 or torch.float64 of shape [{columns}, {columns}] or [groups, {columns}, {columns}] on {w.device}"
+        )
         raise ValueError(f"{owner}: hessian is {_what(hessian)}, expected {allowed}")
-    if not hessian.isfinite().all():
-        raise ValueError(f"{owner}: hessian holds NaN or infinity, expected finite numbers")
-    if not 0 <= damp < math.inf:
+    _check_finite(owner, "w", w)
+    _check_finite(owner, "hessian", hessian)
+    if not (is_real(damp) and 0 <= damp < math.inf):
         raise ValueError(f"{owner}: damp is {damp!r}, expected a finite number >= 0")
-    if not (isinstance(block, int) and block >= 1):
-        raise ValueError(f"{owner}: block is {block!r}, expected an integer >= 1")
+    block = integer(owner, "block", block, 1)
+    if hessian.dim() == 3:
+        parts = zip(w.chunk(len(hessian)), hessian)
+        news, keeps = zip(*(sparsegpt(part, h, n, m, density, damp=damp, block=block) for part, h in parts))
+        return torch.cat(news), torch.cat(keeps)
 
     new, upper = _matrix(w).to(hessian.dtype, copy=True), _inverse_factor(owner, hessian, damp)
     new[:, hessian.diagonal() == 0] = 0
@@ -344,8 +408,8 @@ def dsnot_mask(
 
     Args:
         w: floating point, [rows, channels, ...], dense.
-        mask: bool, w's shape, from anywhere; its number of weights in each row (in each group) is kept.
-        statistics: of the layer's inputs (`collect`, or `Statistics` of one's own).
+        mask: bool, w's shape, from anywhere; its number of weights in each row (in each group of m) is kept.
+        statistics: of the layer's inputs (`collect`, or `Statistics` of one's own), which may have groups.
         m: swap within groups of m channels only, which keeps an N:M mask one. There too the sign of the pruned weight
             matters; the published code ignores it for groups, and |e_i| may grow.
         cycles: at most so many swaps of a row.
@@ -357,21 +421,26 @@ def dsnot_mask(
     Returns a bool mask of w's shape. Ties: lower column.
     """
     owner = "dsnot_mask"
+    group = _pattern(owner, w, *((None, None, 1.0) if m is None else (1, m, None)))[1]
+    tensor(owner, "mask", mask)
     if mask.dtype != torch.bool or mask.shape != w.shape or mask.device != w.device:
         raise ValueError(f"{owner}: mask is {_what(mask)}, expected bool of shape {list(w.shape)} on {w.device}")
-    group = _pattern(owner, w, *((None, None, 1.0) if m is None else (1, m, None)))[1]
+    instance(owner, "statistics", statistics, Statistics, "a Statistics")
     if not statistics.count:
         raise ValueError(f"{owner}: statistics is empty, expected some inputs; see collect")
     mean, variance, norm = (
         _per_column(owner, f"statistics.{name}", getattr(statistics, name), w) for name in ("mean", "variance", "norm")
     )
-    if not (isinstance(cycles, int) and cycles >= 0):
-        raise ValueError(f"{owner}: cycles is {cycles!r}, expected an integer >= 0")
-    if not (tolerance >= 0 and math.isfinite(power)):
+    _check_finite(owner, "w", w)
+    cycles = integer(owner, "cycles", cycles, 0)
+    if not (is_real(tolerance) and tolerance >= 0 and is_real(power) and math.isfinite(power)):
         raise ValueError(f"{owner}: tolerance, power are {tolerance!r}, {power!r}, expected tolerance >= 0 and a finite power")
 
     weight, keep = _matrix(w).to(torch.promote_types(w.dtype, torch.float32)), _matrix(mask).clone()
-    mean, variance, norm = (s.to(weight.dtype) for s in (mean, variance, norm))
+    rows_each = 1 if mean.dim() == 1 else len(w) // len(mean)  # one row of statistics for all rows, or one for each
+    mean, variance, norm = (
+        s.to(weight.dtype).view(-1, weight.shape[1]).repeat_interleave(rows_each, 0) for s in (mean, variance, norm)
+    )
     share = weight * mean
     error = (share * ~keep).sum(1, keepdim=True)
     sign = error.sign()
@@ -404,32 +473,52 @@ def dsnot_mask(
 
 def _pattern(owner: str, w: Tensor, n: int | None, m: int | None, density: float | None) -> tuple[int, int]:
     """(kept, of how many columns); a density keeps some of a whole row."""
+    tensor(owner, "w", w)
     if w.dtype not in _FLOATS:
         raise TypeError(f"{owner}: w is {w.dtype}, expected float32, bfloat16, float16 or float64")
     if w.dim() < 2 or not w.numel():
         raise ValueError(f"{owner}: w has shape {list(w.shape)}, expected [rows, channels, ...]")
     if density is not None and n is None and m is None:
-        if not 0 < density <= 1:
-            raise ValueError(f"{owner}: density is {density!r}, expected 0 < density <= 1")
         columns = w[0].numel()
-        if not round(density * columns):
+        kept = round(share(owner, "density", density) * columns)
+        if not kept:
             raise ValueError(f"{owner}: density is {density}, expected one that keeps some of the {columns} weights of a row")
-        return round(density * columns), columns
-    if density is not None or not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m):
-        given = f"n:m is {n}:{m} and density {density}"
+        return kept, columns
+    _check_either(owner, n, m, density)
+    kept, group = check_pattern(owner, n, m)  # type: ignore[arg-type]  # one of them may be None: refused
+    if w.shape[1] % group:
+        raise ValueError(f"{owner}: w has {w.shape[1]} channels, expected a multiple of m = {group}")
+    return kept, group
+
+
+def _check_either(owner: str, n: Any, m: Any, density: Any) -> None:
+    """Raise ValueError unless there is an n:m or a density, and not both."""
+    if (density is None) == (n is None and m is None):
+        given = f"n:m is {n!r}:{m!r} and density {density!r}"
         raise ValueError(f"{owner}: {given}, expected either integers 1 <= n <= m (n is the number kept) or a density")
-    if w.shape[1] % m:
-        raise ValueError(f"{owner}: w has {w.shape[1]} channels, expected a multiple of m = {m}")
-    return n, m
+
+
+def _fits(value: Tensor, shape: tuple[int, ...], w: Tensor) -> bool:
+    """Whether value has this shape on w's device, or such for each of several equal parts of w's rows."""
+    groups, rest = value.shape[: -len(shape)], value.shape[-len(shape) :]
+    whole = not groups or (len(groups) == 1 and groups[0] > 0 and len(w) % groups[0] == 0)
+    return value.device == w.device and rest == shape and whole
 
 
 def _per_column(owner: str, name: str, value: Tensor, w: Tensor) -> Tensor:
     columns = w[0].numel()
-    if value.shape != (columns,) or value.device != w.device or not value.is_floating_point():
-        raise ValueError(f"{owner}: {name} is {_what(value)}, expected floating point of shape [{columns}] on {w.device}")
+    tensor(owner, name, value)
+    if not (value.is_floating_point() and _fits(value, (columns,), w)):
+        allowed = f"floating point of shape [{columns}] or [groups, {columns}] on {w.device}"
+        raise ValueError(f"{owner}: {name} is {_what(value)}, expected {allowed}")
     if not value.isfinite().all() or (name != "statistics.mean" and (value < 0).any()):
         raise ValueError(f"{owner}: {name} holds NaN, infinity or a negative number, expected finite numbers")
     return value
+
+
+def _check_finite(owner: str, name: str, value: Tensor) -> None:
+    if not value.isfinite().all():
+        raise ValueError(f"{owner}: {name} holds NaN or infinity, expected finite numbers")
 
 
 # ---- models
@@ -446,7 +535,7 @@ _OPTIONS: dict[str, set[str]] = {
 @torch.no_grad()
 def prune(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     method: Method = "wanda",
     n: int | None = None,
     m: int | None = None,
@@ -461,15 +550,18 @@ def prune(
 ) -> dict[str, Tensor]:
     """Prune a trained model: its weights are set to 0 in place (and changed, by "sparsegpt"), its masks returned by name.
 
-    The model stays a plain model. To train it further with its zeros, give the masks to `apply_masks`.
+    The model stays a plain model. To train it further with its zeros, give the masks to `apply_masks`. What has no mask in the
+    result was left dense, as it was.
 
     Args:
-        model: its Linear layers and convolutions of one group are pruned, see `Calibration`. Leave out with `skip` what no
-            batch reaches, or what should stay dense, such as the head.
-        batches, forward, progress: the calibration data, as `collect`. Not looked at for "magnitude".
+        model: its Linear layers and convolutions are pruned; by "magnitude", which needs no inputs, all that `sparsifiable`
+            finds: transposed convolutions and the projections of nn.MultiheadAttention too, which other methods leave dense
+            (see `Calibration`). Leave out with `skip` what no batch reaches, or what should stay dense, such as the head.
+        batches, forward, progress: the calibration data, as `collect`. "magnitude" needs and looks at none.
         method: "magnitude", "wanda" (`wanda_mask`), "sparsegpt", or "dsnot" (`dsnot_mask`, from the mask of Wanda).
-        n, m: keep n of every m channels.
-        density: or this fraction of the weights of each row ("sparsegpt": of each weight).
+        n, m: keep n of every m input features. Weights whose number of input features (in each group of a convolution) is no
+            multiple of m stay dense, as in the recipes: a first convolution of three channels, depthwise ones.
+        density: or this fraction of the weights of each row ("sparsegpt": of each weight, of each group of a convolution).
         sequential: layers are pruned in the order in which they run, each from the inputs that it has after those before it
             were pruned: one pass over the batches for every layer. If False, one pass in all, with the inputs of the dense
             model.
@@ -482,26 +574,35 @@ def prune(
     if unknown := set(options) - _OPTIONS[method]:
         takes = ", ".join(sorted(_OPTIONS[method])) or "none"
         raise TypeError(f"prune: unexpected option {min(unknown)!r}; {method!r} takes {takes}")
-    layers = _watched("prune", model, only, skip)
+    _check_either("prune", n, m, density)
+    if density is None:
+        n, m = check_pattern("prune", n, m)  # type: ignore[arg-type]
+    else:
+        share("prune", "density", density)
+    if batches is None and method != "magnitude":
+        raise TypeError(f"prune: batches is None, expected the calibration data of {method!r}; only 'magnitude' needs none")
+    if method != "magnitude":
+        _check_calibration("prune", batches, forward)
+        if isinstance(batches, Iterator) and sequential:
+            raise ValueError("prune: batches is an iterator, expected something to walk again for every layer, such as a list")
+    layers = _prunable("prune", model, only, skip, m, watched=method != "magnitude")
     for layer in layers:
-        _pattern(f"prune, {layer.name}", layer.weight, n, m, density)
-    if iter(batches) is batches and sequential and method != "magnitude":
-        raise ValueError("prune: batches is an iterator, expected something to walk again for every layer, such as a list")
+        _pattern(f"prune, {layer.name}", _rows(layer), n, m, density)
 
     parts = [layers]
-    if sequential and method != "magnitude":
+    if sequential and batches is not None and method != "magnitude":
         parts = [[layer] for layer in _in_order(model, batches, layers, forward)]
     before: list[tuple[Tensor, Tensor]] = []
     masks: dict[str, Tensor] = {}
     try:
         for part in parts:
             seen: dict[str, Statistics] = {}
-            if method != "magnitude":
+            if batches is not None and method != "magnitude":
                 names = [layer.name for layer in part]
                 seen = collect(model, batches, only=names, hessian=method == "sparsegpt", forward=forward, progress=progress)
             for layer in part:
                 w: Tensor = layer.weight
-                new, mask = _pruned(method, w, seen.get(layer.name, Statistics()), n, m, density, options)
+                new, mask = _pruned(method, layer, seen.get(layer.name, Statistics()), n, m, density, options)
                 before.append((w, w.clone()))
                 w.copy_(torch.where(mask, new, 0))
                 masks[layer.name] = mask
@@ -514,13 +615,14 @@ def prune(
 
 def _pruned(
     method: Method,
-    w: Tensor,
+    layer: Layer,
     statistics: Statistics,
     n: int | None,
     m: int | None,
     density: float | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
+    w: Tensor = layer.weight
     if method == "sparsegpt":
         assert statistics.hessian is not None
         return sparsegpt(w, statistics.hessian, n, m, density, **options)
@@ -528,7 +630,21 @@ def _pruned(
         return w, dsnot_mask(w, wanda_mask(w, statistics.norm, n, m, density), statistics, m, **options)
     if method == "wanda":
         return w, wanda_mask(w, statistics.norm, n, m, density)
-    return w, _score_mask("prune", w, None, n, m, density)
+    rows = _rows(layer)
+    mask = _like(nm_mask(_matrix(rows.detach()), *_pattern(f"prune, {layer.name}", rows, n, m, density)), rows)
+    return w, _turned(layer, mask)
+
+
+def _rows(layer: Layer) -> Tensor:
+    """The weight as [rows, channels, *kernel]."""
+    return _turned(layer, layer.weight)
+
+
+def _turned(layer: Layer, w: Tensor) -> Tensor:
+    """For a transposed convolution, whose weight has its input features first, from there to [rows, channels], and back."""
+    if layer.dim == 1:
+        return w
+    return w.unflatten(0, (layer.weight.shape[0] // layer.features, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _in_order(
