@@ -218,6 +218,21 @@ def test_calibration_of_any_model():
     torch.testing.assert_close(seen["0.weight"].hessian, x.float().flatten(0, 1).T @ x.float().flatten(0, 1))
 
 
+def test_calibration_of_a_shared_weight():
+    torch.manual_seed(0)
+    model, x = mlp(8, 8, 8, act=nn.Tanh), torch.randn(5, 8)
+    model[2].weight = model[0].weight
+    seen = collect(model, [x])
+    both = torch.cat([x, model[:2](x).detach()])
+    assert list(seen) == ["0.weight"] and seen["0.weight"].count == 10
+    torch.testing.assert_close(seen["0.weight"].norm, both.double().norm(dim=0))
+    assert model[2].weight.count_nonzero() == 64 and list(prune(model, [x], density=0.5)) == ["0.weight"]
+    assert model[2].weight.count_nonzero() == 32
+    model = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 6))
+    model[1].weight = model[0].weight
+    assert collect(model, [torch.tensor([1, 2])])["1.weight"].count == 2, "looking up is no product"
+
+
 def test_calibration_sees_through_the_fast_path_of_transformers():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     assert set(collect(layer, [torch.randn(2, 3, 8)])) == {"linear1.weight", "linear2.weight"}

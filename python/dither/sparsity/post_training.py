@@ -105,7 +105,7 @@ class Calibration:
             quadratic in the columns of a weight, else linear.
 
     statistics: by parameter name, one entry for every watched layer; its count is 0 until the layer is reached. A layer called
-    several times sees all its inputs.
+    several times sees all its inputs, and a weight that layers share those of all of them.
     """
 
     def __init__(
@@ -124,7 +124,8 @@ class Calibration:
 
     def __enter__(self) -> Calibration:
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
+            for module in _watched(layer):
+                self._handles.append(module.register_forward_hook(self._hook(layer), with_kwargs=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -229,7 +230,7 @@ def _prunable(
     """The layers with plain weights whose input features m divides; watched: of those whose inputs are seen."""
     instance(owner, "model", model, nn.Module, "a torch.nn.Module")
     found = [layer for layer in sparsifiable(model, only=only, skip=skip) if layer.weight.numel()]
-    found = [layer for layer in found if _is_watched(layer.module) or not watched]
+    found = [layer for layer in found if _watched(layer) or not watched]
     if not found:
         raise ValueError(f"{owner}: the model has no layer to prune, expected a Linear layer or a convolution")
     layers = [layer for layer in found if not (m and layer.features % m)]
@@ -244,9 +245,10 @@ def _prunable(
     return layers
 
 
-def _is_watched(module: nn.Module) -> bool:
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return isinstance(module, kinds) and not isinstance(module, NonDynamicallyQuantizableLinear)  # the latter: of attention
+def _watched(layer: Layer) -> list[nn.Module]:
+    """The modules that multiply their inputs with the weight, where they can be seen; not the Linear inside attention."""
+    kinds, hidden = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), NonDynamicallyQuantizableLinear
+    return [module for module, _ in layer.places if isinstance(module, kinds) and not isinstance(module, hidden)]
 
 
 def _columns(module: nn.Module, x: Tensor) -> Tensor:
@@ -579,25 +581,27 @@ def prune(
         n, m = check_pattern("prune", n, m)  # type: ignore[arg-type]
     else:
         share("prune", "density", density)
-    if batches is None and method != "magnitude":
+    if method == "magnitude":
+        batches = None
+    elif batches is None:
         raise TypeError(f"prune: batches is None, expected the calibration data of {method!r}; only 'magnitude' needs none")
-    if method != "magnitude":
+    else:
         _check_calibration("prune", batches, forward)
         if isinstance(batches, Iterator) and sequential:
             raise ValueError("prune: batches is an iterator, expected something to walk again for every layer, such as a list")
-    layers = _prunable("prune", model, only, skip, m, watched=method != "magnitude")
+    layers = _prunable("prune", model, only, skip, m, watched=batches is not None)
     for layer in layers:
         _pattern(f"prune, {layer.name}", _rows(layer), n, m, density)
 
     parts = [layers]
-    if sequential and batches is not None and method != "magnitude":
+    if sequential and batches is not None:
         parts = [[layer] for layer in _in_order(model, batches, layers, forward)]
     before: list[tuple[Tensor, Tensor]] = []
     masks: dict[str, Tensor] = {}
     try:
         for part in parts:
             seen: dict[str, Statistics] = {}
-            if batches is not None and method != "magnitude":
+            if batches is not None:
                 names = [layer.name for layer in part]
                 seen = collect(model, batches, only=names, hessian=method == "sparsegpt", forward=forward, progress=progress)
             for layer in part:
@@ -653,8 +657,9 @@ def _in_order(
     """Layers in the order in which the first batch reaches them, the others last."""
     reached: dict[str, Layer] = {}
     handles = [
-        layer.module.register_forward_pre_hook(lambda *_, layer=layer: reached.setdefault(layer.name, layer) and None)
+        module.register_forward_pre_hook(lambda *_, layer=layer: reached.setdefault(layer.name, layer) and None)
         for layer in layers
+        for module in _watched(layer)
     ]
     try:
         _run(model, itertools.islice(batches, 1), forward or _call, progress=False)
