@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -759,7 +760,12 @@ def test_semi_structured_tensors():
 
 
 @quietly
-def test_models_become_semi_structured():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_models_become_semi_structured(device, monkeypatch):
+    """What is replaced, and by what; on a CPU too, where nobody could multiply with it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
     def linear(columns, rows, sparse=True, dtype=BF16):
         layer = nn.Linear(columns, rows).to(dtype)
         with torch.no_grad():
@@ -780,18 +786,36 @@ def test_models_become_semi_structured():
             "conv": nn.Conv2d(64, 32, 1).to(BF16),
             "masked": linear(64, 32),
             "columns": linear(64, 32),
+            "tied": linear(64, 64),
         }
     )
+    model["tied"].weight = model["f16"].weight
     sparsity.apply_masks(model["masked"], {"weight": torch.ones(32, 64, dtype=torch.bool)})
     columns = model["columns"].weight
     model["columns"].weight = nn.Parameter(columns.detach().T.contiguous().T)
+    model.to(device)
     before = {name: model[name].weight.detach().clone() for name in model}
+    if device == "cpu":
+        plain, state = sparsity.density_report(model), list(map(id, model.parameters()))
+        with pytest.raises(
+            RuntimeError, match=r"to_semi_structured: weight 'fits.weight' is on cpu, expected cuda; move the model"
+        ):
+            sparsity.to_semi_structured(model)
+        assert list(map(id, model.parameters())) == state and sparsity.density_report(model) == plain
+        assert sparsity.to_semi_structured(nn.Sequential(model["dense"], model["single"])) == [], "nothing that would fail"
+        monkeypatch.setattr(sys.modules["dither.sparsity.semi_structured"], "_DEVICE", "cpu")
     assert sparsity.to_semi_structured(model, skip=("skipped.*",)) == ["fits.weight", "f16.weight", "columns.weight"]
     for name, layer in model.items():
         w = layer.weight
-        assert isinstance(w, SparseSemiStructuredTensorCUTLASS) == (name in ("fits", "f16", "columns")), name
+        assert isinstance(w, SparseSemiStructuredTensorCUTLASS) == (name in ("fits", "f16", "tied", "columns")), name
         assert torch.equal(sparsity.unpack24(w.packed, w.meta) if hasattr(w, "packed") else w, before[name]), name
     assert isinstance(model["fits"].weight, nn.Parameter) and not model["fits"].weight.requires_grad
+    assert model["tied"].weight is model["f16"].weight
+    assert sparsity.to_semi_structured(model, skip="skipped.*") == [], "done already"
+    if device == "cuda":
+        x = values("normal", (64, 128), BF16).to(device)
+        want = nn.functional.linear(x, before["fits"], model["fits"].bias)
+        torch.testing.assert_close(model["fits"](x), want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (4, 8), (3, 16)])

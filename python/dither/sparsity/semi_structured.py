@@ -6,10 +6,14 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
+from .._checks import instance, tensor
 from ..ops import write
 from . import layers
 from .masks import _check_bits, _what, pack_bits, unpack_bits
+
+_DEVICE = "cuda"  # where torch multiplies with semi-structured tensors
 
 
 def pack24(w: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -24,6 +28,7 @@ def pack24(w: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     _check_matrix("pack24", "w", w)
     if bits is not None:
+        tensor("pack24", "bits", bits)
         _check_bits("pack24", bits, w)
         if not w.is_contiguous():
             bits = pack_bits(unpack_bits(bits, w).contiguous())
@@ -41,6 +46,8 @@ def pack24(w: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 def unpack24(values: Tensor, indices: Tensor) -> Tensor:
     """The dense matrix of `pack24`, zeros where nothing was kept."""
+    tensor("unpack24", "values", values)
+    tensor("unpack24", "indices", indices)
     if values.dim() != 2 or values.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"unpack24: values is {_what(values)}, expected a bfloat16 or float16 matrix")
     rows, half = values.shape
@@ -55,6 +62,7 @@ def unpack24(values: Tensor, indices: Tensor) -> Tensor:
 
 
 def _check_matrix(op: str, name: str, w: Tensor) -> None:
+    tensor(op, name, w)
     if w.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: {name} is {w.dtype}, expected bfloat16 or float16 (2:4 of other dtypes has another layout)")
     if w.dim() != 2 or w.shape[0] % 32 or w.shape[1] % 32:
@@ -64,10 +72,9 @@ def _check_matrix(op: str, name: str, w: Tensor) -> None:
 def semi_structured(w: Tensor, bits: Tensor | None = None) -> Tensor:
     """A 2:4 matrix as a `torch.sparse.SparseSemiStructuredTensorCUTLASS`, which multiplies faster on Ampere and newer GPUs.
 
-    w, bits: as `pack24`; columns a multiple of 64.
+    w, bits: as `pack24`; columns a multiple of 64. Make it on the GPU: of a CPU it neither multiplies nor moves.
     """
-    from torch.sparse import SparseSemiStructuredTensorCUTLASS
-
+    _check_matrix("semi_structured", "w", w)
     if w.shape[-1] % 64:
         raise ValueError(f"semi_structured: w has shape {list(w.shape)}, expected columns a multiple of 64")
     values, indices = pack24(w, bits)
@@ -83,19 +90,33 @@ def to_semi_structured(model: nn.Module, *, only: Iterable[str] = ("*",), skip: 
     Weights must be bfloat16 or float16 and have at most two nonzeros in every four along the input features: `bake` a trained
     model first. Others are left alone, as are shapes that the layout does not take. Measure before you rely on it: at small
     batches a dense multiplication is often faster.
+
+    RuntimeError, before anything is changed: one of these weights is not on a CUDA device, where alone they multiply.
     """
-    done = []
-    for layer in list(layers.sparsifiable(model, only=only, skip=skip)):
-        w = layer.weight
-        if not isinstance(layer.module, nn.Linear) or layers.parametrization(layer, nn.Module) is not None:
+    instance("to_semi_structured", "model", model, nn.Module, "a torch.nn.Module")
+    fit: list[tuple[layers.Layer, Tensor]] = []
+    for layer in layers.sparsifiable(model, only=only, skip=skip):
+        if not _takes(layer):
             continue
-        if w.dtype not in (torch.bfloat16, torch.float16) or w.shape[0] % 32 or w.shape[1] % 64 or not w.numel():
-            continue
-        dense = w.detach().contiguous()
-        kept = dense != 0
+        kept = layer.weight.detach().contiguous() != 0
         if int(kept.unflatten(1, (-1, 4)).sum(2).max()) > 2:
             continue
-        sparse = semi_structured(dense, pack_bits(kept))
-        layer.module.weight = nn.Parameter(sparse, requires_grad=False)
-        done.append(layer.name)
-    return done
+        if kept.device.type != _DEVICE:
+            given = f"weight {layer.name!r} is on {kept.device}"
+            raise RuntimeError(f"to_semi_structured: {given}, expected {_DEVICE}; move the model there first")
+        fit.append((layer, pack_bits(kept)))
+    for layer, bits in fit:
+        sparse = nn.Parameter(semi_structured(layer.weight.detach().contiguous(), bits), requires_grad=False)
+        for module, _ in layer.places:
+            if isinstance(module, nn.Linear):  # a tied embedding keeps the dense weight
+                module.weight = sparse
+    return [layer.name for layer, _ in fit]
+
+
+def _takes(layer: layers.Layer) -> bool:
+    """Whether the layout takes weights of this kind, dtype and shape, whatever their zeros."""
+    w = layer.weight
+    if not isinstance(layer.module, nn.Linear) or isinstance(w, SparseSemiStructuredTensor):
+        return False
+    shapes = w.numel() and not w.shape[0] % 32 and not w.shape[1] % 64
+    return bool(w.dtype in (torch.bfloat16, torch.float16) and shapes) and layers.parametrization(layer, nn.Module) is None
