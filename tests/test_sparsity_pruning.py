@@ -19,6 +19,7 @@ from dither.sparsity import apply_masks, bake, nm_mask, sparsifiable
 from dither.sparsity.activations import ActivationMeter, TopK, topk_activation
 from dither.sparsity.adaptation import SmallWeights, nuclear_penalty, sara, sara_reselect
 from dither.sparsity.post_training import Calibration, Statistics, collect, dsnot_mask, prune, sparsegpt, wanda_mask
+from dither.sparsity.semi_structured import pack24, semi_structured, to_semi_structured, unpack24
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 PATTERNS = [{"density": 0.5}, {"density": 0.3}, {"n": 2, "m": 4}, {"n": 2, "m": 8}]
@@ -382,6 +383,130 @@ def test_statistics_refused():
         sparsegpt(w, torch.eye(8), density=0.5, block=0)
 
 
+W, X = torch.ones(4, 8), torch.ones(3, 8)
+SEEN = Statistics().update(X)
+KEEP = torch.ones(4, 8, dtype=torch.bool)
+TENSORS = {  # each argument that takes a tensor, in a call that is valid otherwise
+    ("Statistics.update", "x"): lambda x: Statistics().update(x),
+    ("wanda_mask", "w"): lambda w: wanda_mask(w, torch.ones(8), 2, 4),
+    ("wanda_mask", "norm"): lambda norm: wanda_mask(W, norm, 2, 4),
+    ("sparsegpt", "w"): lambda w: sparsegpt(w, torch.eye(8), 2, 4),
+    ("sparsegpt", "hessian"): lambda h: sparsegpt(W, h, 2, 4),
+    ("dsnot_mask", "w"): lambda w: dsnot_mask(w, KEEP, SEEN),
+    ("dsnot_mask", "mask"): lambda mask: dsnot_mask(W, mask, SEEN),
+    ("topk_activation", "x"): lambda x: topk_activation(x, 2),
+    ("SmallWeights", "w"): lambda w: SmallWeights(w, 0.1),
+    ("pack24", "w"): pack24,
+    ("pack24", "bits"): lambda bits: pack24(torch.ones(32, 64, dtype=BF16), bits),
+    ("unpack24", "values"): lambda values: unpack24(values, torch.zeros(32, 4, dtype=torch.int16)),
+    ("unpack24", "indices"): lambda indices: unpack24(torch.ones(32, 32, dtype=BF16), indices),
+    ("semi_structured", "w"): semi_structured,
+}
+
+
+@pytest.mark.parametrize("op, name", TENSORS, ids=lambda text: text)
+def test_what_is_no_tensor_is_refused(op, name):
+    """By operation and argument; so are tensors of a wrong dtype, shape or device, and where they make no sense NaN."""
+    call = TENSORS[op, name]
+    for given in ([1.0, 2.0], np.ones((4, 8)), "w", 1, *([] if (op, name) == ("pack24", "bits") else [None])):
+        with pytest.raises(TypeError, match=f"^{op}: {name} is {type(given).__name__}, expected a tensor$"):
+            call(given)
+    bad = [torch.ones(4, 8, dtype=torch.int64), torch.ones(4, 8, dtype=torch.complex64)]
+    if op not in ("topk_activation", "SmallWeights"):
+        bad += [torch.tensor(1.0), torch.ones(0)]
+    if name in ("norm", "hessian", "mask", "bits", "indices"):  # of w, which is on a CPU
+        shape, dtype = {"hessian": ((8, 8), F32), "norm": ((8,), F32)}.get(name, ((4, 8), torch.bool))
+        bad.append(torch.ones(shape, dtype=dtype, device="meta"))
+    if op in ("sparsegpt", "dsnot_mask"):
+        bad.append(torch.full((8, 8) if name == "hessian" else (4, 8), math.nan))
+    for given in bad:
+        with pytest.raises((TypeError, ValueError), match=f"^{op}: {name} (is|has|holds) "):
+            call(given)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        Calibration,
+        lambda model: collect(model, [X]),
+        lambda model: prune(model, [X], density=0.5),
+        lambda model: prune(model, None, "magnitude", density=0.5),
+        to_semi_structured,
+        ActivationMeter,
+        sara,
+        lambda model: sara_reselect(model, None),
+        nuclear_penalty,
+    ],
+)
+def test_what_is_no_model_is_refused(use):
+    for given in (None, [nn.Linear(8, 8)], W, nn.Linear):
+        with pytest.raises(TypeError, match=rf"^\w+: model is {type(given).__name__}, expected a torch.nn.Module$"):
+            use(given)
+
+
+def test_other_arguments_refused():
+    model = mlp(8, 8)
+    for call, words in [
+        (lambda: Calibration(model, hessian="yes"), "Calibration: hessian is str, expected a bool, torch.float32 or"),
+        (lambda: collect(model, None), "collect: batches is NoneType, expected some to walk, such as a list of tensors"),
+        (lambda: collect(model, 3), "collect: batches is int"),
+        (lambda: collect(model, {"x": X}), "collect: batches is dict"),
+        (lambda: collect(model, [X], forward=3), r"collect: forward is 3, expected a function of \(model, batch\)"),
+        (lambda: prune(model, [X], density=0.5, forward="f"), "prune: forward is 'f', expected a function"),
+        (lambda: dsnot_mask(W, KEEP, SEEN.norm), "dsnot_mask: statistics is Tensor, expected a Statistics"),
+        (lambda: dsnot_mask(W, KEEP, None), "dsnot_mask: statistics is NoneType"),
+        (lambda: ActivationMeter(model, kinds=[nn.ReLU]), "ActivationMeter: kinds has .*, expected classes of modules"),
+        (lambda: sparsegpt(W, torch.eye(8), 2, 4, block=True), "sparsegpt: block is True, expected an integer"),
+        (lambda: sparsegpt(W, torch.eye(8), 2, 4, block=8.0), "sparsegpt: block is 8.0, expected an integer"),
+        (lambda: dsnot_mask(W, KEEP, SEEN, cycles=True), "dsnot_mask: cycles is True, expected an integer"),
+        (lambda: topk_activation(X, 2, dim=None), "topk_activation: dim is None, expected an integer"),
+        (lambda: TopK(2, dim=0.5), "TopK: dim is 0.5, expected an integer"),
+        (lambda: SmallWeights(W, None), "SmallWeights: threshold is None, expected a number"),
+        (lambda: sara_reselect(adapted(), None), "sara_reselect: optimizer is NoneType, expected a torch.optim.Optimizer"),
+    ]:
+        with pytest.raises(TypeError, match="^" + words):
+            call()
+    for call, words in [
+        (lambda: prune(model, [X], ["wanda"], density=0.5), "prune: method is ..wanda.., expected 'magnitude'"),
+        (lambda: sparsegpt(W, torch.eye(8), 2, 4, damp="0"), "sparsegpt: damp is '0', expected a finite number >= 0"),
+        (lambda: dsnot_mask(W, KEEP, SEEN, power=None), "dsnot_mask: tolerance, power are 0.0, None"),
+        (lambda: topk_activation(torch.tensor(1.0), 2), "topk_activation: x has no dimensions, expected at least 1"),
+        (lambda: ActivationMeter(mlp(2, 2, 2), decay=True), "ActivationMeter: decay is True, expected 0 < decay <= 1"),
+        (lambda: sara(mlp(8, 8), "0.1"), "sara: ratio is '0.1', expected 0 < ratio <= 1"),
+        (lambda: sara(mlp(8, 8), threshold="0.1"), "sara: threshold is '0.1', expected a number > 0"),
+    ]:
+        with pytest.raises(ValueError, match="^" + words):
+            call()
+    model = nn.Sequential(nn.LSTM(4, 4))
+    with (
+        ActivationMeter(model, nn.LSTM),
+        pytest.raises(TypeError, match="ActivationMeter: the output of '0' is tuple, expected a tensor"),
+    ):
+        model(torch.ones(2, 4))
+
+
+def adapted():
+    model = mlp(8, 8)
+    sara(model)
+    return model
+
+
+def test_numbers_of_numpy():
+    """They are numbers too."""
+    two, four, half = np.int64(2), np.int32(4), np.float32(0.5)
+    w, x = layer_data(0, rows=8, columns=16)
+    seen = Statistics(F64).update(x)
+    assert wanda_mask(w, seen.norm, two, four).equal(wanda_mask(w, seen.norm, 2, 4))
+    assert sparsegpt(w, seen.hessian, two, four, damp=half, block=four)[1].equal(
+        sparsegpt(w, seen.hessian, 2, 4, damp=0.5, block=4)[1]
+    )
+    start = wanda_mask(w, seen.norm, density=half)
+    assert dsnot_mask(w, start, seen, four, cycles=two).equal(dsnot_mask(w, start, seen, 4, cycles=2))
+    assert topk_activation(x, two, dim=np.int64(1)).equal(TopK(np.uint8(2))(x)) and type(TopK(two).k) is int
+    model = mlp(8, 8)
+    assert len(sara(model, half)[0]) == 32 and ActivationMeter(mlp(2, 2, 2), decay=half).decay == 0.5
+
+
 # SparseGPT
 
 
@@ -730,8 +855,10 @@ def test_topk_activation():
 
 
 def test_activations_refuse():
-    for k in (0, 1.5, True):
-        with pytest.raises(ValueError, match=f"TopK: k is {k}, expected an integer >= 1"):
+    with pytest.raises(ValueError, match="TopK: k is 0, expected at least 1"):
+        TopK(0)
+    for k in (1.5, True, None):
+        with pytest.raises(TypeError, match=f"TopK: k is {k}, expected an integer"):
             TopK(k)
     with pytest.raises(TypeError, match=r"topk_activation: x is torch.int64"):
         topk_activation(torch.ones(3, dtype=torch.int64), 1)
@@ -851,6 +978,9 @@ def test_sara_selects_and_forwards():
     assert [v.shape for v in packed] == [(0,), (0,)] and packed[0].dtype == BF16
     optim.AdamW(packed).step()
     (attention(*[torch.ones(1, 8, dtype=BF16)] * 3)[0].sum() + nuclear_penalty(attention)).backward()
+    empty = nn.Sequential(nn.Linear(4, 4), nn.Linear(1, 3))
+    empty[1].weight = nn.Parameter(torch.empty(3, 0))
+    assert len(sara(empty, 0.5)) == 1 and nuclear_penalty(empty) == 0
     everything = sara(copy.deepcopy(dense), 1.0)
     assert [len(v) for v in everything] == [dense[0].weight.numel(), dense[2].weight.numel()]
 

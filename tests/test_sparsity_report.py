@@ -7,6 +7,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -287,6 +288,15 @@ def test_figures_say_what_they_cannot_show(tmp_path, monkeypatch):
         ([(1, mask), (1, mask)], "history has step 1 after step 1, expected steps that increase"),
     ):
         with pytest.raises(ValueError, match=message):
+            plot_masks_over_time(history, path)
+    for history, message in (
+        (None, "history is NoneType, expected pairs"),
+        ([(0, mask), mask], r"item 1 of history is Tensor, expected a pair \(step, mask\)"),
+        ([(0, mask), (1, mask, 2)], "item 1 of history is tuple, expected a pair"),
+        ([(0, [True]), (1, mask)], "mask 0 of history is list, expected a tensor"),
+        ([(np.int64(0), mask), (1.5, mask)], "step 1 of history is 1.5, expected an integer"),
+    ):
+        with pytest.raises(TypeError, match="plot_masks_over_time: " + message):
             plot_masks_over_time(history, path)
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -569,6 +579,19 @@ def test_errors_before_anything_is_changed():
             load_masks(model, *arguments)
         after = model.state_dict()
         assert equal(after, before)
+    for arguments, message in (
+        ((None, bits), "state_dict is NoneType, expected what export_masks returns"),
+        ((state, [packed]), "bits is list, expected what export_masks returns"),
+        ((state, {"0.weight": [1, 0]}), r"bits\['0.weight'\] is list, expected a tensor"),
+    ):
+        with pytest.raises(TypeError, match="load_masks: " + message):
+            load_masks(model, *arguments)
+        assert equal(model.state_dict(), before)
+    with pytest.raises(TypeError, match=r"export_masks: masks is list, expected masks by name, or None"):
+        export_masks(model, [masks["0.weight"]])
+    for use in (density_report, export_masks, lambda model: load_masks(model, state, bits)):
+        with pytest.raises(TypeError, match=r"^\w+: model is dict, expected a torch.nn.Module"):
+            use(state)
     with pytest.raises(KeyError, match=r"export_masks: the model has no weight '9.weight' to mask"):
         export_masks(model, {"9.weight": masks["0.weight"]})
     with pytest.raises(ValueError, match=r"export_masks: masks\['0.weight'\] is torch.bool of shape"):

@@ -9,6 +9,7 @@ import random
 import statistics
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -540,6 +541,12 @@ BAD = [
     (lambda: random_masks(network(), 0.5, seed=0, skip="*"), "no weight is left to prune, expected some of 0.weight, 3.weight"),
     (lambda: random_masks(nn.ReLU(), 0.5, seed=0), "no weight is left to prune, expected some of linear or convolution"),
     (lambda: random_search(network(), float, 0, 0.5, seed=0), "random_search: trials is 0, expected at least 1"),
+    (lambda: random_masks(network(), "0.5", seed=0), "random_masks: density is '0.5', expected 0 < density <= 1"),
+    (lambda: random_masks(network(), True, seed=0), "random_masks: density is True, expected 0 < density <= 1"),
+    (lambda: random_masks(network(), 0.5, ["er"], seed=0), "random_masks: distribution is ..er.., expected one of"),
+    (lambda: random_masks(network(), 0.5, seed=0, step=-1), "random_masks: step is -1, expected at least 0"),
+    (lambda: layer_densities([], 0.5), "layer_densities: shapes is empty, expected at least one"),
+    (lambda: magnitude_masks(network(), fraction="0.5"), "magnitude_masks: fraction is '0.5', expected 0 < fraction < 1"),
     (lambda: magnitude_masks(network()), "density is None and fraction is None, expected one of them"),
     (lambda: magnitude_masks(network(), 0.5, fraction=0.5), "density is 0.5 and fraction is 0.5, expected one of them"),
     (lambda: magnitude_masks(network(), math.nan), "density is nan, expected 0 < density <= 1"),
@@ -578,6 +585,37 @@ def rigl_of(model, other=None, make=optim.SGD, **arguments):
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_bad_kinds_of_arguments():
+    masks = random_masks(network(), 0.5, seed=0)
+    for call, message in (
+        (lambda: layer_densities(None, 0.5), "layer_densities: shapes is NoneType, expected an iterable of shapes"),
+        (lambda: layer_densities([4, 4], 0.5), "layer_densities: shape 0 is int, expected an iterable of sizes"),
+        (
+            lambda: random_search(network(), None, 2, 0.5, seed=0),
+            "random_search: loss is NoneType, expected a function of a model",
+        ),
+        (lambda: layer_densities([(4, 4.0)], 0.5), "layer_densities: a size of shape 0 is 4.0, expected an integer"),
+        (lambda: random_search(network(), float, True, 0.5, seed=0), "random_search: trials is True, expected an integer"),
+        (lambda: random_search(network(), float, 2.0, 0.5, seed=0), "random_search: trials is 2.0, expected an integer"),
+        (lambda: random_search(None, float, 2, 0.5, seed=0), "random_search: model is NoneType, expected a torch.nn.Module"),
+        (lambda: random_masks([nn.Linear(4, 4)], 0.5, seed=0), "random_masks: model is list, expected a torch.nn.Module"),
+        (lambda: magnitude_masks(masks, 0.5), "magnitude_masks: model is dict, expected a torch.nn.Module"),
+        (lambda: magnitude_masks(None, 0.5, masks=masks), "magnitude_masks: model is NoneType, expected a torch.nn.Module"),
+        (lambda: magnitude_masks(network(), 0.5, masks=[*masks.values()]), "magnitude_masks: masks is list, expected masks by"),
+    ):
+        with pytest.raises(TypeError, match="^" + message):
+            call()
+
+
+def test_numbers_of_numpy():
+    two, half = np.int64(2), np.float32(0.5)
+    model = network()
+    assert layer_densities(np.array([(4, 8), (2, 2)]), half) == layer_densities([(4, 8), (2, 2)], 0.5)
+    assert same(random_masks(model, half, seed=two, step=two), random_masks(model, 0.5, seed=2, step=2))
+    assert same(magnitude_masks(model, fraction=half), magnitude_masks(model, fraction=0.5))
+    assert random_search(model, lambda _: 0.0, two, half, seed=0)[1] == [0.0, 0.0]
 
 
 def test_bad_models():

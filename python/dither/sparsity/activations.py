@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import instance, integer, share, tensor
+
 
 def topk_activation(x: Tensor, k: int, dim: int = -1) -> Tensor:
     """relu(x) where it is among its k largest along `dim`, else 0 (Li et al. 2022, Top-k thresholding).
@@ -19,11 +21,15 @@ def topk_activation(x: Tensor, k: int, dim: int = -1) -> Tensor:
 
     The gradient passes to what is kept (and positive), unchanged. Ties: lower index. NaN is larger than every number.
     """
-    _check("topk_activation", k)
+    owner = "topk_activation"
+    k, dim = integer(owner, "k", k, 1), integer(owner, "dim", dim)
+    tensor(owner, "x", x)
     if not x.is_floating_point():
-        raise TypeError(f"topk_activation: x is {x.dtype}, expected floating point")
+        raise TypeError(f"{owner}: x is {x.dtype}, expected floating point")
+    if x.dim() == 0:
+        raise ValueError(f"{owner}: x has no dimensions, expected at least 1")
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"topk_activation: dim is {dim}, expected {-x.dim()} <= dim < {x.dim()}")
+        raise ValueError(f"{owner}: dim is {dim}, expected {-x.dim()} <= dim < {x.dim()}")
     y = x.relu()
     if k >= y.shape[dim]:
         return y
@@ -40,19 +46,13 @@ class TopK(nn.Module):
 
     def __init__(self, k: int, dim: int = -1) -> None:
         super().__init__()
-        _check("TopK", k)
-        self.k, self.dim = k, dim
+        self.k, self.dim = integer("TopK", "k", k, 1), integer("TopK", "dim", dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return topk_activation(x, self.k, self.dim)
 
     def extra_repr(self) -> str:
         return f"{self.k}, dim={self.dim}"
-
-
-def _check(owner: str, k: int) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"{owner}: k is {k!r}, expected an integer >= 1")
 
 
 class ActivationMeter:
@@ -64,7 +64,7 @@ class ActivationMeter:
 
     Args:
         model: any module. A function such as F.relu is no module: it is not seen.
-        kinds: classes of modules to watch, those whose outputs can be exactly 0.
+        kinds: classes of modules to watch, those whose outputs can be exactly 0; each puts out one tensor.
         only: shell patterns of module names.
         decay: 0 < decay <= 1; the weight of what was seen so far is multiplied by it at every call of a module: 1 gives the
             average since the beginning, less a running average.
@@ -75,19 +75,30 @@ class ActivationMeter:
     def __init__(
         self,
         model: nn.Module,
-        kinds: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardshrink, nn.Softshrink, TopK),
+        kinds: type[nn.Module] | tuple[type[nn.Module], ...] = (
+            nn.ReLU,
+            nn.ReLU6,
+            nn.Threshold,
+            nn.Hardshrink,
+            nn.Softshrink,
+            TopK,
+        ),
         *,
         only: Iterable[str] = ("*",),
         decay: float = 1.0,
     ) -> None:
-        if not 0 < decay <= 1:
-            raise ValueError(f"ActivationMeter: decay is {decay!r}, expected 0 < decay <= 1")
+        owner = "ActivationMeter"
+        self.decay = share(owner, "decay", decay)
+        instance(owner, "model", model, nn.Module, "a torch.nn.Module")
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        for kind in kinds:
+            if not isinstance(kind, type):
+                raise TypeError(f"{owner}: kinds has {kind!r}, expected classes of modules")
         only = (only,) if isinstance(only, str) else tuple(only)
         named = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
         self._modules = {name: module for name, module in named if any(fnmatchcase(name, p) for p in only)}
         if not self._modules:
-            raise ValueError(f"ActivationMeter: the model has no module to watch, expected one of {_names(kinds)}")
-        self.decay = decay
+            raise ValueError(f"{owner}: the model has no module to watch, expected one of {_names(kinds)}")
         self._handles: list[Any] = []
         self.reset()
 
@@ -110,6 +121,7 @@ class ActivationMeter:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            tensor("ActivationMeter", f"the output of {name!r}", output)
             some, total = self._counts.get(name, (0.0, 0.0))
             found = output.detach().count_nonzero().double()
             self._counts[name] = (self.decay * some + found, self.decay * total + output.numel())

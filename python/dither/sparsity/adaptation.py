@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from .._checks import instance, is_real, share, tensor
 from .layers import Layer, parametrization, register, sparsifiable
 from .masks import _FLOATS
 
@@ -36,9 +37,14 @@ class SmallWeights(nn.Module):
 
     def __init__(self, w: Tensor, threshold: float) -> None:
         super().__init__()
+        tensor("SmallWeights", "w", w)
+        if w.dtype not in _FLOATS:
+            raise TypeError(f"SmallWeights: w is {w.dtype}, expected float32, bfloat16, float16 or float64")
+        if not is_real(threshold):
+            raise TypeError(f"SmallWeights: threshold is {threshold!r}, expected a number")
         flat = w.detach().flatten()
         self.register_buffer("index", (flat.abs() < threshold).nonzero().squeeze(1))
-        self.register_buffer("threshold", torch.tensor(threshold, dtype=_wide(w), device=w.device))
+        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=_wide(w), device=w.device))
         self.values = nn.Parameter(flat[self.index])
 
     def forward(self, w: Tensor) -> Tensor:
@@ -90,14 +96,12 @@ def sara(
     to the same layers, whatever its ratio and threshold.
     """
     if ratio is not None and threshold is not None:
-        raise ValueError(f"sara: ratio is {ratio} and threshold {threshold}, expected one of them")
-    if threshold is None:
-        ratio = 0.1 if ratio is None else ratio
-        if not 0 < ratio <= 1:
-            raise ValueError(f"sara: ratio is {ratio!r}, expected 0 < ratio <= 1")
-    elif not threshold > 0:
+        raise ValueError(f"sara: ratio is {ratio!r} and threshold {threshold!r}, expected one of them")
+    instance("sara", "model", model, nn.Module, "a torch.nn.Module")
+    ratio = share("sara", "ratio", 0.1 if ratio is None else ratio)
+    if threshold is not None and not (is_real(threshold) and threshold > 0):
         raise ValueError(f"sara: threshold is {threshold!r}, expected a number > 0")
-    layers = list(sparsifiable(model, only=only, skip=skip))
+    layers = [layer for layer in sparsifiable(model, only=only, skip=skip) if layer.weight.numel()]
     for layer in layers:
         if parametrize.is_parametrized(layer.module, layer.parameter):
             raise ValueError(f"sara: {layer.name!r} has a parametrization, expected a plain weight; bake the model first")
@@ -106,7 +110,7 @@ def sara(
     if not layers:
         raise ValueError("sara: the model has no weight to adapt, expected a Linear, convolution or MultiheadAttention layer")
     if threshold is None:
-        threshold = _quantile([layer.weight.detach() for layer in layers], ratio)  # type: ignore[arg-type]
+        threshold = _quantile([layer.weight.detach() for layer in layers], ratio)
     vectors = []
     for layer in layers:
         small = SmallWeights(layer.weight, threshold)
@@ -124,6 +128,7 @@ def sara_reselect(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
     begin anew.
     """
     adapted = list(_adapted("sara_reselect", model))
+    instance("sara_reselect", "optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
     groups = [group["params"] for group in optimizer.param_groups]
     trained = {id(p) for params in groups for p in params}
     for layer, small in adapted:
@@ -157,6 +162,7 @@ def _nuclear_norm(matrix: Tensor) -> Tensor:
 
 
 def _adapted(owner: str, model: nn.Module, only: Iterable[str] = ("*",)) -> Iterator[tuple[Layer, SmallWeights]]:
+    instance(owner, "model", model, nn.Module, "a torch.nn.Module")
     found = [(layer, parametrization(layer, SmallWeights)) for layer in sparsifiable(model, only=only)]
     found = [(layer, small) for layer, small in found if small is not None]
     if not found:

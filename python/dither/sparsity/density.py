@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import noise
+from .._checks import instance, integer, is_real, share
 from .._extras import with_progress
 from ..optim._shards import is_sharded
 from .layers import Layer, apply_masks, matched, sparsifiable
@@ -39,9 +40,15 @@ def layer_densities(shapes: Iterable[Sequence[int]], density: float, distributio
 
     Every density times the size of its layer is an integer: shares are rounded by their largest remainders, in integers.
     """
-    shapes = [tuple(shape) for shape in shapes]
-    counts = _counts("layer_densities", shapes, density, distribution)
-    return [count / math.prod(shape) for count, shape in zip(counts, shapes)]
+    owner = "layer_densities"
+    instance(owner, "shapes", shapes, Iterable, "an iterable of shapes")
+    sizes = []
+    for i, shape in enumerate(shapes):
+        instance(owner, f"shape {i}", shape, Iterable, "an iterable of sizes")
+        sizes.append(tuple(integer(owner, f"a size of shape {i}", size) for size in shape))
+    if not sizes:
+        raise ValueError(f"{owner}: shapes is empty, expected at least one")
+    return [count / math.prod(shape) for count, shape in zip(_counts(owner, sizes, density, distribution), sizes)]
 
 
 def random_masks(
@@ -64,6 +71,7 @@ def random_masks(
             step give the same masks on every device, another step gives others.
     """
     layers = prunable("random_masks", model, skip)
+    step = integer("random_masks", "step", step, 0)
     nodes = distribution == "nodes"
     shapes = [_nodes(layer) if nodes else tuple(layer.weight.shape) for layer in layers.values()]
     counts = _counts("random_masks", shapes, density, "uniform" if nodes else distribution, ["nodes"])
@@ -95,8 +103,10 @@ def random_search(
 
     A progress bar shows in a terminal where tqdm is installed.
     """
-    if trials < 1:
-        raise ValueError(f"random_search: trials is {trials}, expected at least 1")
+    owner = "random_search"
+    instance(owner, "model", model, nn.Module, "a torch.nn.Module")
+    instance(owner, "loss", loss, Callable, "a function of a model")  # type: ignore[arg-type]
+    trials = integer(owner, "trials", trials, 1)
     losses = []
     for trial in with_progress(range(trials), "random search", "trial"):
         candidate = copy.deepcopy(model)
@@ -129,6 +139,8 @@ def magnitude_masks(
     Ties: larger magnitude, then the earlier layer, then lower index. NaN is larger than every number.
     """
     owner = "magnitude_masks"
+    instance(owner, "model", model, nn.Module, "a torch.nn.Module")
+    instance(owner, "masks", masks, (Mapping, type(None)), "masks by name, or None")
     given = None if masks is None else {layer.name: mask for layer, mask in matched(owner, model, masks)}
     layers = list(prunable(owner, model, skip, only=given).values())
     if scope not in ("global", "layer"):
@@ -136,10 +148,10 @@ def magnitude_masks(
     kept = [given[layer.name] if given else torch.ones_like(layer.weight, dtype=torch.bool) for layer in layers]
     alive = [int(mask.sum()) for mask in kept]
     if (density is None) == (fraction is None):
-        raise ValueError(f"{owner}: density is {density} and fraction is {fraction}, expected one of them")
+        raise ValueError(f"{owner}: density is {density!r} and fraction is {fraction!r}, expected one of them")
     if fraction is not None:
-        if not 0 < fraction < 1:
-            raise ValueError(f"{owner}: fraction is {fraction}, expected 0 < fraction < 1")
+        if not (is_real(fraction) and 0 < fraction < 1):
+            raise ValueError(f"{owner}: fraction is {fraction!r}, expected 0 < fraction < 1")
         total = sum(alive) - round(fraction * sum(alive))
     else:
         sizes = sum(mask.numel() for mask in kept)
@@ -189,9 +201,7 @@ def apportion(total: int, shares: Sequence[int], sizes: Sequence[int]) -> list[i
 
 def budget(owner: str, density: float | None, total: int) -> int:
     """round(density * total), checked."""
-    if not (isinstance(density, (int, float)) and 0 < density <= 1):
-        raise ValueError(f"{owner}: density is {density}, expected 0 < density <= 1")
-    count = round(density * total)
+    count = round(share(owner, "density", density) * total)
     if count == 0:
         raise ValueError(f"{owner}: density is {density}, expected at least {1 / total}: one of {total} weights")
     return count
@@ -201,6 +211,7 @@ def prunable(
     owner: str, model: nn.Module, skip: Iterable[str] = (), m: int | None = None, only: Container[str] | None = None
 ) -> dict[int, Layer]:
     """The layers to prune by their places in `sparsifiable(model)`. skip, m: as there. only: names."""
+    instance(owner, "model", model, nn.Module, "a torch.nn.Module")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     places = {layer.name: i for i, layer in enumerate(sparsifiable(model))}
     found = [layer for layer in sparsifiable(model, skip=skip, m=m) if only is None or layer.name in only]
@@ -219,7 +230,7 @@ def prunable(
 def _counts(
     owner: str, shapes: Sequence[Sequence[int]], density: float, distribution: str, more: Sequence[str] = ()
 ) -> list[int]:
-    if distribution not in _SHARES:
+    if distribution not in list(_SHARES):
         allowed = ", ".join(map(repr, [*_SHARES, *more]))
         raise ValueError(f"{owner}: distribution is {distribution!r}, expected one of {allowed}")
     for shape in shapes:

@@ -218,7 +218,7 @@ def _misfit(function: Callable[..., Any], args: Iterable[Any], kwargs: dict[str,
 
 
 def _check_calibration(owner: str, batches: Any, forward: Any) -> None:
-    if isinstance(batches, (str, Mapping)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+    if isinstance(batches, (str, Mapping)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__len__")):
         raise TypeError(f"{owner}: batches is {type(batches).__name__}, expected some to walk, such as a list of tensors")
     if not (forward is None or callable(forward)):
         raise TypeError(f"{owner}: forward is {forward!r}, expected a function of (model, batch)")
@@ -443,10 +443,10 @@ def dsnot_mask(
     mean, variance, norm = (
         s.to(weight.dtype).view(-1, weight.shape[1]).repeat_interleave(rows_each, 0) for s in (mean, variance, norm)
     )
-    share = weight * mean
-    error = (share * ~keep).sum(1, keepdim=True)
+    shares = weight * mean
+    error = (shares * ~keep).sum(1, keepdim=True)
     sign = error.sign()
-    helps = sign * share  # > 0: growing the weight draws the error towards 0; < 0: pruning it does
+    helps = sign * shares  # > 0: growing the weight draws the error towards 0; < 0: pruning it does
     gain = torch.where(~keep & (helps > 0), helps / variance**power, -math.inf)
     gain, order = gain.sort(dim=1, descending=True, stable=True)
     price = torch.where(keep & (helps < 0), weight.abs() * norm, math.inf)
@@ -457,7 +457,7 @@ def dsnot_mask(
         grown = order[:, cycle, None]
         cost, place = prices[rows, grown[:, 0] // group].min(1, keepdim=True)
         pruned = grown // group * group + place
-        after = error + share.gather(1, pruned) - share.gather(1, grown)
+        after = error + shares.gather(1, pruned) - shares.gather(1, grown)
         active &= (gain[:, cycle, None] > 0) & (error.abs() > tolerance)
         possible = active & (cost < math.inf)
         active &= ~possible | (after * sign > 0)
@@ -571,7 +571,7 @@ def prune(
 
     If anything fails, all weights are as they were.
     """
-    if method not in _OPTIONS:
+    if method not in list(_OPTIONS):
         raise ValueError(f"prune: method is {method!r}, expected {', '.join(map(repr, _OPTIONS))}")
     if unknown := set(options) - _OPTIONS[method]:
         takes = ", ".join(sorted(_OPTIONS[method])) or "none"

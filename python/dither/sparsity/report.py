@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.sparse import SparseSemiStructuredTensor
 
 from .. import ops
+from .._checks import instance, integer, tensor
 from .._extras import require
 from ..optim import FusedOptimizer
 from ..optim._shards import is_sharded
@@ -257,10 +258,16 @@ def plot_masks_over_time(history: Iterable[tuple[int, Tensor]], path: str | Path
         path: of a PNG, or what else matplotlib writes; missing folders are made. Needs matplotlib.
     """
     owner = "plot_masks_over_time"
+    instance(owner, "history", history, Iterable, "pairs (step, mask)")
     history = list(history)
     if len(history) < 2:
         raise ValueError(f"{owner}: history has {len(history)} masks, expected at least 2 pairs (step, mask)")
-    steps, masks = [int(step) for step, _ in history], [mask for _, mask in history]
+    for i, pair in enumerate(history):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise TypeError(f"{owner}: item {i} of history is {type(pair).__name__}, expected a pair (step, mask)")
+        tensor(owner, f"mask {i} of history", pair[1])
+    steps = [integer(owner, f"step {i} of history", step) for i, (step, _) in enumerate(history)]
+    masks = [mask for _, mask in history]
     for i, mask in enumerate(masks):
         if mask.dtype != torch.bool or mask.dim() != 2 or not mask.numel() or mask.shape != masks[0].shape:
             allowed = f"bool of shape {list(masks[0].shape)}" if i else "bool of shape [rows, columns]"
@@ -342,6 +349,7 @@ def export_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) ->
     """
     owner = "export_masks"
     layers = _layers(owner, model)
+    instance(owner, "masks", masks, (Mapping, type(None)), "masks by name, or None")
     given = {} if masks is None else {id(layer.weight): mask for layer, mask in matched(owner, model, masks)}
     parameters: dict[str, nn.Parameter] = {}
     for key, p in model.named_parameters(remove_duplicate=False):
@@ -392,8 +400,11 @@ def load_masks(
     if optimizer is not None and not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"{owner}: optimizer is {type(optimizer).__name__}, expected one of dither, or None")
     layers = _layers(owner, model)
+    for given, value in (("state_dict", state_dict), ("bits", bits)):
+        instance(owner, given, value, Mapping, "what export_masks returns")
     masks = {}
     for name, packed in bits.items():
+        tensor(owner, f"bits[{name!r}]", packed)
         if name not in layers:
             raise KeyError(f"{owner}: the model has no weight {name!r} to mask; it has {', '.join(layers)}")
         w = layers[name].weight
@@ -425,6 +436,7 @@ def load_masks(
 
 
 def _layers(owner: str, model: nn.Module) -> dict[str, Layer]:
+    instance(owner, "model", model, nn.Module, "a torch.nn.Module")
     layers = {layer.name: layer for layer in sparsifiable(model) if layer.weight.numel()}
     if not layers:
         raise ValueError(f"{owner}: the model has no weights, expected some of linear, convolution or attention layers")
