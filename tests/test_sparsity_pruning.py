@@ -66,12 +66,7 @@ def digits():
     return (x - x.mean(0)) / (x.std(0) + 1e-3), torch.tensor(data.target)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Statistics and calibration

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from .._checks import tensor
 from ..optim import FusedOptimizer
 from .masks import dense_strides, masked, pack_bits, unpack_bits
 
@@ -244,6 +245,7 @@ def matched(op: str, model: nn.Module, masks: Mapping[str, Tensor]) -> list[tupl
         if name not in layers:
             raise KeyError(f"{op}: the model has no weight {name!r} to mask; it has {', '.join(layers) or 'none'}")
         w = layers[name].weight
+        tensor(op, f"masks[{name!r}]", mask)
         if mask.dtype != torch.bool or mask.shape != w.shape:
             given, allowed = f"{mask.dtype} of shape {list(mask.shape)}", f"bool of shape {list(w.shape)}"
             raise ValueError(f"{op}: masks[{name!r}] is {given}, expected {allowed}")
