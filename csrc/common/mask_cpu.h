@@ -93,17 +93,37 @@ static inline void stream_lines(void* to, const void* from, int64_t bytes) {
 template <int M, class V>
 static inline __attribute__((always_inline)) void store_lanes(uint8_t* bits, const V (&kept)[M]) {
   constexpr int L = sizeof(V) / sizeof(kept[0][0]);
-#if defined(__AVX512BW__)
+#if defined(__x86_64__)
+  constexpr int kBytes = sizeof(kept[0][0]);
+  uint64_t word = 0;
+  int filled = 0;
 #pragma GCC unroll 32
   for (int p = 0; p < M; ++p) {
-    if constexpr (L == 32) {
-      const uint32_t word = _mm512_movepi16_mask((__m512i)kept[p]);
-      __builtin_memcpy(bits + 4 * p, &word, 4);
-    } else if constexpr (L == 16) {
-      const uint16_t word = _mm512_movepi32_mask((__m512i)kept[p]);
-      __builtin_memcpy(bits + 2 * p, &word, 2);
+    uint64_t lanes;
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) lanes = _mm512_movepi16_mask((__m512i)kept[p]);
+    else if constexpr (kBytes == 4) lanes = _mm512_movepi32_mask((__m512i)kept[p]);
+    else lanes = _mm512_movepi64_mask((__m512i)kept[p]);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) {
+      const __m256i x = (__m256i)kept[p], both = _mm256_packs_epi16(x, x);
+      lanes = uint32_t(_mm_movemask_epi8(_mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 8))));
+    } else if constexpr (kBytes == 4) {
+      lanes = uint32_t(_mm256_movemask_ps((__m256)kept[p]));
     } else {
-      bits[p] = _mm512_movepi64_mask((__m512i)kept[p]);
+      lanes = uint32_t(_mm256_movemask_pd((__m256d)kept[p]));
+    }
+#else
+    if constexpr (kBytes == 2) lanes = uint32_t(_mm_movemask_epi8(_mm_packs_epi16((__m128i)kept[p], __m128i{})));
+    else if constexpr (kBytes == 4) lanes = uint32_t(_mm_movemask_ps((__m128)kept[p]));
+    else lanes = uint32_t(_mm_movemask_pd((__m128d)kept[p]));
+#endif
+    word |= lanes << filled;
+    filled += L;
+    if (filled == 64 || p == M - 1) {
+      __builtin_memcpy(bits + (p + 1) * L / 8 - filled / 8, &word, uint64_t(filled / 8));
+      word = 0;
+      filled = 0;
     }
   }
 #else
