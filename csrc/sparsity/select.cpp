@@ -68,8 +68,7 @@ static void nm_select_(const Tensor& w, const std::optional<Tensor>& factor, int
   s.inner = w.stride(dim);
   s.panels = w.numel() / (m * s.inner);
   s.groups = size / m;
-  s.stream_out = w.numel() * size_of(s.type) >= kStreamed && s.out != s.w && reinterpret_cast<uintptr_t>(s.out) % 64 == 0 &&
-                 (s.inner == 1 || s.inner * size_of(s.type) % 64 == 0);
+  s.stream_out = w.numel() * size_of(s.type) >= kStreamed && s.out != s.w && reinterpret_cast<uintptr_t>(s.out) % 64 == 0;
   if constexpr (device == Device::cpu) {
     if (s.bits) {  // shared bytes are or-ed into
       const bool rows_share = (in_parts(s.inner, s.m) && s.inner % 8) || s.m % 4;

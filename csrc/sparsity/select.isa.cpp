@@ -134,6 +134,22 @@ static INLINE V magnitudes(V bits) {
 template <class Key, int M>
 static INLINE void choose(Vector<Key> (&key)[M], int n) {
   using V = Vector<Key>;
+  if constexpr (M == 4) {  // all with all
+    V behind[M];           // how many, as a negative number
+#pragma GCC unroll 4
+    for (int j = 0; j < M; ++j) behind[j] = V{} - Key(j);
+#pragma GCC unroll 4
+    for (int j = 0; j < M; ++j)
+#pragma GCC unroll 4
+      for (int k = j + 1; k < M; ++k) {
+        const V first = key[j] >= key[k];
+        behind[j] += first;
+        behind[k] -= first;
+      }
+#pragma GCC unroll 4
+    for (int j = 0; j < M; ++j) key[j] = behind[j] <= Key(n - M);
+    return;
+  }
   V sorted[M];
 #pragma GCC unroll 32
   for (int j = 0; j < M; ++j) sorted[j] = key[j];
@@ -199,7 +215,7 @@ static Choose<Key> chooser(int m) {
 template <class Key, class S, class T>
 static INLINE Key key_of(S x, const T* factor) {
   if constexpr (sizeof(Key) == 2) return magnitude(x);
-  else return magnitude(factor ? T(absolute(widen(x)) * *factor) : T(widen(x)));
+  else return magnitude(factor ? T(widen(x) * *factor) : T(widen(x)));
 }
 
 template <class S>
@@ -208,40 +224,88 @@ static INLINE S other(S x, decltype(widen(S{}) + 0) beta) {
   narrow(beta * widen(x), y);
   return y;
 }
+// The same, of a vector of elements in their stored bits.
+template <class S, class V, class T>
+static INLINE V others(V bits, T beta) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    using Numbers __attribute__((vector_size(sizeof(V)))) = T;
+    return V(Numbers(bits) * beta);
+  } else if constexpr (__is_same(S, bfloat16)) {  // as halves of words; a NaN has no low bits that could round it up
+    using Words __attribute__((vector_size(sizeof(V)))) = uint32_t;
+    using Numbers __attribute__((vector_size(sizeof(V)))) = float;
+    const auto round = [&](Words x) __attribute__((always_inline)) {
+      const Words y = Words(Numbers(x) * beta);
+      return y + (y >> 16 & 1) + 0x7fff;
+    };
+    const Words x = Words(bits);
+    return V(round(x << 16) >> 16 | (round(x & 0xffff0000u) & 0xffff0000u));
+  } else {
+    V y;
+#if defined(__AVX512DQ__)  // with masks of ones: the plain intrinsics of gcc 12 warn
+    const auto half = [&](__m256i x) __attribute__((always_inline)) {
+      return _mm512_maskz_cvtps_ph(-1, _mm512_maskz_cvtph_ps(-1, x) * beta, _MM_FROUND_TO_NEAREST_INT);
+    };
+    const __m512i x = (__m512i)bits;
+    const __m256i low = half(_mm512_maskz_extracti64x4_epi64(-1, x, 0)), high = half(_mm512_maskz_extracti64x4_epi64(-1, x, 1));
+    y = (V)_mm512_maskz_inserti64x4(-1, _mm512_castsi256_si512(low), high, 1);
+#elif defined(__F16C__)
+    const auto half = [&](__m128i x) __attribute__((always_inline)) {
+      return _mm256_cvtps_ph(_mm256_cvtph_ps(x) * beta, _MM_FROUND_TO_NEAREST_INT);
+    };
+    const __m256i x = (__m256i)bits;
+    y = (V)_mm256_set_m128i(half(_mm256_extracti128_si256(x, 1)), half(_mm256_castsi256_si128(x)));
+#else
+    S x[kLanes<V>], rounded[kLanes<V>];
+    __builtin_memcpy(x, &bits, sizeof x);
+#pragma GCC unroll 1
+    for (int l = 0; l < kLanes<V>; ++l) rounded[l] = other(x[l], beta);
+    __builtin_memcpy(&y, rounded, sizeof y);
+#endif
+    return (y & 0x7fff) > 0x7c00 ? (y & ~V{} << 15) | 0x7e00 : y;  // the processor keeps payloads, narrow() does not
+  }
+}
+
+// A vector of out, at element i.
+template <class S, class V, class T>
+static INLINE void store_chosen(const Select& s, int64_t i, V kept, T beta, bool streams) {
+  V from, pruned{};
+  __builtin_memcpy(&from, static_cast<const S*>(s.w) + i, sizeof from);
+  if (beta != T(0)) pruned = others<S>(from, beta);
+  const V y = kept ? from : pruned;
+  if (streams) stream(static_cast<S*>(s.out) + i, y);
+  else __builtin_memcpy(static_cast<S*>(s.out) + i, &y, sizeof y);
+}
 
 // A run of memory; kept: bytes 0 and 1.
 template <class S>
 static void emit_out(const Select& s, int64_t start, int64_t count, const uint8_t* __restrict kept) {
   using T = decltype(widen(S{}) + 0);
+  using Key = decltype(magnitude(S{}));
+  constexpr int L = Lanes<Key>::count, kBlock = 64;
   const T beta = T(s.beta);
-  const S* __restrict w = static_cast<const S*>(s.w) + start;
-  S* __restrict out = static_cast<S*>(s.out) + start;
-  if (beta == T(0))
-    for (int64_t i = 0; i < count; ++i) out[i] = pick(kept[i], w[i], S{});
-  else
-    for (int64_t i = 0; i < count; ++i) out[i] = pick(kept[i], w[i], other(w[i], beta));
+  const S* const w = static_cast<const S*>(s.w) + start;
+  S* const out = static_cast<S*>(s.out) + start;
+  const auto some = [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) out[i] = kept[i] ? w[i] : beta == T(0) ? S{} : other(w[i], beta);
+  };
+  int64_t i = s.stream_out ? smaller<int64_t>(count, -start & (64 / sizeof(S) - 1)) : 0;
+  some(0, i);
+  for (; i + kBlock <= count; i += kBlock) {
+    alignas(64) Key lane[kBlock];
+    for (int l = 0; l < kBlock; ++l) lane[l] = Key(-kept[i + l]);
+#pragma GCC unroll 2
+    for (int l = 0; l < kBlock; l += L) {
+      Vector<Key> v;
+      __builtin_memcpy(&v, lane + l, sizeof v);
+      store_chosen<S>(s, start + i + l, v, beta, s.stream_out);
+    }
+  }
+  some(i, count);
 }
 // kept has margins of 8 zeros on both sides.
 static void emit_mask(const Select& s, int64_t start, int64_t count, const uint8_t* kept) {
   if (s.keep) __builtin_memcpy(s.keep + start, kept, uint64_t(count));
   if (s.bits) store_bits(s.bits, start, count, kept);
-}
-
-// A vector of out, at element i.
-template <class S, class V, class T>
-static INLINE void store_chosen(const Select& s, int64_t i, V kept, T beta) {
-  constexpr int L = kLanes<V>;
-  const S* x = static_cast<const S*>(s.w) + i;
-  V from, pruned{};
-  __builtin_memcpy(&from, x, sizeof from);
-  if (beta != T(0)) {
-    S rounded[L];
-    for (int l = 0; l < L; ++l) rounded[l] = other(x[l], beta);
-    __builtin_memcpy(&pruned, rounded, sizeof pruned);
-  }
-  const V y = kept ? from : pruned;
-  if (s.stream_out) stream(static_cast<S*>(s.out) + i, y);
-  else __builtin_memcpy(static_cast<S*>(s.out) + i, &y, sizeof y);
 }
 
 constexpr int64_t kMargin = 64;
@@ -279,7 +343,7 @@ static int64_t blocks_of_rows(const Select& s, int64_t first, int64_t panels) {
     }
     if (s.out)
 #pragma GCC unroll 32
-      for (int p = 0; p < M; ++p) store_chosen<S>(s, start + p * L, v[p], beta);
+      for (int p = 0; p < M; ++p) store_chosen<S>(s, start + p * L, v[p], beta, s.stream_out);
   }
   return at;
 }
@@ -325,34 +389,70 @@ static void tile_of_scores(const Select& s, int64_t first, int64_t panels) {
   }
 }
 
-// Whole panels, small enough for a tile: groups across rows of `inner` elements.
+// body(start, lane, q, j) for each chunk of each row of [panels][m][inner]: first the last chunk of every row, which reaches
+// into the rows that follow, and of one position the first row first.
+template <int kChunk, class Body>
+static INLINE void for_each_chunk(int64_t panels, int64_t m, int64_t inner, const Body& body) {
+  for (int64_t i = (inner - 1) / kChunk * kChunk; i >= 0; i -= kChunk)
+    for (int64_t q = 0, row = 0; q < panels; ++q)
+      for (int64_t j = 0; j < m; ++j, ++row) body(row * inner + i, q * inner + i, q, j);
+}
+
+// Whole panels, small enough for a tile: groups across rows of `inner` elements. Rows are moved in chunks that reach beyond
+// them, into what the next row overwrites.
 template <class Key, class S>
 static void tile_of_panels(const Select& s, int64_t first, int64_t panels) {
   using T = decltype(widen(S{}) + 0);
-  constexpr int L = Lanes<Key>::count;
-  alignas(64) Key key[2 * kTile + kMostGroup * L];  // [m][panels][inner], rows padded to whole vectors
-  alignas(64) uint8_t buffer[2 * kTile + 2 * kMargin];
+  constexpr int L = Lanes<Key>::count, kBytes = 16;
+  constexpr int64_t size = 2 * kTile + kMostGroup * 2 * L + kBytes;
+  alignas(64) Key key[size];  // [m][panels][inner], rows padded to whole chunks and one more
+  alignas(64) uint8_t lane[size], buffer[2 * kTile + 2 * kMargin];
   uint8_t* const kept = buffer + kMargin;
-  const int64_t inner = s.inner, m = s.m, lanes = panels * inner, pitch = (lanes + L - 1) / L * L, start = first * m * inner;
+  const int64_t inner = s.inner, m = s.m, lanes = panels * inner, pitch = (lanes + 2 * L - 1) / L * L, count = lanes * m;
+  const int64_t start = first * m * inner;
   const S* const w = static_cast<const S*>(s.w) + start;
   const T* const factor = static_cast<const T*>(s.factor);
-  for (int64_t q = 0; q < panels; ++q) {
-    const T* const f = factor ? factor + (first + q) % s.groups * m : nullptr;
-    for (int64_t j = 0; j < m; ++j)
-      for (int64_t i = 0; i < inner; ++i)
-        key[j * pitch + q * inner + i] = key_of<Key>(w[(q * m + j) * inner + i], f ? f + j : f);
-  }
-  for (int64_t j = 0; j < m; ++j)
-    for (int64_t lane = lanes; lane < pitch; ++lane) key[j * pitch + lane] = 0;
+  for (int64_t j = 0; j < m; ++j) __builtin_memset(key + j * pitch + pitch - 2 * L, 0, 2 * L * sizeof(Key));
+  const auto fill = [&](const auto& keys) __attribute__((always_inline)) {
+    for_each_chunk<L>(panels, m, inner, [&](int64_t from, int64_t to, int64_t q, int64_t j) __attribute__((always_inline)) {
+      const S* x = w + from;
+      S last[L];
+      if (from + L > count) {
+        for (int64_t l = 0; l < L; ++l) last[l] = from + l < count ? x[l] : S{};
+        x = last;
+      }
+      keys(key + j * pitch + to, x, q, j);
+    });
+  };
+  if (factor)
+    fill([&](Key* to, const S* x, int64_t q, int64_t j) __attribute__((always_inline)) {
+      const T f = factor[(first + q) % s.groups * m + j];
+      for (int l = 0; l < L; ++l) to[l] = key_of<Key>(x[l], &f);
+    });
+  else if constexpr (sizeof(Key) == sizeof(S))
+    fill([&](Key* to, const S* x, int64_t, int64_t) __attribute__((always_inline)) {
+      Vector<Key> v;
+      __builtin_memcpy(&v, x, sizeof v);
+      v = magnitudes<S>(v);
+      __builtin_memcpy(to, &v, sizeof v);
+    });
   const auto choose = chooser<Key>(s.m);
-  for (int64_t at = 0; at < pitch; at += L) choose(key + at, pitch, s.n, s.m);
-  for (int64_t q = 0; q < panels; ++q)
-    for (int64_t j = 0; j < m; ++j)
-      for (int64_t i = 0; i < inner; ++i) kept[(q * m + j) * inner + i] = uint8_t(key[j * pitch + q * inner + i] & 1);
+  for (int64_t at = 0; at < lanes; at += L) {
+    for (int64_t j = 0; j < m; ++j) {  // the next tile, and where this one goes
+      const int64_t line = at * m + j * L;
+      __builtin_prefetch(w + count + line);
+      if (s.out) __builtin_prefetch(static_cast<S*>(s.out) + start + line, 1);
+    }
+    choose(key + at, pitch, s.n, s.m);
+  }
+  for (int64_t i = 0; i < m * pitch; ++i) lane[i] = uint8_t(key[i] & 1);
+  for_each_chunk<kBytes>(panels, m, inner, [&](int64_t to, int64_t from, int64_t, int64_t j) __attribute__((always_inline)) {
+    __builtin_memcpy(kept + to, lane + j * pitch + from, kBytes);
+  });
   __builtin_memset(kept - 8, 0, 8);
-  __builtin_memset(kept + lanes * m, 0, 8);
-  if (s.out) emit_out<S>(s, start, lanes * m, kept);
-  emit_mask(s, start, lanes * m, kept);
+  __builtin_memset(kept + count, 0, 8);
+  if (s.out) emit_out<S>(s, start, count, kept);
+  emit_mask(s, start, count, kept);
 }
 
 // Some lanes of one panel.
@@ -368,6 +468,7 @@ static void tile_of_lanes(const Select& s, int64_t panel, int64_t lane, int64_t 
   const T beta = T(s.beta);
   const auto choose = chooser<Key>(s.m);
   constexpr bool direct = sizeof(Key) == sizeof(S);  // whole vectors of out are written here
+  const bool streams = s.stream_out && s.inner * sizeof(S) % 64 == 0;
   for (int64_t at = 0; at < lanes; at += L) {
     const int64_t here = smaller<int64_t>(L, lanes - at);
     for (int64_t j = 0; j < s.m; ++j) {
@@ -388,7 +489,7 @@ static void tile_of_lanes(const Select& s, int64_t panel, int64_t lane, int64_t 
         for (int64_t j = 0; j < s.m; ++j) {
           Vector<Key> kept;
           __builtin_memcpy(&kept, key + j * L, sizeof kept);
-          store_chosen<S>(s, start + j * s.inner + at, kept, beta);
+          store_chosen<S>(s, start + j * s.inner + at, kept, beta, streams);
         }
     if (s.bits || s.keep || here < L || !direct)
       for (int64_t j = 0; j < s.m; ++j)
