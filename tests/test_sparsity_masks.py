@@ -288,6 +288,33 @@ def test_outputs_larger_than_caches(dtype, m, shape, dim):
                 assert same_bits(out, want)
 
 
+def test_a_large_convolution():
+    """Groups whose rows are short and whose outputs go past the caches, in pieces that begin anywhere."""
+    w = noise_like(torch.empty(1027, 512, 3, 3))
+    assert w.nbytes >= 2**24
+    want = torch.cat([select(CPU, x, 1, 4, 1, beta=0.3)["out"] for x in w.split(100)])
+    for settings in (*CAPABILITIES, {"threads": 3}):
+        with machine(**settings):
+            assert same_bits(select(CPU, w, 1, 4, 1, beta=0.3)["out"], want)
+
+
+@each_half
+@pytest.mark.parametrize("beta", [1.0, 0.3, -0.7, 1e-3, 1e-30, 3.0, 1e30])
+def test_decay_rounds_every_half_alike(dtype, beta):
+    """All 2^16 words, pruned in groups of 4 in rows, in columns and in short rows: one rounding in all kernels, NaNs too."""
+    first = torch.full((2**16,), math.nan, dtype=dtype)
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    rows = torch.stack([first, x, x, x], 1)
+    want = None
+    for settings in CAPABILITIES:
+        with machine(**settings):
+            for w, dim in ((rows, 1), (rows.T.contiguous(), 0), (rows.unflatten(0, (-1, 8)).mT.contiguous(), 1)):
+                got = select(CPU, w, 1, 4, dim, beta=beta)["out"].movedim(dim, -1).reshape(-1, 4)
+                want = got if want is None else want
+                assert same_bits(got, want)
+    assert_decayed(want[:, 1], x, torch.zeros(2**16, dtype=torch.bool), torch.tensor(beta, dtype=F32).item())
+
+
 def noise_like(x):
     return dither.noise.normal_(x, seed=1)
 
