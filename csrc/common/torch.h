@@ -215,10 +215,14 @@ inline std::optional<DType> float_type(ScalarType t) {
 inline std::optional<DType> float_type(const Tensor& t) { return float_type(t.scalar_type()); }
 
 // Checks that operators share.
-inline std::string shape_of(const Tensor& t) {
+inline std::string shape_of(std::span<const int64_t> sizes) {
   std::string s = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) s += (d ? ", " : "") + std::to_string(t.size(d));
+  for (const int64_t& size : sizes) s += (&size != sizes.data() ? ", " : "") + std::to_string(size);
   return s + "]";
+}
+inline std::string shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return shape_of({sizes.data(), sizes.size()});
 }
 inline DType checked_type(const char* op, const char* name, const Tensor& t) {
   const auto type = float_type(t);

@@ -48,11 +48,6 @@ struct Seen {
         contiguous(t.is_contiguous()) {
     for (const int64_t size : sizes) numel *= size;
   }
-  std::string shape() const {
-    std::string s = "[";
-    for (size_t d = 0; d < sizes.size(); ++d) s += (d ? ", " : "") + std::to_string(sizes[d]);
-    return s + "]";
-  }
 };
 static bool same_shape(const Seen& a, const Seen& b) { return std::ranges::equal(a.sizes, b.sizes); }
 // Strides of dimensions with one element mean nothing.
@@ -174,8 +169,8 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
   };
   const auto see_like_param = [&](const Listed& t, const char* name, size_t i, const Seen& p, size_t param) {
     const Seen seen = see(t, name, i);
-    DITHER_CHECK(same_shape(seen, p), op, ": ", list(name, i), " has shape ", seen.shape(), ", expected ", p.shape(),
-                 " like params[", param, "]");
+    DITHER_CHECK(same_shape(seen, p), op, ": ", list(name, i), " has shape ", shape_of(seen.sizes), ", expected ",
+                 shape_of(p.sizes), " like params[", param, "]");
     DITHER_CHECK(seen.type != DType::f64 || p.type == DType::f64, op, ": ", list(name, i), " is float64, expected ",
                  name_of(p.scalar_type), " or float32 like params[", param, "]");
     return seen;

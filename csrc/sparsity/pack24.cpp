@@ -50,7 +50,7 @@ static void pack24_(const Tensor& dense, const std::optional<Tensor>& bits, cons
            static_cast<uint16_t*>(indices.mutable_data_ptr()),
            dense.size(0),
            dense.size(1),
-           int32_t(dense.scalar_type() == ScalarType::Half ? 0x7c01 : 0x7f81)};
+           int32_t(dense.scalar_type() == ScalarType::Half ? kNan<float16> : kNan<bfloat16>)};
   if constexpr (device == Device::cpu) {
     std::vector<uint8_t> selected;
     if (!p.bits) {  // vectors select faster than this loop

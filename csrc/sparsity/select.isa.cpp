@@ -12,56 +12,44 @@ struct Lanes {
 template <class Key>
 using Vector = typename Lanes<Key>::type;
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) return __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) return __builtin_shuffle(a, b, V{__VA_ARGS__})
-#endif
-#define EVEN4 0, 2, 4, 6
-#define ODD4 1, 3, 5, 7
-#define EVEN8 EVEN4, 8, 10, 12, 14
-#define ODD8 ODD4, 9, 11, 13, 15
-#define EVEN16 EVEN8, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD16 ODD8, 17, 19, 21, 23, 25, 27, 29, 31
-#define EVEN32 EVEN16, 32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62
-#define ODD32 ODD16, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63
-#define LOW32 \
-  0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47
-#define HIGH32 \
-  16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct CountTo : CountTo<n - 1, n - 1, i...> {};
+template <int... i>
+struct CountTo<0, i...> {
+  using type = Indices<i...>;
+};
 template <class V>
 constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
+// Lane i becomes lane at(i) of a and b in a row.
+template <class V, class At, int... i>
+static INLINE V shuffle(V a, V b, At at, Indices<i...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, at(i)...);
+#else
+  return __builtin_shuffle(a, b, V{at(i)...});
+#endif
+}
+template <class V, class At>
+static INLINE V shuffle(V a, V b, At at) {
+  return shuffle(a, b, at, typename CountTo<kLanes<V>>::type{});
+}
 template <class V>
 static INLINE V even(V a, V b) {
-  if constexpr (kLanes<V> == 2) SHUFFLE(a, b, 0, 2);
-  else if constexpr (kLanes<V> == 4) SHUFFLE(a, b, EVEN4);
-  else if constexpr (kLanes<V> == 8) SHUFFLE(a, b, EVEN8);
-  else if constexpr (kLanes<V> == 16) SHUFFLE(a, b, EVEN16);
-  else SHUFFLE(a, b, EVEN32);
+  return shuffle(a, b, [](int i) { return 2 * i; });
 }
 template <class V>
 static INLINE V odd(V a, V b) {
-  if constexpr (kLanes<V> == 2) SHUFFLE(a, b, 1, 3);
-  else if constexpr (kLanes<V> == 4) SHUFFLE(a, b, ODD4);
-  else if constexpr (kLanes<V> == 8) SHUFFLE(a, b, ODD8);
-  else if constexpr (kLanes<V> == 16) SHUFFLE(a, b, ODD16);
-  else SHUFFLE(a, b, ODD32);
+  return shuffle(a, b, [](int i) { return 2 * i + 1; });
 }
 template <class V>
 static INLINE V low(V a, V b) {
-  if constexpr (kLanes<V> == 2) SHUFFLE(a, b, 0, 2);
-  else if constexpr (kLanes<V> == 4) SHUFFLE(a, b, 0, 4, 1, 5);
-  else if constexpr (kLanes<V> == 8) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  else if constexpr (kLanes<V> == 16) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  else SHUFFLE(a, b, LOW32);
+  return shuffle(a, b, [](int i) { return i / 2 + i % 2 * kLanes<V>; });
 }
 template <class V>
 static INLINE V high(V a, V b) {
-  if constexpr (kLanes<V> == 2) SHUFFLE(a, b, 1, 3);
-  else if constexpr (kLanes<V> == 4) SHUFFLE(a, b, 2, 6, 3, 7);
-  else if constexpr (kLanes<V> == 8) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  else if constexpr (kLanes<V> == 16) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  else SHUFFLE(a, b, HIGH32);
+  return shuffle(a, b, [](int i) { return i / 2 + i % 2 * kLanes<V> + kLanes<V> / 2; });
 }
 
 // [groups][M] -> [M][groups] and back: each of log2 M steps rotates the bits of an element's address by one.
