@@ -115,7 +115,7 @@ static INLINE V magnitudes(V bits) {
   using Key = decltype(magnitude(S{}));
   constexpr Key rest = Key(~(uint64_t(1) << (8 * sizeof(Key) - 1))), nan = Key(kNan<S>);
   const V key = bits & rest;
-  return key < nan ? key : V{} + nan;
+  return key <= nan ? key : V{} + nan;  // gcc makes a minimum of <=, not of <
 }
 
 // Keys become -1 where kept, else 0.
