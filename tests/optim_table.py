@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dither import optim
+from dither.noise import key_of
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -79,10 +80,12 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "grokfast": {"grokfast_lamb": 1.5, "grokfast_alpha": 0.9, "maximize": 1.0},
     "noise": {"noise_eta": 0.04, "temperature": 1e-3},
     "rounding": {"stochastic_rounding": 1.0},
+    "private": {"private_std": 0.3, "private_scale": 0.6, "engine": "chacha20"},
     "mask": {"mask": True},
 }
 EXTRAS["all"] = {name: value for extra in EXTRAS.values() for name, value in extra.items()}
 EXTRAS["srste"] = {"mask": True, "srste": 0.3}  # masks that pull instead of freezing
+EXTRAS["private, philox"] = {**EXTRAS["private"], "engine": "philox"}
 EXTRAS["all, srste"] = {**EXTRAS["all"], **EXTRAS["srste"]}
 
 
@@ -106,6 +109,8 @@ class Call:
     sum_of_squares: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    private_key: list[int] = dataclasses.field(default_factory=list)
+    releases: Tensor | None = None
 
     @classmethod
     def of(
@@ -116,6 +121,7 @@ class Call:
         clock: torch.dtype = F32,
         mask: bool = False,
         grad_scale: float | None = None,
+        engine: str | None = None,
         seed: int = 0,
         **hyper: float,
     ) -> Call:
@@ -130,7 +136,7 @@ class Call:
         first = [group.get(optimizer._first_values.get(slot, ""), 0.0) for slot in slots]
         masks = [torch.randint(256, ((k + 7) // 8,), generator=random).byte() for k in numels]
         masks[1::3] = [torch.empty(0, dtype=torch.uint8) for _ in masks[1::3]]  # no mask for these
-        drawn = any(rows[0][name] for name in ("noise_eta", "temperature", "stochastic_rounding"))
+        drawn = any(rows[0][name] for name in ("noise_eta", "temperature", "stochastic_rounding", "private_std"))
         runs = [(k, 0) if i % 2 else (max(1, k // 3), k + 5) for i, k in enumerate(numels)]  # run, pitch
         call = cls(
             rule,
@@ -148,6 +154,8 @@ class Call:
             lrs=[],
             sum_of_squares=torch.zeros((), dtype=F64) if rows[0]["max_norm"] else None,
             grad_scale=None if grad_scale is None else torch.tensor(grad_scale),
+            private_key=key_of([5, -6, 2**63, 7] if engine == "chacha20" else -6, engine) if engine else [],
+            releases=torch.tensor(2.0**31 + 4, dtype=F64) if engine else None,
         ).map(lambda t: t.to(device))
         call.renew(seed)
         return call

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -919,6 +920,220 @@ def test_nothing_at_all(backend, name):
         optimizer.set_mask(p, torch.empty(p.shape, dtype=torch.bool, device=backend.device))
     advance(optimizer, range(2))
     assert all(optimizer.state[p]["step"] == 2 for p in params)
+
+
+# Private noise
+
+
+KEY = bytes(range(32))
+
+
+def private(optimizer, std=0.5, scale=0.25, seed=KEY, engine="chacha20", released=0):
+    """The optimizer, whose gradients are sums that need noise, and the noise."""
+    noise = optim.PrivateNoise(seed, engine, released)
+    optimizer._set_private_noise(noise, std, scale)
+    return optimizer, noise
+
+
+def add_private(params, release, std=0.5, scale=0.25, seed=KEY, engine="chacha20"):
+    """Into the gradients, by hand; they become as wide as what the step computes in."""
+    for i, p in enumerate(params):
+        wide = F64 if p.dtype == F64 else F32
+        z = noise.normal(p.shape, dtype=wide, device=p.device, seed=seed, stream=i, step=release, engine=engine)
+        yield (p.grad.to(wide) + std * z) * scale
+
+
+@each_row
+@pytest.mark.parametrize("engine, seed", [("chacha20", KEY), ("philox", -7)])
+def test_private_noise_is_added_to_the_sum(backend, name, engine, seed):
+    """Bit for bit what a plain step makes of (g + std z) scale; with gradients that are stored in less, see below."""
+    shapes = ((), (33,), (4, 3, 2), (1500,))
+    ours, plain = (parameters(backend, F32, F64, shapes=shapes) for _ in range(2))
+    a, _ = private(ROWS[name](ours, seed=1, clip_value=0.2, grokfast_lamb=0.5), seed=seed, engine=engine)
+    b = ROWS[name](plain, seed=1, clip_value=0.2, grokfast_lamb=0.5)
+    for t in range(3):
+        with_gradients(ours, t)
+        before = copies(gradients(ours))
+        for p, g in zip(plain, add_private(ours, t + 1, seed=seed, engine=engine)):
+            p.grad = g
+        a.step()
+        b.step()
+        assert same(gradients(ours), before), "the stored gradients stay"
+    assert same(tensors_of(a), tensors_of(b))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "gaps", "slice"])
+def test_private_noise_of_16_bits_and_strides(backend, dtype, layout):
+    """In float32, by the row-major address of each element; the result is rounded once."""
+    p = nn.Parameter(ARRANGED[layout](parameters(backend, dtype, shapes=(SHAPE,))[0].detach()))
+    optimizer, _ = private(optim.SGD([p], lr=0.5, maximize=True))
+    for t in range(2):
+        with_gradients([p], t)
+        p.grad = ARRANGED[layout](p.grad)
+        z = noise.normal(SHAPE, seed=KEY, step=t + 1, engine="chacha20").to(backend.device)
+        want = (p.detach().float() - 0.5 * ((-p.grad.float() + 0.5 * z) * 0.25)).to(dtype)
+        optimizer.step()
+        assert same([p], [want])
+
+
+def test_private_noise_is_that_of_its_key_and_release(backend):
+    """Draws of keys, engines, tensors and releases are independent; the seed of other noise plays no part."""
+    n, drawn = 20_000, []
+    for seed, engine, more in ((KEY, "chacha20", 1), (bytes(32), "chacha20", 2), (1, "philox", 1), (1, "philox", 2)):
+        params = [nn.Parameter(torch.zeros(n, device=backend.device)) for _ in range(2)]
+        optimizer, clock = private(optim.SGD(params, lr=1.0, seed=more), 1.0, 1.0, seed, engine)
+        drawn.append([g for step in draws(optimizer, params, 2) for g in step])
+        assert clock.released == 2
+    assert same(drawn[2], drawn[3])
+    z = torch.stack([g.double() for some in drawn[:3] for g in some])
+    off = torch.corrcoef(z) - torch.eye(12, dtype=F64)
+    assert off.abs().max() < 5 / math.sqrt(n)
+    assert (z.var(1) - 1).abs().max() < 5 * math.sqrt(2 / n)
+
+
+def test_private_noise_of_groups(backend):
+    """One std and scale for each group, from step to step; groups of several rules share the time."""
+    params = parameters(backend, F32)
+    groups = [{"params": [p], "momentum": momentum} for p, momentum in zip(params, (0.9, 0.0, 0.0))]
+    optimizer, clock = private(optim.SGD(groups, lr=1.0), [1.0, 0.5, 0.0], [1.0, 2.0, 3.0])
+    for t, (stds, scales) in enumerate((([1.0, 0.5, 0.0], [1.0, 2.0, 3.0]), ([0.25] * 3, [0.5] * 3))):
+        if t == 1:
+            optimizer._set_private_noise(clock, 0.25, 0.5)
+            groups[0]["params"][0].detach().zero_()
+            optimizer.state[params[0]]["momentum_buffer"].zero_()
+        with_gradients(params, t)
+        before = copies(params)
+        optimizer.step()
+        for i, (p, old, std, scale) in enumerate(zip(params, before, stds, scales)):
+            z = noise.normal(p.shape, seed=KEY, stream=i, step=t + 1, engine="chacha20").to(p.device)
+            torch.testing.assert_close(p.detach(), old - (p.grad + std * z) * scale, rtol=1e-6, atol=1e-6)
+    assert clock.released == 2 and not any("private_std" in group for group in optimizer.param_groups)
+
+
+def test_releases_only_go_up(backend):
+    """By one a step, with a closure too; not back with a checkpoint, a step that failed or one without gradients."""
+    params = parameters(backend, F32)
+    optimizer, clock = private(optim.SGD(params, lr=1.0), 1.0, 1.0, released=7)
+    saved, seen = optimizer.state_dict(), []
+    for expected in (8, 9):
+        seen += draws(optimizer, params, 1)
+        assert clock.released == expected
+    optimizer.load_state_dict(saved)
+    seen += draws(optimizer, params, 1)
+    optimizer.zero_grad()
+    optimizer.step()
+    params[1].grad = torch.ones(33, device=backend.device)
+    params[2].data = params[2].data.expand(2, 4, 3, 2)
+    params[2].grad = torch.ones(2, 4, 3, 2, device=backend.device)
+    with pytest.raises(RuntimeError, match="overlaps itself"):
+        optimizer.step()
+    params[2].data = torch.zeros(4, 3, 2, device=backend.device)
+    assert clock.released == 12
+    seen += draws(optimizer, params, 1)
+    assert clock.released == 13
+    for a, b in itertools.combinations(seen, 2):
+        assert not any(same([x], [y]) for x, y in zip(a, b))
+    for step, release in zip(seen, (8, 9, 10, 13)):
+        assert same(
+            step, [noise.normal(p.shape, seed=KEY, stream=i, step=release, engine="chacha20") for i, p in enumerate(params)]
+        )
+
+    def closure():
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        return 5.0
+
+    assert optimizer.step(closure) == 5.0 and clock.released == 14
+
+
+def test_a_time_that_would_repeat_hides_nothing(backend):
+    """After 2^32 releases the step is refused; where the clock cannot be read without waiting, all becomes NaN."""
+    params = parameters(backend, F32)
+    optimizer, clock = private(optim.SGD(params, lr=1.0), released=2**32 - 2)
+    advance(optimizer, [0])
+    assert all(p.isfinite().all() for p in params) and clock.released == 2**32 - 1
+    with_gradients(params, 1)
+    if backend.name == "cpu":
+        with pytest.raises(RuntimeError, match=r"sgd_: releases is .*, expected 0 <= releases < 2\^32"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        assert all(p.isnan().all() for p in params)
+
+
+def test_the_private_key_stays_where_it_is():
+    """In no state_dict; neither copied nor pickled nor printed."""
+    params = [nn.Parameter(torch.zeros(3))]
+    optimizer, clock = private(optim.AdamW(params, seed=1))
+    advance(optimizer, [0])
+    plain = optim.AdamW([nn.Parameter(torch.zeros(3))], seed=1)
+    advance(plain, [0])
+    mine, other = optimizer.state_dict(), plain.state_dict()
+    assert mine["param_groups"] == other["param_groups"] and mine["state"][0].keys() == other["state"][0].keys()
+    assert not any(str(word) in text for word in clock.key for text in (repr(optimizer), repr(clock), str(mine)))
+    for use in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="PrivateNoise: its key is never copied, pickled or saved"):
+            use(clock)
+        with pytest.raises(TypeError, match="AdamW: an optimizer with private noise is neither copied nor pickled"):
+            use(optimizer)
+    optimizer._set_private_noise(None)
+    advance(copy.deepcopy(optimizer), [1])
+    assert clock.released == 1
+
+
+def test_what_breaks_private_noise_is_refused(backend):
+    """By the step, before anything is drawn or written."""
+
+    def spoiled(spoil, message, **arguments):
+        params = parameters(backend, F32)
+        optimizer, clock = private(optim.SGD(params, lr=1.0, **arguments))
+        with_gradients(params, 0)
+        before = copies(params)
+        spoil(optimizer, params)
+        with pytest.raises(RuntimeError, match=f"^SGD: {message}"):
+            optimizer.step()
+        assert same(params, before) and clock.released == 0
+
+    def nothing(optimizer, params):
+        pass
+
+    def same_stream(optimizer, params):
+        for p in params[:2]:
+            optimizer.state[p]["stream"] = 3
+
+    looks = "and private noise exclude each other"
+    spoiled(nothing, f"max_norm {looks}", max_norm=1.0)
+    spoiled(nothing, f"skip_nonfinite {looks}", skip_nonfinite=True)
+    for name in ("grad_scale", "found_inf"):
+        spoiled(lambda o, _, name=name: setattr(o, name, torch.ones(())), rf"a GradScaler \({name}\) {looks}")
+    spoiled(lambda _, ps: setattr(ps[1], "grad", ps[1].grad.to_sparse()), "a gradient is sparse, expected dense")
+    spoiled(same_stream, "two parameters have the same stream")
+
+    def one_more(optimizer, _):
+        optimizer._set_private_noise(optimizer._private[0], [1.0], 1.0)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+    spoiled(one_more, r"std of private noise has 1 entries, expected 2")
+
+
+def test_private_numbers_are_checked():
+    optimizer = optim.SGD([nn.Parameter(torch.zeros(3))])
+    clock = optim.PrivateNoise(3, "philox")
+    owner = r"^SGD\._set_private_noise: "
+    for std in (-1.0, math.nan, math.inf, [math.nan], "a"):
+        with pytest.raises(ValueError, match=owner + "std is .*, expected a finite number >= 0"):
+            optimizer._set_private_noise(clock, std)
+    with pytest.raises(ValueError, match=owner + "scale is .*, expected a finite number"):
+        optimizer._set_private_noise(clock, 1.0, math.inf)
+    with pytest.raises(ValueError, match=owner + "scale has 2 entries, expected 1, one a group"):
+        optimizer._set_private_noise(clock, 1.0, [1.0, 2.0])
+    with pytest.raises(TypeError, match=owner + "noise is bytes, expected PrivateNoise or None"):
+        optimizer._set_private_noise(KEY)
+    for released in (-1, 2**32):
+        with pytest.raises(ValueError, match=r"PrivateNoise: released is .*, expected 0 <= released < 2\^32"):
+            optim.PrivateNoise(KEY, released=released)
+    assert optimizer._private is None
 
 
 # Where torch.optim has been silently wrong

@@ -92,7 +92,8 @@ def test_storage_rounds_once(backend, name, extra):
 @pytest.mark.parametrize("name", ["SGD", "NAdam", "RMSprop centered momentum"])
 def test_many_tensors(backend, name):
     """More tensors than one launch takes, each at its own time."""
-    call = Call.of(ROWS[name], [((i % 7,), FLAVOURS[1]) for i in range(600)], backend.device, clock=F64, **EXTRAS["noise"])
+    extras = EXTRAS["noise"] | EXTRAS["private"]
+    call = Call.of(ROWS[name], [((i % 7,), FLAVOURS[1]) for i in range(600)], backend.device, clock=F64, **extras)
     for i, step in enumerate(call.steps):
         step.fill_(i % 11)
     want, twin = call.copy(), call.copy()
@@ -150,7 +151,7 @@ MACHINES = [{"threads": n} for n in (1, 2, 3)] + [{"capability": c} for c in dit
 
 
 @each_row
-@pytest.mark.parametrize("extra", ["plain", "rounding", "all"])
+@pytest.mark.parametrize("extra", ["plain", "rounding", "private", "all"])
 def test_the_machine_does_not_matter(name, extra):
     call = Call.of(
         ROWS[name], [((n,), FLAVOURS[k]) for n, k in ((65_537, 0), (70_001, 4), (9001, 1), (501, 5))], **EXTRAS[extra]
@@ -170,10 +171,10 @@ CUTS = {  # of 12 x 40 elements: slices, start, run, pitch
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", ["SGLD", "Adam amsgrad"])
-def test_shards_step_as_their_part_of_the_whole(backend, name, cut):
+@pytest.mark.parametrize("name, extra", [("SGLD", "private"), ("Adam amsgrad", "private, philox")])
+def test_shards_step_as_their_part_of_the_whole(backend, name, extra, cut):
     """Wherever the whole lies: near 2^31 and 2^36 elements, and at the last address."""
-    extra = EXTRAS["noise"] | EXTRAS["rounding"]
+    extra = EXTRAS["noise"] | EXTRAS["rounding"] | EXTRAS[extra]
     call = Call.of(ROWS[name], [((12, 40), flavour) for flavour in FLAVOURS], backend.device, **extra)
     slices, offset, run, pitch = CUTS[cut]
     part = call.map(lambda t: t[slices].clone() if t.ndim else t.clone())
@@ -483,7 +484,7 @@ def base(device):
 
 def put(index, value):
     """A list with one entry replaced."""
-    return lambda items: [*items[:index], value(items[index]) if callable(value) else value, *items[index + 1 :]]
+    return lambda items: [*items[:index], value(items[index]) if callable(value) else value, *items[index % len(items) + 1 :]]
 
 
 FLOAT = "expected float32, float64, bfloat16 or float16"
@@ -552,6 +553,16 @@ REFUSED = {  # argument of the call, its change, the message after "adam_: "
     "sum": ("sum_of_squares", torch.Tensor.float, "sum_of_squares is float32 with 1 elements, expected one float64"),
     "scale": ("grad_scale", torch.Tensor.double, "grad_scale is float64 with 1 elements, expected one float32"),
     "found_inf": ("found_inf", lambda _: torch.zeros(2), "found_inf is float32 with 2 elements, expected one float32"),
+    "private key": (
+        "private_key",
+        lambda x: x[:2],
+        r"private_key: key has 2 integers, expected 1 \(philox\) or 4 \(chacha20\)",
+    ),
+    "no private key": ("private_key", lambda _: [], "private_std of group 0 is 0.3, expected 0 without a private_key"),
+    "private std": ("hyper", put(-2, -0.1), "private_std of group 1 is -0.1, expected at least 0"),
+    "no releases": ("releases", lambda _: None, "releases is None, expected one float64, the time of the private noise"),
+    "releases dtype": ("releases", torch.Tensor.float, "releases is float32 with 1 elements, expected one float64"),
+    "releases size": ("releases", lambda t: t.repeat(2), "releases is float64 with 2 elements, expected one float64"),
 }
 
 

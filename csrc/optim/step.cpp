@@ -83,13 +83,15 @@ struct Views {
   std::vector<Tensor> kept;                            // read-only copies
 };
 
-static const float* scalar_on(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& p) {
+template <class T>
+static const T* scalar_on(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& p) {
+  constexpr ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   if (!t) return nullptr;
-  DITHER_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == 1, op, ": ", name, " is ", name_of(t->scalar_type()),
-               " with ", t->numel(), " elements, expected one float32");
+  DITHER_CHECK(t->scalar_type() == type && t->numel() == 1, op, ": ", name, " is ", name_of(t->scalar_type()), " with ",
+               t->numel(), " elements, expected one ", name_of(type));
   DITHER_CHECK(device_of(*t) == device_of(p), op, ": ", name, " is on ", device_of(*t), ", expected ", device_of(p),
                " like params[0]");
-  return static_cast<const float*>(t->const_data_ptr());
+  return static_cast<const T*>(t->const_data_ptr());
 }
 
 template <Device device>
@@ -97,7 +99,8 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
                         const Tensors& steps, const Tensors& products, const Ints& groups, const Floats& hyper,
                         const Ints& seeds, const Ints& places, const Tensors& emas, const Tensors& masks, const Tensors& lrs,
                         const std::optional<Tensor>& sum_of_squares, const std::optional<Tensor>& grad_scale,
-                        const std::optional<Tensor>& found_inf) {
+                        const std::optional<Tensor>& found_inf, const Ints& private_key,
+                        const std::optional<Tensor>& releases) {
   const auto found = std::find_if(std::begin(kRuleNames), std::end(kRuleNames), [&](const char* n) { return rule_name == n; });
   DITHER_CHECK(found != std::end(kRuleNames), "fused_step_: rule is '", rule_name, "', which is not known");
   const Rule rule = Rule(found - std::begin(kRuleNames));
@@ -133,23 +136,31 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
     std::memcpy(&rows[r], &hyper[r * kHyper], sizeof(Hyper));
     if (std::isnan(rows[r].lr)) {
       DITHER_CHECK(used < lrs.size(), op, ": lr of group ", r, " is nan");
-      group_lr[r] = scalar_on(op, "lr", lrs[used++], params[0]);
+      group_lr[r] = scalar_on<float>(op, "lr", lrs[used++], params[0]);
     }
     for (int k = 0; k < kHyper; ++k)
       DITHER_CHECK(std::isfinite(hyper[r * kHyper + k]) || (k == 0 && group_lr[r]), op, ": ", kHyperNames[k], " of group ", r,
                    " is ", hyper[r * kHyper + k], ", expected a finite number");
+    DITHER_CHECK(rows[r].private_std >= 0 && (rows[r].private_std == 0 || !private_key.empty()), op, ": private_std of group ",
+                 r, " is ", rows[r].private_std, ", expected ", private_key.empty() ? "0 without a private_key" : "at least 0");
     random = random || rows[r].noise_eta > 0 || rows[r].temperature > 0 || rows[r].stochastic_rounding != 0;
   }
-  DITHER_CHECK(!random || places.size() == 4 * n, op, ": places is empty, expected 4 entries a tensor: noise needs an address");
+  const bool drawn = random || !private_key.empty();
+  DITHER_CHECK(!drawn || places.size() == 4 * n, op, ": places is empty, expected 4 entries a tensor: noise needs an address");
 
-  Shared shared{nullptr, scalar_on(op, "grad_scale", grad_scale, params[0]), scalar_on(op, "found_inf", found_inf, params[0])};
-  if (sum_of_squares) {
-    DITHER_CHECK(sum_of_squares->scalar_type() == ScalarType::Double && sum_of_squares->numel() == 1, op,
-                 ": sum_of_squares is ", name_of(sum_of_squares->scalar_type()), " with ", sum_of_squares->numel(),
-                 " elements, expected one float64");
-    DITHER_CHECK(device_of(*sum_of_squares) == device_of(params[0]), op, ": sum_of_squares is on ", device_of(*sum_of_squares),
-                 ", expected ", device_of(params[0]), " like params[0]");
-    shared.sum_of_squares = static_cast<const double*>(sum_of_squares->const_data_ptr());
+  Shared shared{};
+  shared.sum_of_squares = scalar_on<double>(op, "sum_of_squares", sum_of_squares, params[0]);
+  shared.grad_scale = scalar_on<float>(op, "grad_scale", grad_scale, params[0]);
+  shared.found_inf = scalar_on<float>(op, "found_inf", found_inf, params[0]);
+  if (!private_key.empty()) {
+    DITHER_CHECK(releases, op, ": releases is None, expected one float64, the time of the private noise");
+    shared.releases = scalar_on<double>(op, "releases", releases, params[0]);
+    const Address checked = address(op_name + ": private_key", private_key, 0, 0, 0, 0, Kind::normal32);
+    std::copy(std::begin(checked.key), std::end(checked.key), shared.key.words);
+    shared.key.chacha = private_key.size() == 4;
+    if constexpr (device == Device::cpu)
+      DITHER_CHECK(*shared.releases >= 0 && *shared.releases < 0x1p32, op, ": releases is ", *shared.releases,
+                   ", expected 0 <= releases < 2^32: the private noise would repeat");
   }
 
   // Check everything before anything is written.
@@ -192,7 +203,7 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
     const Seen g = see_like_param(grads[i], "grads", i, p, i);
     s.g_type = *g.type;
     // Draws and masks follow fixed orders; everything else may walk the memory of p, whatever its strides.
-    bool own_layout = memory == Memory::dense && (!random || p.contiguous);
+    bool own_layout = memory == Memory::dense && (!drawn || p.contiguous);
     for (int k = 0; k < slots; ++k) {
       const Seen state = see_like_param(states[k * n + i], "states", k * n + i, p, i);
       s.state_type[k] = *state.type;
@@ -324,7 +335,7 @@ static void fused_step_(const std::string& rule_name, const Tensors& params, con
       for (; i < n && first_unit[i] < hi; ++i) {
         const int64_t from = (std::max(lo, first_unit[i]) - first_unit[i]) * kUnit;
         const int64_t to = std::min(slot[i].numel, (std::min(hi, first_unit[i + 1]) - first_unit[i]) * kUnit);
-        if (from < to) step(rule, slot[i].p_type == DType::f64, slot[i], table + i * kConstantsBytes, from, to);
+        if (from < to) step(rule, slot[i].p_type == DType::f64, slot[i], shared, table + i * kConstantsBytes, from, to);
       }
     });
   } else {
@@ -408,12 +419,13 @@ static Tensor sum_of_squares(const Tensors& tensors) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
   // One row of `hyper` per group in the order of hyper.h; a NaN lr takes the next tensor of lrs. `states` is slot-major.
-  // `places`: stream, start, run, pitch of each tensor, or empty where nothing is drawn.
+  // `places`: stream, start, run, pitch of each tensor, or empty where nothing is drawn. `private_key`: one integer for Philox,
+  // four for ChaCha20, or none: no private noise; its time is the number in `releases`, the same for all that one step draws.
   m.def(
       "fused_step_(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor(d!)[] "
       "products, "
       "int[] groups, float[] hyper, int[] seeds, int[] places, Tensor(e!)[] emas, Tensor[] masks, Tensor[] lrs, "
-      "Tensor? sum_of_squares, Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "Tensor? sum_of_squares, Tensor? grad_scale, Tensor? found_inf, int[] private_key, Tensor? releases) -> ()");
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
 }
 #if !defined(DITHER_EMULATE)

@@ -1,4 +1,5 @@
 #include "step.h"
+#include "../common/chacha.h"
 #include "../common/launch.cuh"
 #include "../common/philox.h"
 #include "../common/normal.h"
@@ -7,6 +8,10 @@ namespace dither {
 constexpr int kThreads = 256, kVector = 4, kWarps = kThreads / 32;
 constexpr int kSlotsPerLaunch = 200, kClocksPerLaunch = 120;  // kernel arguments hold 32,764 bytes
 constexpr int kStaged = 192;                                  // three tiles of 64 draws cover 128 elements at any offset
+// Private noise is drawn for several iterations of a warp at a time: 32 blocks of ChaCha20, one a lane.
+template <class T>
+constexpr int kSpan = 32 * ChaCha20::words * 4 / int(sizeof(T));
+constexpr int kSpanBytes = 32 * ChaCha20::words * 4;
 
 struct Clocks {
   Clock clock[kClocksPerLaunch];
@@ -95,19 +100,22 @@ __device__ inline uint32_t word_at(const Address& a, uint64_t e) {
   Philox::block(a, e / 64 * 16 + e % 16, w);
   return w[e % 64 / 16];
 }
-__device__ inline void normal_at(const Address& a, uint64_t e, float& z) {
-  uint32_t w[4];
-  float pair[2];
-  Philox::block(a, e / 64 * 16 + e % 16, w);
-  const int first = e % 64 / 32 * 2;
-  box_muller(w[first], w[first + 1], pair[0], pair[1]);
-  z = pair[e % 32 / 16];
-}
-__device__ inline void normal_at(const Address& a, uint64_t e, double& z) {
-  uint32_t w[4];
-  double pair[2];
-  Philox::block(a, e / 32 * 16 + e % 16, w);
-  box_muller(w[0], w[1], w[2], w[3], pair[0], pair[1]);
+// The normals of the elements g and g + 16 from the words of their block.
+__device__ inline void normals(const uint32_t* w, float (&z)[2]) { box_muller(w[0], w[1], z[0], z[1]); }
+__device__ inline void normals(const uint32_t* w, double (&z)[2]) { box_muller(w[0], w[1], w[2], w[3], z[0], z[1]); }
+template <class Generator, class T>
+constexpr int kTile = 16 * Generator::words * 4 / int(sizeof(T));  // elements whose draws come from the same 16 blocks
+template <class Generator, class T>
+__device__ inline void normal_at(Generator, const Address& a, uint64_t e, T& z) {
+  constexpr int per_pair = sizeof(T) / 2, tile = kTile<Generator, T>;
+  uint32_t w[Generator::words], mine[per_pair];
+  T pair[2];
+  Generator::block(a, e / tile * 16 + e % 16, w);
+  const int p = e % tile / 32;
+#pragma unroll
+  for (int k = 0; k < tile / 32; ++k)  // registers have no address
+    for (int i = 0; i < per_pair; ++i) mine[i] = k == 0 || k == p ? w[per_pair * k + i] : mine[i];
+  normals(mine, pair);
   z = pair[e % 32 / 16];
 }
 
@@ -148,11 +156,43 @@ __device__ inline void draw_normals(const Slot& slot, const Address& a, int64_t 
     stage<true>(a, first, lane, staged);
     for (int j = 0; j < kVector; ++j) z[j] = bit_as<float>(staged[first % 64 + lane * kVector + j]);
   } else {
-    for (int j = 0; j < kVector; ++j) normal_at(a, slot.element(at + lane * kVector + j), z[j]);
+    for (int j = 0; j < kVector; ++j) normal_at(Philox{}, a, slot.element(at + lane * kVector + j), z[j]);
   }
 }
 __device__ inline void draw_normals(const Slot& slot, const Address& a, int64_t at, int lane, uint32_t*, double (&z)[kVector]) {
-  for (int j = 0; j < kVector; ++j) normal_at(a, slot.element(at + lane * kVector + j), z[j]);
+  for (int j = 0; j < kVector; ++j) normal_at(Philox{}, a, slot.element(at + lane * kVector + j), z[j]);
+}
+
+// The normals of the elements at .. at + count of a tensor, by whole tiles, each block once; all lanes call together.
+template <class Generator, class T>
+__device__ inline void span_of_normals(Generator g, const Slot& slot, const Address& a, int64_t at, int count, int lane,
+                                       T* out) {
+  constexpr int per_pair = sizeof(T) / 2, tile = kTile<Generator, T>;
+  __syncwarp();
+  if (slot.run < slot.numel && slot.run < 64) {
+    for (int i = lane; i < count; i += 32) normal_at(g, a, slot.element(at + i), out[i]);
+  } else {
+    for (int done = 0; done < count;) {  // addresses that follow each other
+      const int64_t left = slot.run < slot.numel ? slot.run - (at + done) % slot.run : count;
+      const int n = int(smaller<int64_t>(count - done, left));
+      const uint64_t first = slot.element(at + done), tiles = first / tile;
+      const int blocks = int((first + n - 1) / tile - tiles + 1) * 16;
+      for (int b = lane; b < blocks; b += 32) {
+        uint32_t w[Generator::words];
+        Generator::block(a, tiles * 16 + b, w);
+#pragma unroll
+        for (int p = 0; p < tile / 32; ++p) {
+          T z[2];
+          normals(w + per_pair * p, z);
+          const int64_t i = int64_t(tiles * tile + b / 16 * tile + 32 * p + b % 16) - int64_t(first);
+          if (i >= 0 && i < n) out[done + i] = z[0];
+          if (i + 16 >= 0 && i + 16 < n) out[done + i + 16] = z[1];
+        }
+      }
+      done += n;
+    }
+  }
+  __syncwarp();
 }
 
 struct Slots {
@@ -163,9 +203,10 @@ struct Slots {
 static_assert(sizeof(Slots) <= 32700 && sizeof(Clocks) <= 32700, "kernel argument limit");
 
 // At least 16 warps a multiprocessor with four 16-byte loads each under way in every lane.
-template <class R, class T>
+// kPrivate: with private noise, in a kernel of its own, so that its registers cost the others nothing.
+template <class R, class T, bool kPrivate>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
-    step_kernel(const __grid_constant__ Slots b, const char* constants) {
+    step_kernel(const __grid_constant__ Slots b, const __grid_constant__ PrivateKey key, const char* constants) {
   DYNAMIC_SHARED(uint32_t, shared);
   int t = 0;  // the tensor that owns this block
   for (int end = b.count; end - t > 1;) {
@@ -179,10 +220,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
   if (a.skip) return;
   const int lane = threadIdx.x % 32;
   uint32_t* staged = shared + threadIdx.x / 32 * kStaged;
-  constexpr Kind normal = sizeof(T) == 8 ? Kind::normal64 : Kind::normal32;
+  T* private_normals = reinterpret_cast<T*>(shared + kWarps * kStaged) + threadIdx.x / 32 * kSpan<T>;
 
+  // A warp takes 128 elements, or a span of private noise, then the next that no other warp takes.
+  constexpr int vectors = 32 * kVector, span = kPrivate ? kSpan<T> : vectors;
   const int64_t begin = int64_t(blockIdx.x - b.first_block[t]) * b.chunk, end = smaller(begin + b.chunk, slot.numel);
-  for (int64_t at = begin + threadIdx.x / 32 * (32 * kVector); at < end; at += kThreads * kVector) {  // per warp
+  int in_span = 0;
+  for (int64_t at = begin + threadIdx.x / 32 * span; at < end; at += vectors) {
     const int64_t i = at + lane * kVector;
     const int n = int(larger<int64_t>(0, smaller<int64_t>(kVector, end - i)));
     T p[kVector], g[kVector], s[kMaxStates][kVector], z[kVector];
@@ -199,7 +243,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
 #pragma unroll
     for (int k = 0; k < R::states; ++k) decode(raw_s[k], slot.state_type[k], s[k]);
 
-    for (int j = 0; j < kVector; ++j) g[j] = clamp(g[j] * a.scale, a.clip);
+    for (int j = 0; j < kVector; ++j) g[j] *= a.scale;
+    if constexpr (kPrivate) {
+      if (a.std != T(0)) {
+        if (in_span == 0) {
+          const int count = int(smaller<int64_t>(span, end - at));
+          if (key.chacha) span_of_normals(ChaCha20{}, slot, a.address(key), at, count, lane, private_normals);
+          else span_of_normals(Philox{}, slot, a.address(key), at, count, lane, private_normals);
+        }
+        for (int j = 0; j < n; ++j) g[j] = (g[j] + a.std * private_normals[in_span + lane * kVector + j]) * a.gain;
+      }
+      in_span += vectors;
+    }
+    for (int j = 0; j < kVector; ++j) g[j] = clamp(g[j], a.clip);
     if (a.gradient) {
       if (slot.ema) {
         T h[kVector];
@@ -214,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
         store(h, slot.ema, slot.ema_type, i, n, false, w, 0);
       }
       if (a.noise != T(0)) {
-        draw_normals(slot, a.address(normal, kGradientNoise), at, lane, staged, z);
+        draw_normals(slot, a.address(a.normal, kGradientNoise), at, lane, staged, z);
         for (int j = 0; j < kVector; ++j) g[j] += a.noise * z[j];
       }
     }
@@ -223,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
         if (!(mask >> j & 1)) g[j] += a.pull * p[j];
     if (a.l2 != T(0))
       for (int j = 0; j < kVector; ++j) g[j] += a.l2 * p[j];
-    if (a.kick != T(0)) draw_normals(slot, a.address(normal), at, lane, staged, z);
+    if (a.kick != T(0)) draw_normals(slot, a.address(a.normal), at, lane, staged, z);
     if (a.stochastic) draw_words(slot, a.address(Kind::bits), at, lane, staged, w);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
@@ -242,6 +298,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     store(p, slot.p, slot.p_type, i, n, a.stochastic, w, 0);
 #pragma unroll
     for (int k = 0; k < R::states; ++k) store(s[k], slot.state[k], slot.state_type[k], i, n, a.stochastic, w, k + 1);
+    if (!kPrivate || in_span == span) {
+      at += (kWarps - 1) * span;
+      in_span = 0;
+    }
   }
 }
 
@@ -277,8 +337,10 @@ int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int6
       }
       const int blocks = b.first_block[b.count];
       if (blocks == 0) continue;
-      if (int error = launch(step_kernel<R<T>, T>, blocks, kThreads, kWarps * kStaged * sizeof(uint32_t), stream)(
-              b, static_cast<const char*>(table + first * kConstantsBytes)))
+      const auto kernel = shared.releases ? step_kernel<R<T>, T, true> : step_kernel<R<T>, T, false>;
+      const size_t bytes = kWarps * (kStaged * sizeof(uint32_t) + (shared.releases ? kSpanBytes : 0));
+      if (int error = launch(kernel, blocks, kThreads, bytes, stream)(
+              b, shared.key, static_cast<const char*>(table + first * kConstantsBytes)))
         return error;
     }
     return 0;

@@ -1,5 +1,6 @@
-// One optimizer step over many tensors. What happens to an element, in this order: unscale, clip, Grokfast, gradient noise,
-// pull, decay, rule, parameter noise, mask, rounding. All but the rule are run-time branches on the constants derived here.
+// One optimizer step over many tensors. What happens to an element, in this order: unscale, private noise, clip, Grokfast,
+// gradient noise, pull, decay, rule, parameter noise, mask, rounding. All but the rule are run-time branches on the constants
+// derived here.
 #pragma once
 #include "../common/address.h"
 #include "../common/cpu.h"
@@ -12,10 +13,17 @@ namespace dither {
 // Gradient noise has streams of its own, so that it never meets the noise of the rule (SGLD).
 constexpr uint32_t kGradientNoise = 0x80000000u;
 
+// The key of private noise: in no state and in no memory of the device, it travels with the arguments of the kernels.
+struct PrivateKey {
+  uint32_t words[8];
+  bool chacha;
+};
+
 // Constants around the rule, for one tensor at one step.
 template <class T>
 struct Around {
   T scale;               // g *= scale: unscaling, sign of maximize, global-norm clip
+  T std, gain;           // g = (g + std z) gain: private noise on a sum of clipped gradients (Abadi et al. 2016), algorithm 1
   T clip;                // |g| <= clip, or infinity
   T ema_take, ema_gain;  // h += ema_take (g - h), g += ema_gain h: Grokfast (Lee et al. 2024), eq. 4
   T noise;               // g += noise z: annealed gradient noise (Neelakantan et al. 2015), variance eta / (1 + t)^gamma
@@ -23,11 +31,17 @@ struct Around {
   T l2;                  // g += l2 p
   T keep;                // p *= keep
   T kick;                // p += kick z after the rule
-  uint32_t seed[2], stream, time;
+  uint32_t seed[2], stream, time, release;
   bool skip, first, stochastic;
   bool gradient;  // more than scale, clip and pull happens to g before the rule
 
+  static constexpr Kind normal = sizeof(T) == 8 ? Kind::normal64 : Kind::normal32;
   DITHER_HD Address address(Kind kind, uint32_t use = 0) const { return {{seed[0], seed[1]}, stream | use, time, kind}; }
+  DITHER_HD Address address(const PrivateKey& key) const {
+    Address a{{}, stream, release, normal};
+    for (int i = 0; i < 8; ++i) a.key[i] = key.words[i];
+    return a;
+  }
 };
 
 template <class R, class T>
@@ -41,10 +55,12 @@ DITHER_HD T clamp(T x, T bound) {  // NaN stays
   return x < -bound ? -bound : (x > bound ? bound : x);
 }
 
-// Scalars that may live on the device.
+// What all tensors of a call have in common, scalars that may live on the device among it.
 struct Shared {
   const double* sum_of_squares;  // of all gradients, still scaled; nullptr: no global clip, no finite check
   const float *grad_scale, *found_inf;
+  const double* releases;  // the number of this release, the time of private noise; nullptr: there is none
+  PrivateKey key;
 };
 // One tensor's clock and hyperparameters.
 struct Clock {
@@ -84,9 +100,18 @@ DITHER_HD Constants<R<T>, T> derive(const Clock& clock, const Shared& shared) {
     }
   }
   if (h.maximize != 0) scale = -scale;
+  const bool noised = shared.releases && h.private_std > 0;
+  if (!noised) scale *= h.private_scale;
 
   Around<T> a{};
   a.scale = T(scale);
+  if (noised) {  // a time that would repeat hides nothing: then everything becomes NaN
+    const double release = *shared.releases;
+    const bool valid = release >= 0 && release < 0x1p32;
+    a.std = valid ? T(h.private_std) : T(__builtin_nan(""));
+    a.gain = T(h.private_scale);
+    a.release = valid ? uint32_t(release) : 0;
+  }
   a.clip = h.clip_value > 0 ? T(h.clip_value) : T(__builtin_inf());
   a.first = t == 1;
   a.ema_take = T(1 - h.grokfast_alpha);
@@ -103,7 +128,7 @@ DITHER_HD Constants<R<T>, T> derive(const Clock& clock, const Shared& shared) {
   a.time = uint32_t(t - 1);
   a.skip = skip;
   a.stochastic = h.stochastic_rounding != 0;
-  a.gradient = h.grokfast_lamb != 0 || a.noise != T(0) || a.l2 != T(0);
+  a.gradient = noised || h.grokfast_lamb != 0 || a.noise != T(0) || a.l2 != T(0);
   Constants<R<T>, T> constants{R<T>(h, t, product), a};
   if (!skip) {
     clock.advance();
@@ -129,7 +154,8 @@ struct Slot {
 constexpr int64_t kUnit = 4096;           // elements that a CPU thread takes at least; a multiple of 8 for the mask
 constexpr int64_t kConstantsBytes = 256;  // room for any Constants<R, T>
 
-DITHER_PER_ISA(void step_range(Rule rule, bool wide, const Slot& slot, const void* constants, int64_t lo, int64_t hi))
+DITHER_PER_ISA(void step_range(Rule rule, bool wide, const Slot& slot, const Shared& shared, const void* constants, int64_t lo,
+                               int64_t hi))
 // constants: device memory for count * kConstantsBytes
 int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int64_t count, const Shared& shared,
               void* constants, int multiprocessors, Stream stream);

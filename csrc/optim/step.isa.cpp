@@ -5,7 +5,7 @@
 namespace dither::DITHER_ISA {
 // Elements that pass through buffers at a time: so few that the processor, which looks some hundred instructions ahead, loads
 // while it computes. Draws cost a call a block and want more.
-constexpr int64_t kBlock = 256, kBlockWithoutDraws = 128;
+constexpr int64_t kBlock = 512, kBlockWithoutDraws = 128;
 constexpr int64_t kMaskBlock = 1024;  // where only the mask passes through a buffer
 
 // A block of a mask as bytes. kept: its bits. moves: 0 where the element stands still.
@@ -101,16 +101,16 @@ static void for_each_address(const Slot& slot, int64_t at, int64_t n, Fill fill)
     i += left;
   }
 }
-template <class T>
-static void draw_normals(const Slot& slot, const Address& a, int64_t at, int64_t n, T* __restrict z) {
+template <class Generator, class T>
+static void draw_normals(Generator g, const Slot& slot, const Address& a, int64_t at, int64_t n, T* __restrict z) {
   for_each_address(slot, at, n, [&](int64_t element, int64_t offset, int64_t count) {
-    for_each_run<sizeof(T) / 4>(Philox{}, a, element, element + count,
-                                [&](const uint32_t* w, int64_t first, int64_t whole, int64_t from, int64_t part) {
-                                  alignas(64) T buffer[4096 / sizeof(T)];
-                                  normals(w, whole, buffer);
-                                  __builtin_memcpy(z + offset + (from - element), buffer + (from - first),
-                                                   uint64_t(part) * sizeof(T));
-                                });
+    for_each_run<sizeof(T) / 4>(
+        g, a, element, element + count, [&](const uint32_t* w, int64_t first, int64_t whole, int64_t from, int64_t part) {
+          if (part == whole) return normals(w, whole, z + offset + (from - element));
+          alignas(64) T buffer[4096 / sizeof(T)];
+          normals(w, whole, buffer);
+          __builtin_memcpy(z + offset + (from - element), buffer + (from - first), uint64_t(part) * sizeof(T));
+        });
   });
 }
 static void draw_words(const Slot& slot, const Address& a, int64_t at, int64_t n, uint32_t* __restrict out) {
@@ -135,12 +135,51 @@ static const uint8_t* freezing(const Slot& slot, const Around<T>& a) {
   return a.pull == T(0) ? slot.mask : nullptr;
 }
 
+// The gradient of a block with private noise: while its normals are computed, memory is waited for.
+template <class T, class S>
+static void add_private(const Around<T>& a, const uint32_t* __restrict w, int64_t n, const S* __restrict x, T* __restrict y) {
+  const T scale = a.scale, std = a.std, gain = a.gain;
+  for (int64_t g = 0; g < n; g += 32, w += 8 * sizeof(T))
+    for (int k = 0; k < kLanes; ++k) {
+      T z[2];
+      if constexpr (sizeof(T) == 8) box_muller(w[k], w[16 + k], w[32 + k], w[48 + k], z[0], z[1]);
+      else box_muller(w[k], w[16 + k], z[0], z[1]);
+      y[g + k] = (T(widen(x[g + k])) * scale + std * z[0]) * gain;
+      y[g + 16 + k] = (T(widen(x[g + 16 + k])) * scale + std * z[1]) * gain;
+    }
+}
+template <class T>
+static void load_private(const Slot& slot, const PrivateKey& key, const Around<T>& a, int64_t at, int64_t n, T* y) {
+  const Address address = a.address(key);
+  const auto run = [&]<class Generator, class S>(Generator generator, const S* x) {
+    for_each_address(slot, at, n, [&](int64_t element, int64_t offset, int64_t count) {
+      for_each_run<sizeof(T) / 4>(generator, address, element, element + count,
+                                  [&](const uint32_t* w, int64_t first, int64_t whole, int64_t from, int64_t part) {
+                                    const int64_t i = offset + (from - element);
+                                    if (part == whole) return add_private(a, w, whole, x + at + i, y + i);
+                                    alignas(64) S given[1024]{};
+                                    alignas(64) T noised[1024];
+                                    __builtin_memcpy(given + (from - first), x + at + i, uint64_t(part) * sizeof(S));
+                                    add_private(a, w, whole, given, noised);
+                                    __builtin_memcpy(y + i, noised + (from - first), uint64_t(part) * sizeof(T));
+                                  });
+    });
+  };
+  with_type(slot.g_type, [&]<class S>(S) {
+    const S* x = static_cast<const S*>(slot.g);
+    key.chacha ? run(ChaCha20{}, x) : run(Philox{}, x);
+  });
+}
+
 // Everything before the rule, on a block of the gradient in its buffer.
 template <class T>
 static void prepare(const Slot& slot, const Around<T>& a, int64_t at, int64_t n, const T* __restrict p, T* __restrict g) {
   const T scale = a.scale, clip = a.clip;
   const uint8_t* frozen = freezing(slot, a);
-  for (int64_t i = 0; i < n; ++i) g[i] = clamp(g[i] * scale, clip);
+  if (a.std == T(0))
+    for (int64_t i = 0; i < n; ++i) g[i] = clamp(g[i] * scale, clip);
+  else if (clip < T(__builtin_inf()))
+    for (int64_t i = 0; i < n; ++i) g[i] = clamp(g[i], clip);
   if (slot.ema) {
     alignas(64) T h[kBlock], old[kBlock];
     load(slot.ema, slot.ema_type, at, n, old);
@@ -153,7 +192,7 @@ static void prepare(const Slot& slot, const Around<T>& a, int64_t at, int64_t n,
   }
   if (a.noise != T(0)) {
     alignas(64) T z[kBlock];
-    draw_normals(slot, a.address(sizeof(T) == 8 ? Kind::normal64 : Kind::normal32, kGradientNoise), at, n, z);
+    draw_normals(Philox{}, slot, a.address(a.normal, kGradientNoise), at, n, z);
     for (int64_t i = 0; i < n; ++i) g[i] += a.noise * z[i];
   }
   if (a.pull != T(0) && slot.mask) {
@@ -189,7 +228,7 @@ static void step_bfloat16(const Slot& slot, const Constants<R, float>& c, int64_
 }
 
 template <class R, class T>
-static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, int64_t hi) {
+static void step_with(const Slot& slot, const Shared& shared, const Constants<R, T>& c, int64_t lo, int64_t hi) {
   constexpr DType native = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const Around<T>& a = c.around;
   const uint8_t* frozen = freezing(slot, a);
@@ -209,7 +248,7 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
   if (late)
     for (int k = 0; k <= R::states; ++k) all_direct = direct[k] = false;
   const bool g_direct = slot.g_type == native && !a.gradient;
-  const bool draws = a.noise != T(0) || a.kick != T(0) || a.stochastic;
+  const bool draws = a.std != T(0) || a.noise != T(0) || a.kick != T(0) || a.stochastic;
   const bool in_place = all_direct && g_direct && a.kick == T(0);
   const int64_t block = in_place && inside ? hi - lo : in_place ? kMaskBlock : draws ? kBlock : kBlockWithoutDraws;
   Around<T> left = a;  // what is left to do in the loop of the rule
@@ -234,7 +273,8 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
     }
     const T* g = g_direct ? static_cast<const T*>(slot.g) + at : g_buffer;
     if (!g_direct) {
-      load(slot.g, slot.g_type, at, n, g_buffer);
+      if (a.std != T(0)) load_private(slot, shared.key, a, at, n, g_buffer);
+      else load(slot.g, slot.g_type, at, n, g_buffer);
       if (a.gradient) prepare(slot, a, at, n, x[0], g_buffer);
     }
     if (slot.mask) {
@@ -245,7 +285,7 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
     }
     if (a.kick != T(0)) {
       alignas(64) T z[kBlock];
-      draw_normals(slot, a.address(sizeof(T) == 8 ? Kind::normal64 : Kind::normal32), at, n, z);
+      draw_normals(Philox{}, slot, a.address(a.normal), at, n, z);
       T* __restrict p = x[0];
       for (int64_t i = 0; i < n; ++i) p[i] += a.kick * z[i];
     }
@@ -262,9 +302,9 @@ static void step_with(const Slot& slot, const Constants<R, T>& c, int64_t lo, in
   }
 }
 
-void step_range(Rule rule, bool wide, const Slot& slot, const void* constants, int64_t lo, int64_t hi) {
+void step_range(Rule rule, bool wide, const Slot& slot, const Shared& shared, const void* constants, int64_t lo, int64_t hi) {
   const auto run = [&]<template <class> class R, class T>() {
-    step_with(slot, *static_cast<const Constants<R<T>, T>*>(constants), lo, hi);
+    step_with(slot, shared, *static_cast<const Constants<R<T>, T>*>(constants), lo, hi);
   };
   if (wide) with_rule<true>(rule, run);
   else with_rule<false>(rule, run);

@@ -4,7 +4,7 @@ Every class takes the keywords of `Extras`: clipping, gradient noise, Grokfast, 
 cost no further pass over the parameters.
 """
 
-from ._engine import Extras, FusedOptimizer, pack_mask
+from ._engine import Extras, FusedOptimizer, PrivateNoise, pack_mask
 from .adam import Adam, Adamax, AdamW, AMSGrad, NAdam
 from .adaptive import Adagrad, Lion, RMSprop
 from .belief import ADOPT, AdaBelief, Ano, Anolog, DiffGrad
@@ -30,6 +30,7 @@ __all__ = [
     "FusedOptimizer",
     "Lion",
     "NAdam",
+    "PrivateNoise",
     "RMSprop",
     "pack_mask",
 ]

@@ -6,8 +6,8 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, overload
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import TypedDict, Unpack
 
 from .. import ops
-from ..noise import key_of
+from ..noise import Seed, key_of
 from ..ops import Hyper
 from ._shards import agreed, is_sharded, local, place_of, reduce_over_shards, shard_like
 
@@ -123,6 +123,45 @@ def _seed(owner: str, seed: Any) -> int:
         raise ValueError(f"{owner}: seed is {seed!r}, expected a 64-bit integer or None") from None
 
 
+class PrivateNoise:
+    """The key and the clock of noise that hides something: of normals that each step adds to sums of clipped gradients.
+
+    seed, engine: as in `dither.noise`. released: how many steps have drawn from this key so far. The clock only goes up: a
+    loaded checkpoint of model or optimizer does not turn it back, as the same noise on two gradients bares their difference.
+    Neither the object nor its key is ever copied, pickled or printed.
+    """
+
+    def __init__(self, seed: Seed, engine: str = "chacha20", released: int = 0) -> None:
+        self.key = key_of(seed, engine)
+        self.engine = engine
+        if not 0 <= operator.index(released) < 2**32:
+            raise ValueError(f"PrivateNoise: released is {released}, expected 0 <= released < 2^32")
+        self._first = operator.index(released)
+        self._clocks: dict[torch.device, Tensor] = {}
+
+    def clock(self, device: torch.device) -> Tensor:
+        """The number of the last release, float64 on the device."""
+        if device not in self._clocks:
+            self._clocks[device] = torch.tensor(float(self.released), dtype=torch.float64, device=device)
+        return self._clocks[device]
+
+    @property
+    def released(self) -> int:
+        """How many steps have drawn."""
+        return next((int(clock) for clock in self._clocks.values()), self._first)
+
+    def advance(self) -> None:
+        """Begin the next release, on all devices."""
+        for clock in self._clocks.values():
+            clock.add_(1)
+
+    def __repr__(self) -> str:
+        return f"PrivateNoise(engine={self.engine!r}, released={self.released})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("PrivateNoise: its key is never copied, pickled or saved; make another one with another key")
+
+
 class FusedOptimizer(Optimizer):
     """A `torch.optim.Optimizer` whose step is one operator over all tensors of all groups of a device.
 
@@ -135,6 +174,7 @@ class FusedOptimizer(Optimizer):
     _slot_names: ClassVar[tuple[str, ...]] = ()
     _decoupled: ClassVar[bool] = False
     _first_values: ClassVar[dict[str, str]] = {}  # slot -> the group entry it begins with, instead of 0
+    _private: tuple[PrivateNoise, float | list[float], float | list[float]] | None = None  # noise, std, scale
 
     def __init__(self, params: Params, defaults: dict[str, Any], extras: Extras) -> None:
         unknown = set(extras) - set(_EXTRAS)
@@ -176,6 +216,13 @@ class FusedOptimizer(Optimizer):
         if group["seed"] is not None:
             param_group = {**param_group, "seed": _seed(owner, group["seed"])}
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._private is not None:  # a copy would step without the noise, or draw it again
+            raise TypeError(
+                f"{type(self).__name__}: an optimizer with private noise is neither copied nor pickled; use its state_dict"
+            )
+        return super().__getstate__()  # type: ignore[no-any-return, misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -248,6 +295,66 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"{owner}: mask is {given}, expected {allowed} or packed bits, uint8 of shape [{size}]")
         self.state[param]["mask"] = pack_mask(local(mask, like=param))
 
+    # ---- private noise
+
+    def _set_private_noise(
+        self, noise: PrivateNoise | None, std: float | Sequence[float] = 1.0, scale: float | Sequence[float] = 1.0
+    ) -> None:
+        """From now on step with (g + std z) scale instead of g, the sum of clipped gradients of samples (Abadi et al. 2016).
+
+        noise: the key and the clock of z, or None: no such noise. A step begins the release number `noise.released` + 1 and
+            draws z as `dither.noise.normal` does with `noise.key`, the parameter's stream, and that number as the step.
+        std, scale: one number, or one for each group; they may change from step to step.
+
+        The noise acts before all else that a step does; what looks at gradients without it (max_norm, skip_nonfinite, a
+        GradScaler) is refused by the step. It is in no state and no state_dict.
+        """
+        owner = f"{type(self).__name__}._set_private_noise"
+        if noise is None:
+            self._private = None
+            return
+        if not isinstance(noise, PrivateNoise):
+            raise TypeError(f"{owner}: noise is {type(noise).__name__}, expected PrivateNoise or None")
+        given = {}
+        for name, low, value in (("std", 0.0, std), ("scale", -math.inf, scale)):
+            many = isinstance(value, (list, tuple))
+            for each in value if many else [value]:  # type: ignore[union-attr, list-item]
+                _check_range(owner, name, each, low, math.inf, True)
+            if many and len(value) != len(self.param_groups):  # type: ignore[arg-type]
+                groups = len(self.param_groups)
+                raise ValueError(f"{owner}: {name} has {len(value)} entries, expected {groups}, one a group")  # type: ignore[arg-type]
+            given[name] = [float(each) for each in value] if many else float(value)  # type: ignore[union-attr, arg-type]
+        for group in self.param_groups:
+            for p in group["params"]:
+                noise.clock(p.device)  # now rather than while a graph is captured
+        self._private = noise, given["std"], given["scale"]
+
+    def _begin_release(self, batches: dict[tuple[str, torch.device], _Batch]) -> None:
+        """Refuse what would break the privacy of this step, then go on to the next time of its noise."""
+        owner = type(self).__name__
+        assert self._private is not None
+        noise, *numbers = self._private
+        for name in ("max_norm", "skip_nonfinite"):
+            if any(group[name] for group in self.param_groups):
+                raise RuntimeError(f"{owner}: {name} and private noise exclude each other: it looks at gradients without noise")
+        for name in ("grad_scale", "found_inf"):
+            if getattr(self, name, None) is not None:
+                raise RuntimeError(
+                    f"{owner}: a GradScaler ({name}) and private noise exclude each other: it skips steps whose "
+                    "gradients without noise overflow"
+                )
+        for name, given in zip(("std", "scale"), numbers):
+            if isinstance(given, list) and len(given) != len(self.param_groups):
+                raise RuntimeError(
+                    f"{owner}: {name} of private noise has {len(given)} entries, expected {len(self.param_groups)}"
+                )
+        streams = [stream for batch in batches.values() for stream in batch.places[::4]]
+        if len({*streams}) != len(streams):
+            raise RuntimeError(f"{owner}: two parameters have the same stream, which would draw the same private noise")
+        for _, device in batches:
+            noise.clock(device)
+        noise.advance()
+
     # ---- the step
 
     def _row(self, group: dict[str, Any], lr: float) -> list[float]:
@@ -272,6 +379,10 @@ class FusedOptimizer(Optimizer):
         )
         for name, value in self._hyper(group).items():
             setattr(hyper, name, value)
+        if self._private is not None:
+            index = next(i for i, other in enumerate(self.param_groups) if other is group)
+            std, scale = (given[index] if isinstance(given, list) else given for given in self._private[1:])
+            hyper.private_std, hyper.private_scale = std, scale
         return hyper.row()
 
     def _is_random(self, group: dict[str, Any]) -> bool:
@@ -316,15 +427,19 @@ class FusedOptimizer(Optimizer):
                     pick = operator.itemgetter(*some, some[0])  # one more, so that a single index gives a tuple too
                     some_of = [list(pick(each)[:-1]) for each in (params, grads, states, *columns)]
                     batch.extend(self, group, some_of[0], some_of[1], some_of[2], some_of[3:])
+        private = self._private
         for batch in batches.values():
             batch.unwrap()
-            if len(batches) > 1 and any(g.layout != torch.strided for g in batch.grads):
+            if (len(batches) > 1 or private) and any(g.layout != torch.strided for g in batch.grads):
                 raise RuntimeError(
                     f"{type(self).__name__}: a gradient is sparse, expected dense; use torch.optim.SparseAdam for embeddings"
                 )
+        if private:
+            self._begin_release(batches)
         norms = _norms(batches.values()) if clip and batches else {}
         for (rule, device), batch in batches.items():
-            batch.run(rule, norms.get(device), _on(device, self, "grad_scale"), _on(device, self, "found_inf"))
+            scaler = _on(device, self, "grad_scale"), _on(device, self, "found_inf")
+            batch.run(rule, norms.get(device), *scaler, private[0] if private else None)
 
     def _states_of(self, params: list[Tensor], group: dict[str, Any]) -> tuple[list[dict[str, Any]], list[list[Tensor]]]:
         """The state of each parameter, begun where it is missing; and of all of them the step, the slots and Grokfast's."""
@@ -516,7 +631,7 @@ class _Batch:
         self.hyper: list[float] = []
         self.seeds: list[int] = []
         self.lrs: list[Tensor] = []
-        self.random = self.smooth = False
+        self.drawn = self.smooth = False
         self.places: list[int] = []  # stream, start, run, pitch of each parameter
         self.sharded: list[Tensor] = []  # the gradients as given, where any is a DTensor
 
@@ -536,7 +651,7 @@ class _Batch:
             lr = math.nan
         self.hyper += optimizer._row(group, float(lr))
         self.seeds.append(group["seed"] or 0)
-        self.random = self.random or optimizer._is_random(group)
+        self.drawn = self.drawn or optimizer._is_random(group) or optimizer._private is not None
         self.smooth = self.smooth or bool(group["grokfast_lamb"])
         self.params += params
         self.grads += grads
@@ -547,7 +662,7 @@ class _Batch:
 
     def unwrap(self) -> None:
         """Replace DTensors by their local shards."""
-        if self.random:
+        if self.drawn:
             for p, st in zip(self.params, self.states):
                 self.places += (st["stream"], *place_of(p))
         if not {Tensor, torch.nn.Parameter}.issuperset(map(type, self.params)):
@@ -556,7 +671,14 @@ class _Batch:
             self.params = [local(p) for p in self.params]
             self.slots = {name: [local(s) for s in slot] for name, slot in self.slots.items()}
 
-    def run(self, rule: str, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def run(
+        self,
+        rule: str,
+        norm: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        private: PrivateNoise | None,
+    ) -> None:
         emas, masks = [], []
         if self.smooth:
             emas = [local(st["grokfast_ema"]) if "grokfast_ema" in st else p for st, p in zip(self.states, self.params)]
@@ -582,6 +704,8 @@ class _Batch:
             norm,
             grad_scale,
             found_inf,
+            private.key if private else [],
+            private.clock(self.params[0].device) if private else None,
         )
 
 
@@ -610,4 +734,4 @@ def _in_storage_order(bits: Tensor, p: Tensor) -> Tensor:
     return bits if p.is_contiguous() else pack_mask(ops.reference.sparsity.unpack_bits(bits, p.shape), p)
 
 
-__all__ = ["Extras", "FusedOptimizer", "Params", "Unpack", "pack_mask"]
+__all__ = ["Extras", "FusedOptimizer", "Params", "PrivateNoise", "Unpack", "pack_mask"]

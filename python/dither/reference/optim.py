@@ -46,6 +46,8 @@ class Hyper:
     stochastic_rounding: float = 0.0
     skip_nonfinite: float = 0.0
     srste: float = 0.0
+    private_std: float = 0.0
+    private_scale: float = 1.0
 
     def row(self) -> list[float]:
         return [float(getattr(self, f.name)) for f in fields(self)]
@@ -246,19 +248,22 @@ def step(
     *,
     scale: float = 1.0,
     product: float = 1.0,
+    private_noise: Tensor | None = None,
     ema: Tensor | None = None,
     gradient_noise: Tensor | None = None,
     noise: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    """Step t of one tensor in place: scale, clip, Grokfast, gradient noise, SR-STE, decay, rule, noise, mask.
+    """Step t of one tensor in place: scale, private noise, clip, Grokfast, gradient noise, SR-STE, decay, rule, noise, mask.
 
-    scale: unscaling and global-norm clip. gradient_noise, noise: standard normals of p's shape for `noise_eta` (Neelakantan
-    et al. 2015) and `temperature` (Langevin). ema: Grokfast's average (Lee et al. 2024). mask: bool, False freezes;
-    with `srste` False adds srste p to g instead (Zhou et al. 2021, eq. 9).
+    scale: unscaling and global-norm clip. private_noise, gradient_noise, noise: standard normals of p's shape for
+    `private_std` (Abadi et al. 2016), `noise_eta` (Neelakantan et al. 2015) and `temperature` (Langevin).
+    ema: Grokfast's average (Lee et al. 2024). mask: bool, False freezes; with `srste` False adds srste p to g instead
+    (Zhou et al. 2021, eq. 9).
     """
     old = [x.clone() for x in (p, *state, *([] if ema is None else [ema]))]
     g = g * (-scale if h.maximize else scale)
+    g = (g if private_noise is None else g + h.private_std * private_noise) * h.private_scale
     if h.clip_value:
         g = g.clamp(-h.clip_value, h.clip_value)
     if ema is not None and h.grokfast_lamb:
@@ -282,7 +287,7 @@ def step(
             x.copy_(torch.where(mask, x, before))
 
 
-def _place_noise(kind: str, x: Tensor, seed: int, stream: int, time: int, place: Sequence[int]) -> Tensor:
+def _place_noise(kind: str, x: Tensor, key: Sequence[int], stream: int, time: int, place: Sequence[int]) -> Tensor:
     start, run, pitch = place
     n, out = x.numel(), []
     for at in range(0, n, max(run, 1)):
@@ -292,7 +297,7 @@ def _place_noise(kind: str, x: Tensor, seed: int, stream: int, time: int, place:
             count,
             [0, 1] if kind == "normal" else [],
             [] if kind == "normal" else [0],
-            [seed],
+            key,
             stream,
             time,
             start + at // run * pitch,
@@ -319,17 +324,23 @@ def fused_step_(
     sum_of_squares: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    private_key: Sequence[int],
+    releases: Tensor | None,
 ) -> None:
     """`dither::fused_step_` where no kernel is available: the same step, correct to rounding, not to the bit."""
     for i, g in enumerate(grads):
         if g.layout != torch.strided:
             advice = "use torch.optim.SparseAdam for it, or sparse=False in its embedding"
             raise RuntimeError(f"{rule}_: grads[{i}] is sparse, expected dense; {advice}")
+    if private_key and releases is None:
+        raise RuntimeError(f"{rule}_: releases is None, expected one float64, the time of the private noise")
     n, width, tensor_lrs = len(params), len(fields(Hyper)), iter(lrs)
     rows = [Hyper(*hyper[i : i + width]) for i in range(0, len(hyper), width)]
     for row in rows:
         if math.isnan(row.lr):
             row.lr = float(next(tensor_lrs))
+    if not private_key and any(row.private_std for row in rows):
+        raise RuntimeError(f"{rule}_: private_std is not 0, expected 0 without a private_key")
     for i, p in enumerate(params):
         h, done = rows[groups[i]], int(steps[i])
         scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
@@ -344,7 +355,7 @@ def fused_step_(
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         mine = [p, *states[i::n], *(emas[i : i + 1] if h.grokfast_lamb else [])]
         work = [x.detach().to(wide, copy=True) for x in mine]
-        seed, place = seeds[groups[i]], list(places[4 * i : 4 * i + 4])
+        seed, place = [seeds[groups[i]]], list(places[4 * i : 4 * i + 4])
         stream = place[0] if place else 0
         t = done + 1
         product = 1.0
@@ -360,6 +371,9 @@ def fused_step_(
             h,
             scale=scale,
             product=product,
+            private_noise=_place_noise("normal", work[0], private_key, stream, int(releases), place[1:]).to(wide)
+            if h.private_std and releases is not None
+            else None,
             ema=work[-1] if h.grokfast_lamb else None,
             gradient_noise=_place_noise("normal", work[0], seed, stream | 2**31, done, place[1:]).to(wide)
             if h.noise_eta
