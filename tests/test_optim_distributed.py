@@ -55,18 +55,21 @@ def place(full, mesh, placements):
 
 
 def assert_drawn_as_the_whole(p):
-    """Langevin noise, gradient noise and rounding of a numbered shard are those of its elements."""
+    """Langevin noise, gradient noise, rounding and private noise of a numbered shard are those of its elements."""
     index, shape = p.to_local().flatten().long(), p.shape
-    for make, dtype, extras in (
-        (optim.SGLD, F32, {}),
-        (optim.SGLD, F64, {"noise_eta": 0.1}),
-        (optim.SGD, BF16, {"stochastic_rounding": True}),
+    for make, dtype, extras, private in (
+        (optim.SGLD, F32, {}, False),
+        (optim.SGLD, F64, {"noise_eta": 0.1}, False),
+        (optim.SGD, BF16, {"stochastic_rounding": True}, False),
+        (optim.SGD, F32, {}, True),
     ):
         whole, shard = torch.ones(shape, dtype=dtype), torch.ones_like(p, dtype=dtype)
         for each in (whole, shard):
             q = nn.Parameter(each)
             q.grad = torch.ones_like(each)
             opt = make([q], lr=2.0**-9, seed=5, **extras)  # half of the spacing of bfloat16 below 1
+            if private:
+                opt._set_private_noise(optim.PrivateNoise(bytes(32)))
             for _ in range(4):
                 opt.step()
         assert torch.equal(whole.flatten()[index], shard.to_local().flatten())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import ops, optim
+from .. import noise, ops, optim
 from .measure import Case, Contest, Setting
 
 Params = list[torch.nn.Parameter]
@@ -52,6 +52,36 @@ def _noise_then_step(params: Params) -> Step:
         for p in params:
             assert p.grad is not None
             p.grad.add_(torch.randn_like(p.grad), alpha=1e-6)
+        step()
+
+    return run
+
+
+_KEY = bytes(range(32))
+_PRIVATE = {"std": 1e-6, "scale": 1e-2}
+
+
+def _private_sgd(params: Params, lr: float) -> optim.FusedOptimizer:
+    optimizer = optim.SGD(params, lr=lr)
+    optimizer._set_private_noise(optim.PrivateNoise(_KEY), **_PRIVATE)
+    return optimizer
+
+
+def _bare_draw(params: Params) -> Step:
+    out = [torch.empty_like(p) for p in params]
+    return lambda: [noise.normal_(z, seed=_KEY, engine="chacha20") for z in out]
+
+
+def _opacus_step(params: Params) -> Step:
+    """What Opacus does between the clipped sums and the update: new noise, a sum and a quotient in memory of their own."""
+    step = torch.optim.SGD(params, lr=LR, fused=True).step
+    sums = [p.grad for p in params]
+
+    def run() -> None:
+        for p, total in zip(params, sums):
+            assert total is not None
+            p.grad = total + torch.normal(0.0, _PRIVATE["std"], total.shape, device=total.device)
+            p.grad.mul_(_PRIVATE["scale"])
         step()
 
     return run
@@ -151,6 +181,16 @@ _EXTRAS = [
         2,
         {"noise_eta": 1e-12},
         {"alone": _alone, "randn + torch fused": _noise_then_step},
+    ),
+    _Row(
+        "SGD, private noise",
+        _private_sgd,
+        0,
+        peers={
+            "alone": lambda params: optim.SGD(params, lr=LR).step,
+            "draw alone": _bare_draw,
+            "torch.normal + torch fused": _opacus_step,
+        },
     ),
     _Row("AdamW, Grokfast", optim.AdamW, 3, {"grokfast_lamb": 2.0}, {"alone": _alone}),
 ]
