@@ -198,7 +198,7 @@ __device__ inline void span_of_normals(Generator g, const Slot& slot, const Addr
 struct Slots {
   Slot slot[kSlotsPerLaunch];
   int32_t first_block[kSlotsPerLaunch + 1];  // prefix sum of chunks
-  int32_t count, chunk;                      // elements a block takes, a multiple of kThreads * kVector
+  int32_t count, chunk;                      // elements a block takes: whole iterations, or spans, of all warps
 };
 static_assert(sizeof(Slots) <= 32700 && sizeof(Clocks) <= 32700, "kernel argument limit");
 
@@ -306,10 +306,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
 }
 
 // Small tensors in small blocks, so that all multiprocessors work; large ones in long runs.
-static int32_t chunk_for(int64_t total, int multiprocessors) {
-  constexpr int64_t least = kThreads * kVector;
+static int32_t chunk_for(int64_t total, int multiprocessors, int64_t least) {
   const int64_t even = total / (int64_t(multiprocessors) * 16) / least * least;
-  return int32_t(larger(least, smaller<int64_t>(even, 16 * least)));
+  return int32_t(larger(least, smaller<int64_t>(even, 16 * kThreads * kVector)));
 }
 
 int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int64_t count, const Shared& shared,
@@ -329,7 +328,7 @@ int step_cuda(Rule rule, bool wide, const Slot* slots, const Clock* clocks, int6
     for (int64_t first = 0; first < count; first += kSlotsPerLaunch) {
       Slots b;
       b.count = int32_t(smaller<int64_t>(kSlotsPerLaunch, count - first));
-      b.chunk = chunk_for(total, multiprocessors);
+      b.chunk = chunk_for(total, multiprocessors, shared.releases ? kWarps * kSpan<T> : kThreads * kVector);
       b.first_block[0] = 0;
       for (int i = 0; i < b.count; ++i) {
         b.slot[i] = slots[first + i];

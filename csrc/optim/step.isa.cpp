@@ -4,8 +4,8 @@
 
 namespace dither::DITHER_ISA {
 // Elements that pass through buffers at a time: so few that the processor, which looks some hundred instructions ahead, loads
-// while it computes. Draws cost a call a block and want more.
-constexpr int64_t kBlock = 512, kBlockWithoutDraws = 128;
+// while it computes. Draws cost a call a block and want more, those of private noise, with the longest calls, the most.
+constexpr int64_t kBlock = 512, kBlockOfDraws = 256, kBlockWithoutDraws = 128;
 constexpr int64_t kMaskBlock = 1024;  // where only the mask passes through a buffer
 
 // A block of a mask as bytes. kept: its bits. moves: 0 where the element stands still.
@@ -101,16 +101,17 @@ static void for_each_address(const Slot& slot, int64_t at, int64_t n, Fill fill)
     i += left;
   }
 }
-template <class Generator, class T>
-static void draw_normals(Generator g, const Slot& slot, const Address& a, int64_t at, int64_t n, T* __restrict z) {
+template <class T>
+static void draw_normals(const Slot& slot, const Address& a, int64_t at, int64_t n, T* __restrict z) {
   for_each_address(slot, at, n, [&](int64_t element, int64_t offset, int64_t count) {
-    for_each_run<sizeof(T) / 4>(
-        g, a, element, element + count, [&](const uint32_t* w, int64_t first, int64_t whole, int64_t from, int64_t part) {
-          if (part == whole) return normals(w, whole, z + offset + (from - element));
-          alignas(64) T buffer[4096 / sizeof(T)];
-          normals(w, whole, buffer);
-          __builtin_memcpy(z + offset + (from - element), buffer + (from - first), uint64_t(part) * sizeof(T));
-        });
+    for_each_run<sizeof(T) / 4>(Philox{}, a, element, element + count,
+                                [&](const uint32_t* w, int64_t first, int64_t whole, int64_t from, int64_t part) {
+                                  if (part == whole) return normals(w, whole, z + offset + (from - element));
+                                  alignas(64) T buffer[4096 / sizeof(T)];
+                                  normals(w, whole, buffer);
+                                  __builtin_memcpy(z + offset + (from - element), buffer + (from - first),
+                                                   uint64_t(part) * sizeof(T));
+                                });
   });
 }
 static void draw_words(const Slot& slot, const Address& a, int64_t at, int64_t n, uint32_t* __restrict out) {
@@ -192,7 +193,7 @@ static void prepare(const Slot& slot, const Around<T>& a, int64_t at, int64_t n,
   }
   if (a.noise != T(0)) {
     alignas(64) T z[kBlock];
-    draw_normals(Philox{}, slot, a.address(a.normal, kGradientNoise), at, n, z);
+    draw_normals(slot, a.address(a.normal, kGradientNoise), at, n, z);
     for (int64_t i = 0; i < n; ++i) g[i] += a.noise * z[i];
   }
   if (a.pull != T(0) && slot.mask) {
@@ -212,8 +213,8 @@ static void prepare(const Slot& slot, const Around<T>& a, int64_t at, int64_t n,
 template <class R>
 static void step_bfloat16(const Slot& slot, const Constants<R, float>& c, int64_t lo, int64_t hi) {
   const auto at = [&](void* x, int64_t i) { return static_cast<bfloat16*>(x) + i; };
-  alignas(64) uint32_t w[kBlock];
-  const int64_t block = c.around.stochastic ? kBlock : hi - lo;
+  alignas(64) uint32_t w[kBlockOfDraws];
+  const int64_t block = c.around.stochastic ? kBlockOfDraws : hi - lo;
   for (int64_t i = lo; i < hi; i += block) {
     const int64_t n = smaller(block, hi - i);
     bfloat16* const s[] = {at(slot.state[0], i), at(slot.state[1], i), at(slot.state[2], i)};
@@ -248,9 +249,13 @@ static void step_with(const Slot& slot, const Shared& shared, const Constants<R,
   if (late)
     for (int k = 0; k <= R::states; ++k) all_direct = direct[k] = false;
   const bool g_direct = slot.g_type == native && !a.gradient;
-  const bool draws = a.std != T(0) || a.noise != T(0) || a.kick != T(0) || a.stochastic;
+  const bool draws = a.noise != T(0) || a.kick != T(0) || a.stochastic;
   const bool in_place = all_direct && g_direct && a.kick == T(0);
-  const int64_t block = in_place && inside ? hi - lo : in_place ? kMaskBlock : draws ? kBlock : kBlockWithoutDraws;
+  const int64_t block = in_place && inside ? hi - lo
+                        : in_place         ? kMaskBlock
+                        : a.std != T(0)    ? kBlock
+                        : draws            ? kBlockOfDraws
+                                           : kBlockWithoutDraws;
   Around<T> left = a;  // what is left to do in the loop of the rule
   if (a.gradient) left.scale = T(1), left.clip = T(__builtin_inf()), left.pull = T(0);
 
@@ -285,7 +290,7 @@ static void step_with(const Slot& slot, const Shared& shared, const Constants<R,
     }
     if (a.kick != T(0)) {
       alignas(64) T z[kBlock];
-      draw_normals(Philox{}, slot, a.address(a.normal), at, n, z);
+      draw_normals(slot, a.address(a.normal), at, n, z);
       T* __restrict p = x[0];
       for (int64_t i = 0; i < n; ++i) p[i] += a.kick * z[i];
     }
