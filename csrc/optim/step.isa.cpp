@@ -140,7 +140,8 @@ static const uint8_t* freezing(const Slot& slot, const Around<T>& a) {
 template <class T, class S>
 static void add_private(const Around<T>& a, const uint32_t* __restrict w, int64_t n, const S* __restrict x, T* __restrict y) {
   const T scale = a.scale, std = a.std, gain = a.gain;
-  for (int64_t g = 0; g < n; g += 32, w += 8 * sizeof(T))
+  for (int64_t g = 0; g < n; g += 32, w += 8 * sizeof(T)) {
+    for (int line = 0; line < 32; line += 64 / sizeof(S)) __builtin_prefetch(x + g + kBlock + line);
     for (int k = 0; k < kLanes; ++k) {
       T z[2];
       if constexpr (sizeof(T) == 8) box_muller(w[k], w[16 + k], w[32 + k], w[48 + k], z[0], z[1]);
@@ -148,6 +149,7 @@ static void add_private(const Around<T>& a, const uint32_t* __restrict w, int64_
       y[g + k] = (T(widen(x[g + k])) * scale + std * z[0]) * gain;
       y[g + 16 + k] = (T(widen(x[g + 16 + k])) * scale + std * z[1]) * gain;
     }
+  }
 }
 template <class T>
 static void load_private(const Slot& slot, const PrivateKey& key, const Around<T>& a, int64_t at, int64_t n, T* y) {
@@ -269,7 +271,7 @@ static void step_with(const Slot& slot, const Shared& shared, const Constants<R,
     if (a.gradient) {
       const int64_t next = at + n, ahead = smaller(block, hi - next);
       for (int k = 0; k <= R::states; ++k) prefetch(memory[k], type[k], next, ahead);
-      prefetch(slot.g, slot.g_type, next, ahead);
+      if (a.std == T(0)) prefetch(slot.g, slot.g_type, next, ahead);
       if (slot.ema) prefetch(slot.ema, slot.ema_type, next, ahead);
     }
     for (int k = 0; k <= R::states; ++k) {
