@@ -108,14 +108,10 @@ constexpr int kTile = 16 * Generator::words * 4 / int(sizeof(T));  // elements w
 template <class Generator, class T>
 __device__ inline void normal_at(Generator, const Address& a, uint64_t e, T& z) {
   constexpr int per_pair = sizeof(T) / 2, tile = kTile<Generator, T>;
-  uint32_t w[Generator::words], mine[per_pair];
+  uint32_t w[Generator::words];
   T pair[2];
   Generator::block(a, e / tile * 16 + e % 16, w);
-  const int p = e % tile / 32;
-#pragma unroll
-  for (int k = 0; k < tile / 32; ++k)  // registers have no address
-    for (int i = 0; i < per_pair; ++i) mine[i] = k == 0 || k == p ? w[per_pair * k + i] : mine[i];
-  normals(mine, pair);
+  normals(w + e % tile / 32 * per_pair, pair);
   z = pair[e % 32 / 16];
 }
 
