@@ -31,6 +31,11 @@ _OPS = {
     "transposable_": reference.sparsity.transposable_,
     "pack24_": reference.sparsity.pack24_,
     "unpack24_": reference.sparsity.unpack24_,
+    "ghost_norm_": reference.privacy.ghost_norm_,
+    "sample_squares_": reference.privacy.sample_squares_,
+    "embedding_norm_": reference.privacy.embedding_norm_,
+    "scale_rows_": reference.privacy.scale_rows_,
+    "conv_sample_grads_": reference.privacy.conv_sample_grads_,
 }
 
 native: Any

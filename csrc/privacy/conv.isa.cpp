@@ -1,0 +1,242 @@
+#include "conv.h"
+#include "../common/vector_cpu.h"
+
+namespace dither::DITHER_ISA {
+#define INLINE inline __attribute__((always_inline))
+template <class T>
+struct Lanes {
+  using type __attribute__((vector_size(DITHER_VECTOR_BYTES))) = T;
+  static constexpr int count = DITHER_VECTOR_BYTES / sizeof(T);
+};
+constexpr int kSums = DITHER_VECTOR_BYTES == 64 ? 24 : 12;  // vectors of sums in registers
+constexpr int64_t kOutputs = kConvOutputs;
+
+// ---- L x L numbers transposed: each of log2 L steps rotates the bits of an element's address by one.
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) return __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...)   \
+  using I = decltype(a > b); \
+  return __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+template <class V>
+static INLINE V even(V a, V b) {
+  constexpr int L = sizeof(V) / sizeof(a[0]);
+  if constexpr (L == 2) SHUFFLE(a, b, 0, 2);
+  else if constexpr (L == 4) SHUFFLE(a, b, 0, 2, 4, 6);
+  else if constexpr (L == 8) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  else SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+template <class V>
+static INLINE V odd(V a, V b) {
+  constexpr int L = sizeof(V) / sizeof(a[0]);
+  if constexpr (L == 2) SHUFFLE(a, b, 1, 3);
+  else if constexpr (L == 4) SHUFFLE(a, b, 1, 3, 5, 7);
+  else if constexpr (L == 8) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  else SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+// from[r * stride + c] to to[c * to_stride + r]
+template <class T>
+static INLINE void transpose(const T* from, int64_t stride, T* to, int64_t to_stride) {
+  using V = typename Lanes<T>::type;
+  constexpr int L = Lanes<T>::count;
+  V x[L];
+#pragma GCC unroll 16
+  for (int r = 0; r < L; ++r) __builtin_memcpy(&x[r], from + r * stride, sizeof(V));
+#pragma GCC unroll 4
+  for (int step = 1; step < L; step *= 2) {
+    V y[L];
+#pragma GCC unroll 8
+    for (int p = 0; p < L / 2; ++p) {
+      y[p] = even(x[2 * p], x[2 * p + 1]);
+      y[L / 2 + p] = odd(x[2 * p], x[2 * p + 1]);
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < L; ++p) x[p] = y[p];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < L; ++r) __builtin_memcpy(to + r * to_stride, &x[r], sizeof(V));
+}
+
+// ---- what a unit reads and writes
+
+// n numbers in pieces of kBytes, the last of which may overlap the one before, or smaller ones where n is too small.
+template <int kBytes, class T>
+static INLINE void copy(const T* from, int64_t n, T* to) {
+  constexpr int64_t L = kBytes / int64_t(sizeof(T));
+  if constexpr (L <= 1) {
+    if (n) *to = *from;
+  } else if (n < L) {
+    copy<kBytes / 2>(from, n, to);
+  } else {
+    for (int64_t k = 0; k < n - L; k += L) __builtin_memcpy(to + k, from + k, kBytes);
+    __builtin_memcpy(to + n - L, from + n - L, kBytes);
+  }
+}
+
+// g of `outputs` channels, `stride` apart, at n places, as [place][kOutputs]; the other lanes keep what they hold.
+template <class T, class S>
+static void load_grads(const S* g, int64_t stride, int64_t outputs, int64_t n, T* to) {
+  constexpr int L = Lanes<T>::count;
+  for (int64_t o = 0; o < outputs; o += L) {
+    if constexpr (sizeof(S) == sizeof(T))
+      if (o + L <= outputs && n >= L) {
+        for (int64_t k = 0; k < n; k += L) {  // the last block may overlap the one before
+          const int64_t place = smaller<int64_t>(k, n - L);
+          transpose(g + o * stride + place, stride, to + place * kOutputs + o, kOutputs);
+        }
+        continue;
+      }
+    for (int64_t r = o; r < smaller<int64_t>(o + L, outputs); ++r)
+      for (int64_t k = 0; k < n; ++k) to[k * kOutputs + r] = widen(g[r * stride + k]);
+  }
+}
+
+// The sums [weights, a multiple of 16][kOutputs] as rows of the result.
+template <class T, class S>
+static void store_sums(const T* sums, int64_t outputs, int64_t weights, S* out) {
+  constexpr int L = Lanes<T>::count;
+  for (int64_t o = 0; o < outputs; o += L)
+    for (int64_t n = 0; n < weights; n += L) {
+      alignas(64) T tile[L * L];
+      const bool direct = sizeof(S) == sizeof(T) && o + L <= outputs && n + L <= weights;
+      if constexpr (sizeof(S) == sizeof(T))
+        if (direct) transpose(sums + n * kOutputs + o, kOutputs, out + o * weights + n, weights);
+      if (direct) continue;
+      transpose(sums + n * kOutputs + o, kOutputs, tile, L);
+      for (int64_t r = o; r < smaller<int64_t>(o + L, outputs); ++r)
+        for (int64_t k = n; k < smaller<int64_t>(n + L, weights); ++k) narrow(tile[(r - o) * L + k - n], out[r * weights + k]);
+    }
+}
+
+// ---- sums over the places of a chunk
+
+struct Walk {
+  int64_t rows, columns;     // of the chunk
+  int64_t row_step, stride;  // in x, from row to row and from place to place
+};
+
+// For R rows of x, each with K taps side by side, and M vectors of output channels: sums[R * K][kOutputs] += (or =, at first).
+template <class T, int M, int K, int R>
+static void add_products(const T* g, const T* x, const int64_t* offset, const Walk& walk, bool first, T* sums) {
+  using V = typename Lanes<T>::type;
+  constexpr int L = Lanes<T>::count;
+  V sum[R][K][M] = {};
+  const T* from[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) from[r] = x + offset[r];
+  for (int64_t row = 0; row < walk.rows; ++row) {
+    int64_t at = row * walk.row_step;
+    for (int64_t column = 0; column < walk.columns; ++column, at += walk.stride, g += kOutputs) {
+      V grads[M];
+#pragma GCC unroll 2
+      for (int m = 0; m < M; ++m) __builtin_memcpy(&grads[m], g + m * L, sizeof(V));
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) {
+          const T value = from[r][at + k];
+#pragma GCC unroll 2
+          for (int m = 0; m < M; ++m) sum[r][k][m] += grads[m] * value;
+        }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 2
+      for (int m = 0; m < M; ++m) {
+        T* to = sums + (r * K + k) * kOutputs + m * L;
+        V total;
+        __builtin_memcpy(&total, to, sizeof(V));
+        total = first ? sum[r][k][m] : total + sum[r][k][m];
+        __builtin_memcpy(to, &total, sizeof(V));
+      }
+}
+
+// All rows, as many at a time as the registers hold.
+template <class T, int M, int K, int R>
+static void add_rows(const T* g, const T* x, const int64_t* offset, int64_t count, const Walk& walk, bool first, T* sums) {
+  if constexpr (R * K * M > kSums && R > 1) {
+    add_rows<T, M, K, (R + 1) / 2>(g, x, offset, count, walk, first, sums);
+  } else {
+    int64_t r = 0;
+    for (; r + R <= count; r += R) add_products<T, M, K, R>(g, x, offset + r, walk, first, sums + r * K * kOutputs);
+    if constexpr (R > 1)
+      if (r < count) add_rows<T, M, K, R == 4 ? 3 : R / 2>(g, x, offset + r, count - r, walk, first, sums + r * K * kOutputs);
+  }
+}
+template <class T, int K>
+static void add_chunk(const T* g, const T* x, const int64_t* offset, int64_t count, int64_t outputs, const Walk& walk,
+                      bool first, T* sums) {
+  constexpr int L = Lanes<T>::count;
+  for (int64_t o = 0; o < outputs; o += 2 * L)
+    if (outputs - o > L) add_rows<T, 2, K, 8>(g + o, x, offset, count, walk, first, sums + o);
+    else add_rows<T, 1, K, 8>(g + o, x, offset, count, walk, first, sums + o);
+}
+
+template <class T, class S>
+static void units(const ConvGrads& c, int64_t lo, int64_t hi, T* scratch) {
+  const ConvAxis &y = c.rows, &x = c.columns;
+  const int64_t weights = c.weights(), plane = y.padded() * x.padded(), pitch = x.padded();
+  const bool copied = sizeof(S) != sizeof(T) || y.padding || x.padding;
+  // Rows of x side by side: K taps each where they are neighbours, or a single one.
+  const bool neighbours = x.dilation == 1 && (x.kernel == 3 || x.kernel == 5 || x.kernel == 7);
+  const int64_t taps = neighbours ? 1 : x.kernel, rows = c.channels * y.kernel * taps;
+  int64_t* const offset = reinterpret_cast<int64_t*>(scratch);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = r / taps;
+    offset[r] = row / y.kernel * plane + row % y.kernel * y.dilation * pitch + r % taps * x.dilation;
+  }
+  T* const padded = scratch + (rows * int64_t(sizeof(int64_t) / sizeof(T)) + 15) / 16 * 16;
+  T* const grads = padded + (copied ? (c.channels * plane + 15) / 16 * 16 : 0);
+  T* const sums = grads + kConvPlaces * kOutputs;
+  const int64_t part_rows = chunk_rows(c), part_columns = chunk_columns(c);
+  int64_t held = -1;  // the group of a sample that `padded` holds
+  for (int64_t unit = lo; unit < hi; ++unit) {
+    const int64_t group = unit / c.tiles(), o = unit % c.tiles() * kOutputs, outputs = smaller(kOutputs, c.outputs - o);
+    const S* from = static_cast<const S*>(c.x) + group * c.channels * y.size * x.size;
+    if (copied && group != held)
+      for (int64_t channel = 0; channel < c.channels; ++channel)
+        for (int64_t row = 0; row < y.size; ++row) {
+          const S* line = from + (channel * y.size + row) * x.size;
+          T* to = padded + channel * plane + (row + y.padding) * pitch + x.padding;
+          if constexpr (sizeof(S) == sizeof(T)) copy<64>(line, x.size, to);
+          else
+            for (int64_t k = 0; k < x.size; ++k) to[k] = widen(line[k]);
+        }
+    held = group;
+    const T* image = padded;
+    if constexpr (sizeof(S) == sizeof(T))
+      if (!copied) image = from;
+    const S* g = static_cast<const S*>(c.g) + (group * c.outputs + o) * c.places();
+    bool first = true;
+    for (int64_t row = 0; row < y.places; row += part_rows)
+      for (int64_t column = 0; column < x.places; column += part_columns) {
+        const Walk walk{smaller(part_rows, y.places - row), smaller(part_columns, x.places - column), y.stride * pitch,
+                        x.stride};
+        load_grads<T>(g + row * x.places + column, c.places(), outputs, walk.rows * walk.columns, grads);
+        const T* corner = image + row * y.stride * pitch + column * x.stride;
+        const auto add = taps > 1 || x.kernel == 1 ? add_chunk<T, 1>
+                         : x.kernel == 3           ? add_chunk<T, 3>
+                         : x.kernel == 5           ? add_chunk<T, 5>
+                                                   : add_chunk<T, 7>;
+        add(grads, corner, offset, rows, outputs, walk, first, sums);
+        first = false;
+      }
+    with_type(c.out_type, [&]<class Out>(Out) {
+      if constexpr (sizeof(Out) < 8 || sizeof(T) == 8)
+        store_sums(sums, outputs, weights, static_cast<Out*>(c.out) + (group * c.outputs + o) * weights);
+    });
+  }
+}
+
+void conv_units(const ConvGrads& c, int64_t lo, int64_t hi, void* scratch) {
+  with_type(c.type, [&]<class S>(S) {
+    using T = decltype(widen(S{}));
+    units<T, S>(c, lo, hi, static_cast<T*>(scratch));
+  });
+}
+}  // namespace dither::DITHER_ISA

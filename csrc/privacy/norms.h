@@ -1,0 +1,83 @@
+// Norms of what each sample adds to a gradient, without the gradient of a sample, and the scaling of samples.
+//
+// Sums are taken in double and in a fixed order, the same on every device, instruction set and number of threads:
+// - A row is cut into chunks of kNormChunk elements. Element k of a chunk goes to lane k mod 32, the lanes fold by halves; the
+//   chunks' sums are reduced by 32 lanes again.
+// - A number of a Gram matrix is summed by 8 lanes, which fold by halves. Of the matrix, blocks of 16 x 16 on and below the
+//   diagonal are computed; each of a block's 256 places is summed over the blocks of its 16 rows, the places fold by halves.
+#pragma once
+#include "../common/cpu.h"
+#include "../common/dtype.h"
+#include "../common/stream.h"
+
+namespace dither {
+constexpr int kNormLanes = 32;
+constexpr int64_t kNormChunk = 4096;
+inline int64_t norm_chunks(int64_t columns) { return columns > kNormChunk ? (columns + kNormChunk - 1) / kNormChunk : 1; }
+
+// a b + c. The product of two numbers that were float32 is exact in double, so that the fused operation rounds as the two do.
+template <class S>
+DITHER_HD double add_product(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(S) < 8) return __fma_rn(a, b, c);
+#endif
+  return a * b + c;
+}
+
+// What rounding has made of a sum of squares that is not negative: 0 of a negative number, infinity of its overflow.
+DITHER_HD double not_negative(double x) { return x < 0.0 ? (x >= -0x1.fffffffffffffp1023 ? 0.0 : -x) : x; }
+
+struct SampleRows {
+  const void* x;  // [rows][columns]
+  int64_t rows, columns;
+  DType type;
+};
+
+constexpr int kGhostLanes = 8, kGhostTile = 4, kGhostBlock = 16;
+struct GhostNorm {
+  SampleRows a, g;  // columns of one of the `steps` rows of a sample
+  int64_t batch, steps;
+  double bias;
+  DITHER_HD int64_t blocks() const { return (steps + kGhostBlock - 1) / kGhostBlock; }
+  // How often a number of the Gram matrices counts, those above the diagonal included.
+  DITHER_HD double weight(int64_t i, int64_t j) const {
+    const int64_t row = i / kGhostTile, column = j / kGhostTile;
+    return i < steps && j < steps && row >= column ? (row > column ? 2.0 : 1.0) : 0.0;
+  }
+};
+
+struct EmbeddingNorm {
+  const int64_t* ids;  // [batch][steps]
+  const void* g;       // [batch][steps][columns]
+  int64_t batch, steps, columns, padding;
+  DType type;
+};
+
+struct ScaleRows {
+  void* x;             // [rows][columns]
+  const void* factor;  // float or double, one a row
+  int64_t rows, columns;
+  DType type, factor_type;
+  DITHER_HD double factor_of(int64_t row) const {
+    return factor_type == DType::f64 ? static_cast<const double*>(factor)[row] : double(static_cast<const float*>(factor)[row]);
+  }
+};
+
+// n <= kNormChunk elements
+DITHER_PER_ISA(double square_chunk(const void* x, int64_t n, DType type))
+DITHER_PER_ISA(double sum_lanes(const double* x, int64_t n))
+// Blocks of 16 rows lo .. hi of all samples, a number each.
+DITHER_PER_ISA(void ghost_blocks(const GhostNorm&, int64_t lo, int64_t hi, double* scratch, double* partial))
+// Room for ghost_blocks: 32 rows of both tensors.
+inline int64_t ghost_scratch(const GhostNorm& s) { return 2 * kGhostBlock * (s.a.columns + s.g.columns + 2 * kGhostLanes); }
+// The norm of the sum of the rows first, next[first], ... until a negative number.
+DITHER_PER_ISA(double chained_norm(const EmbeddingNorm&, int64_t sample, int64_t first, const int32_t* next))
+DITHER_PER_ISA(void scale_range(void* x, int64_t n, double factor, DType type))
+
+// CUDA. partial: a number for every chunk of every row (and likewise for a, or nullptr); out[row] += g (a + bias), or g.
+int row_squares_cuda(const SampleRows& g, double* g_partial, const SampleRows& a, double* a_partial, double bias, double* out,
+                     Stream);
+int ghost_norm_cuda(const GhostNorm&, double* partial, double* out, Stream);          // partial: batch * blocks()
+int embedding_norm_cuda(const EmbeddingNorm&, double* partial, double* out, Stream);  // partial: batch * steps
+int scale_rows_cuda(const ScaleRows&, Stream);
+}  // namespace dither
