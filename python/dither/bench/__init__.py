@@ -13,7 +13,7 @@ import torch
 from .measure import Case, Contest, Setting, measure
 from .report import Report
 
-_FAMILIES = ("noise", "optim", "sparsity")
+_FAMILIES = ("noise", "optim", "sparsity", "privacy")
 
 
 def main(

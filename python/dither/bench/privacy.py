@@ -1,0 +1,158 @@
+"""Norms and gradients of single samples, against what people write in eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops
+from .measure import Case, Contest, Setting
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    of = partial(Case, "privacy")
+    for inputs, outputs, dtype in ((784, 512, F32), (2048, 2048, F32), (2048, 2048, BF16)):
+        batch = setting.scaled(256)
+        name = "ghost norm, one step" + (", bf16" if dtype == BF16 else "")
+        yield of(name, f"{batch} x {inputs} -> {outputs}", partial(_ghost_step, setting, batch, inputs, outputs, dtype))
+    for batch, steps, inputs, outputs in ((32, 64, 768, 768), (8, 256, 768, 768), (8, 256, 768, 3072)):
+        batch = setting.scaled(batch * 10) // 10 or 1
+        size = f"{batch} x {steps} x {inputs} -> {outputs}"
+        yield of("ghost norm", size, partial(_ghost, setting, batch, steps, inputs, outputs))
+    for dtype in (F32, BF16):
+        batch = setting.scaled(256)
+        name = "squares of samples" + (", bf16" if dtype == BF16 else "")
+        yield of(name, f"{batch} x 65536", partial(_squares, setting, batch, dtype))
+    batch = setting.scaled(80) // 10 or 1
+    yield of("embedding norm", f"{batch} x 128 x 768, 5000 ids", partial(_embedding, setting, batch, 128, 768, 5000))
+    batch = setting.scaled(320) // 10 or 1
+    yield of("embedding norm", f"{batch} x 512 x 768, 30 ids", partial(_embedding, setting, batch, 512, 768, 30))
+    batch = setting.scaled(256)
+    yield of("scale samples", f"{batch} x 65536", partial(_scale, setting, batch))
+    for channels, outputs, side in ((1, 16, 28), (16, 32, 14), (32, 64, 7)):
+        size = f"{batch} x {channels} -> {outputs}, {side} x {side}"
+        yield of("gradients of samples, 3 x 3", size, partial(_convolution, setting, batch, channels, outputs, side))
+
+
+def _random(setting: Setting, *shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, device=setting.device).to(dtype)
+
+
+def _read(*tensors: Tensor) -> None:
+    for t in tensors:
+        ops.native.triad_([], [t.view(-1)], 0, 1)
+
+
+def _sums(batch: int, setting: Setting) -> Tensor:
+    return torch.zeros(batch, dtype=torch.float64, device=setting.device)
+
+
+def _ghost_step(setting: Setting, batch: int, inputs: int, outputs: int, dtype: torch.dtype) -> Contest:
+    a, g = _random(setting, batch, 1, inputs, dtype=dtype), _random(setting, batch, 1, outputs, dtype=dtype)
+    out = _sums(batch, setting)
+    return Contest(
+        lambda: ops.write("ghost_norm_", [out], a, g, True, out),
+        {
+            "torch": lambda: g.square().sum((1, 2)) * (a.square().sum((1, 2)) + 1),
+            "torch, in float64": lambda: g.double().square().sum((1, 2)) * (a.double().square().sum((1, 2)) + 1),
+        },
+        bytes=a.nbytes + g.nbytes,
+        elements=a.numel() + g.numel(),
+        roof=lambda: _read(a, g),
+    )
+
+
+def _ghost(setting: Setting, batch: int, steps: int, inputs: int, outputs: int) -> Contest:
+    a, g = _random(setting, batch, steps, inputs), _random(setting, batch, steps, outputs)
+    out = _sums(batch, setting)
+
+    def grams(a: Tensor, g: Tensor) -> Tensor:
+        return ((a @ a.mT + 1) * (g @ g.mT)).sum((1, 2))
+
+    return Contest(
+        lambda: ops.write("ghost_norm_", [out], a, g, True, out),
+        {
+            "both Gram matrices": lambda: grams(a, g),
+            "both, in float64": lambda: grams(a.double(), g.double()),
+            "gradients": lambda: (g.mT @ a).square().sum((1, 2)) + g.sum(1).square().sum(1),
+        },
+        bytes=a.nbytes + g.nbytes,
+        elements=a.numel() + g.numel(),
+        roof=lambda: _read(a, g),
+    )
+
+
+def _squares(setting: Setting, batch: int, dtype: torch.dtype) -> Contest:
+    x, out = _random(setting, batch, 65536, dtype=dtype), _sums(batch, setting)
+    return Contest(
+        lambda: ops.write("sample_squares_", [out], x, out),
+        {"torch": lambda: x.square().sum(1), "torch.linalg.vector_norm": lambda: torch.linalg.vector_norm(x, dim=1)},
+        bytes=x.nbytes,
+        elements=x.numel(),
+        roof=lambda: _read(x),
+    )
+
+
+def _embedding(setting: Setting, batch: int, steps: int, columns: int, vocabulary: int) -> Contest:
+    ids, g = torch.randint(0, vocabulary, (batch, steps), device=setting.device), _random(setting, batch, steps, columns)
+    out = _sums(batch, setting)
+
+    def one_hot() -> Tensor:
+        return torch.einsum("btv,btd->bvd", F.one_hot(ids, vocabulary).to(g.dtype), g).square().sum((1, 2))
+
+    return Contest(
+        lambda: ops.write("embedding_norm_", [out], ids, g, -1, out),
+        {"one-hot": one_hot, "Gram matrix": lambda: ((ids[:, :, None] == ids[:, None]) * (g @ g.mT)).sum((1, 2))},
+        bytes=ids.nbytes + g.nbytes,
+        elements=g.numel(),
+        roof=lambda: _read(g),
+    )
+
+
+def _scale(setting: Setting, batch: int) -> Contest:
+    x, factor = _random(setting, batch, 65536), 1 - 1e-7 * torch.rand(batch, device=setting.device)
+    return Contest(
+        lambda: ops.write("scale_rows_", [x], x, factor),
+        {"torch": lambda: x.mul_(factor[:, None])},
+        bytes=2 * x.nbytes,
+        elements=x.numel(),
+        roof=lambda: ops.native.triad_([x.view(-1)], [], 1, 0),
+    )
+
+
+def _convolution(setting: Setting, batch: int, channels: int, outputs: int, side: int) -> Contest:
+    x, g = _random(setting, batch, channels, side, side), _random(setting, batch, outputs, side, side)
+    w, out = _random(setting, outputs, channels, 3, 3), _random(setting, batch, outputs, channels, 3, 3)
+    one = [1, 1]
+    backward = torch.ops.aten.convolution_backward
+
+    def summed() -> Tensor:
+        return backward(g, x, w, None, one, one, one, False, [0, 0], 1, [False, True, False])[1]
+
+    def grouped() -> Tensor:
+        """As torch.func: the samples are groups of one convolution."""
+        many = w.repeat(batch, 1, 1, 1)
+        args = (None, one, one, one, False, [0, 0], batch, [False, True, False])
+        return backward(g.flatten(0, 1)[None], x.flatten(0, 1)[None], many, *args)[1]
+
+    def roof() -> None:
+        _read(x, g)
+        out.fill_(0)
+
+    return Contest(
+        lambda: ops.write("conv_sample_grads_", [out], x, g, one, one, one, 1, out),
+        {
+            "torch, summed": summed,
+            "torch, a group a sample": grouped,
+            "unfold + bmm": lambda: g.flatten(2) @ F.unfold(x, (3, 3), 1, 1).mT,
+        },
+        bytes=x.nbytes + g.nbytes + out.nbytes,
+        elements=x.numel() + g.numel() + out.numel(),
+        roof=roof,
+    )
