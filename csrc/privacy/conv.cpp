@@ -6,6 +6,7 @@
 
 namespace dither {
 constexpr int64_t kWorthThreads = 1 << 17;  // products
+constexpr int64_t kStreamed = 16 << 20;     // bytes that are too many to stay in a cache until they are used
 
 static ConvAxis axis(const char* op, int64_t d, const Tensor& x, const Tensor& g, const Tensor& out, const Ints& stride,
                      const Ints& padding, const Ints& dilation) {
@@ -62,6 +63,8 @@ static void conv_sample_grads_(const Tensor& x, const Tensor& g, const Ints& str
   c.channels = x.size(1) / groups;
   c.outputs = g.size(1) / groups;
   c.out_type = *float_type(out);
+  c.stream_out = out.numel() * size_of(c.out_type) >= kStreamed && reinterpret_cast<uintptr_t>(c.out) % 64 == 0 &&
+                 c.weights() * size_of(c.out_type) % 64 == 0;
   if constexpr (device == Device::cpu) {
     const auto run = DITHER_PICK_ISA(conv_units);
     const int64_t work = c.weights() * std::min(kConvOutputs, c.outputs) * c.places();

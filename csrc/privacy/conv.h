@@ -23,6 +23,7 @@ struct ConvGrads {
   int64_t batch, groups, channels, outputs;
   ConvAxis rows, columns;
   DType type, out_type;
+  bool stream_out;                                                                       // past the caches: rows of whole lines
   DITHER_HD int64_t weights() const { return channels * rows.kernel * columns.kernel; }  // of an output channel
   DITHER_HD int64_t places() const { return rows.places * columns.places; }
   DITHER_HD int64_t tiles() const { return (outputs + kConvOutputs - 1) / kConvOutputs; }

@@ -1,5 +1,5 @@
 #include "conv.h"
-#include "../common/vector_cpu.h"
+#include "../common/mask_cpu.h"
 
 namespace dither::DITHER_ISA {
 #define INLINE inline __attribute__((always_inline))
@@ -36,8 +36,8 @@ static INLINE V odd(V a, V b) {
   else if constexpr (L == 8) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
   else SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
-// from[r * stride + c] to to[c * to_stride + r]
-template <class T>
+// from[r * stride + c] to to[c * to_stride + r]; past the caches: whole vectors, aligned.
+template <bool kStream = false, class T>
 static INLINE void transpose(const T* from, int64_t stride, T* to, int64_t to_stride) {
   using V = typename Lanes<T>::type;
   constexpr int L = Lanes<T>::count;
@@ -56,7 +56,9 @@ static INLINE void transpose(const T* from, int64_t stride, T* to, int64_t to_st
     for (int p = 0; p < L; ++p) x[p] = y[p];
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < L; ++r) __builtin_memcpy(to + r * to_stride, &x[r], sizeof(V));
+  for (int r = 0; r < L; ++r)
+    if constexpr (kStream) stream(to + r * to_stride, x[r]);
+    else __builtin_memcpy(to + r * to_stride, &x[r], sizeof(V));
 }
 
 // ---- what a unit reads and writes
@@ -95,14 +97,16 @@ static void load_grads(const S* g, int64_t stride, int64_t outputs, int64_t n, T
 
 // The sums [weights, a multiple of 16][kOutputs] as rows of the result.
 template <class T, class S>
-static void store_sums(const T* sums, int64_t outputs, int64_t weights, S* out) {
+static void store_sums(const T* sums, int64_t outputs, int64_t weights, bool streamed, S* out) {
   constexpr int L = Lanes<T>::count;
   for (int64_t o = 0; o < outputs; o += L)
     for (int64_t n = 0; n < weights; n += L) {
       alignas(64) T tile[L * L];
       const bool direct = sizeof(S) == sizeof(T) && o + L <= outputs && n + L <= weights;
-      if constexpr (sizeof(S) == sizeof(T))
-        if (direct) transpose(sums + n * kOutputs + o, kOutputs, out + o * weights + n, weights);
+      if constexpr (sizeof(S) == sizeof(T)) {
+        if (direct && streamed) transpose<true>(sums + n * kOutputs + o, kOutputs, out + o * weights + n, weights);
+        else if (direct) transpose(sums + n * kOutputs + o, kOutputs, out + o * weights + n, weights);
+      }
       if (direct) continue;
       transpose(sums + n * kOutputs + o, kOutputs, tile, L);
       for (int64_t r = o; r < smaller<int64_t>(o + L, outputs); ++r)
@@ -228,7 +232,8 @@ static void units(const ConvGrads& c, int64_t lo, int64_t hi, T* scratch) {
       }
     with_type(c.out_type, [&]<class Out>(Out) {
       if constexpr (sizeof(Out) < 8 || sizeof(T) == 8)
-        store_sums(sums, outputs, weights, static_cast<Out*>(c.out) + (group * c.outputs + o) * weights);
+        store_sums(sums, outputs, weights, c.stream_out && DITHER_VECTOR_BYTES == 64,
+                   static_cast<Out*>(c.out) + (group * c.outputs + o) * weights);
     });
   }
 }

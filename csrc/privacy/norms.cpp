@@ -119,28 +119,43 @@ static void ghost_norm_(const Tensor& a, const Tensor& g, bool bias, const Tenso
   }
 }
 
-// The steps of a sample with one id, as chains in rising order.
-class Chains {
+// The steps of a sample by ids: those with one id are a run of `order`, in rising order.
+class Runs {
  public:
-  explicit Chains(int64_t steps) : next(steps), first(steps) {
+  struct Run {
+    int32_t begin, count;
+  };
+  explicit Runs(int64_t steps) : order(steps), next_(steps), first_(steps) {
     while ((int64_t(1) << bits_) < 2 * steps) ++bits_;
     table_.resize(size_t(1) << bits_);
   }
-  void build(const int64_t* ids) {
+  void build(const int64_t* ids, int64_t padding) {
     std::fill(table_.begin(), table_.end(), -1);
-    for (int64_t t = int64_t(next.size()) - 1; t >= 0; --t) {
+    const int32_t steps = int32_t(order.size());
+    for (int32_t t = steps - 1; t >= 0; --t) {
       size_t slot = size_t(uint64_t(ids[t]) * 0x9e3779b97f4a7c15u >> (64 - bits_));
       while (table_[slot] >= 0 && ids[table_[slot]] != ids[t]) slot = (slot + 1) & (table_.size() - 1);
-      next[t] = table_[slot];
-      first[t] = true;
-      if (next[t] >= 0) first[next[t]] = false;
-      table_[slot] = int32_t(t);
+      next_[t] = table_[slot];
+      first_[t] = padding < 0 || ids[t] != padding;
+      if (next_[t] >= 0) first_[next_[t]] = false;
+      table_[slot] = t;
+    }
+    runs.clear();
+    used = 0;
+    for (int32_t t = 0; t < steps; ++t) {
+      if (!first_[t]) continue;
+      const int32_t begin = used;
+      for (int32_t s = t; s >= 0; s = next_[s]) order[used++] = s;
+      runs.push_back({begin, used - begin});
     }
   }
-  std::vector<int32_t> next;
-  std::vector<char> first;
+  std::vector<int32_t> order;
+  std::vector<Run> runs;
+  int32_t used = 0;  // of order
 
  private:
+  std::vector<int32_t> next_;
+  std::vector<char> first_;
   int bits_ = 1;
   std::vector<int32_t> table_;
 };
@@ -167,17 +182,17 @@ static void embedding_norm_(const Tensor& ids, const Tensor& g, int64_t padding_
                         padding_idx,
                         type};
   if constexpr (device == Device::cpu) {
-    const auto norm = DITHER_PICK_ISA(chained_norm);
+    const auto norm = DITHER_PICK_ISA(norm_of_rows);
     const auto sum = DITHER_PICK_ISA(sum_lanes);
     double* to = doubles(out);
     parallel(s.batch, grain(s.steps * s.columns), [&](int64_t lo, int64_t hi) {
-      Chains chains(s.steps);
+      Runs ids_of(s.steps);
       std::vector<double> norms(s.steps);
       for (int64_t b = lo; b < hi; ++b) {
-        const int64_t* id = s.ids + b * s.steps;
-        chains.build(id);
-        for (int64_t t = 0; t < s.steps; ++t)
-          norms[t] = chains.first[t] && (padding_idx < 0 || id[t] != padding_idx) ? norm(s, b, t, chains.next.data()) : 0.0;
+        ids_of.build(s.ids + b * s.steps, padding_idx);
+        std::fill(norms.begin(), norms.end(), 0.0);
+        for (const auto& [begin, count] : ids_of.runs)
+          norms[ids_of.order[begin]] = norm(s, b, &ids_of.order[begin], count, ids_of.used - begin - count);
         to[b] += sum(norms.data(), s.steps);
       }
     });

@@ -70,8 +70,8 @@ DITHER_PER_ISA(double sum_lanes(const double* x, int64_t n))
 DITHER_PER_ISA(void ghost_blocks(const GhostNorm&, int64_t lo, int64_t hi, double* scratch, double* partial))
 // Room for ghost_blocks: 32 rows of both tensors.
 inline int64_t ghost_scratch(const GhostNorm& s) { return 2 * kGhostBlock * (s.a.columns + s.g.columns + 2 * kGhostLanes); }
-// The norm of the sum of the rows first, next[first], ... until a negative number.
-DITHER_PER_ISA(double chained_norm(const EmbeddingNorm&, int64_t sample, int64_t first, const int32_t* next))
+// The norm of the sum of `count` rows of a sample; `ahead` more steps follow in the list, whose rows are fetched.
+DITHER_PER_ISA(double norm_of_rows(const EmbeddingNorm&, int64_t sample, const int32_t* steps, int64_t count, int64_t ahead))
 DITHER_PER_ISA(void scale_range(void* x, int64_t n, double factor, DType type))
 
 // CUDA. partial: a number for every chunk of every row (and likewise for a, or nullptr); out[row] += g (a + bias), or g.

@@ -190,28 +190,34 @@ void ghost_blocks(const GhostNorm& s, int64_t lo, int64_t hi, double* scratch, d
 
 // ---- embeddings and scaling
 
-double chained_norm(const EmbeddingNorm& s, int64_t sample, int64_t first, const int32_t* next) {
-  constexpr int kParts = kNormLanes / L, kAtOnce = 32 * kNormLanes;
+double norm_of_rows(const EmbeddingNorm& s, int64_t sample, const int32_t* steps, int64_t count, int64_t ahead) {
+  constexpr int kParts = kNormLanes / L, kAtOnce = 32 * kNormLanes, kRows = 4;
   alignas(64) double row[kAtOnce], lanes[kNormLanes];
   V sum[kParts] = {};
   with_type(s.type, [&]<class S>(S) {
     const S* g = static_cast<const S*>(s.g) + sample * s.steps * s.columns;
     for (int64_t k = 0; k < s.columns; k += kAtOnce) {
       const int64_t n = smaller<int64_t>(kAtOnce, s.columns - k), whole = (n + kNormLanes - 1) / kNormLanes * kNormLanes;
-      for (int64_t j = n; j < whole; ++j) row[j] = 0.0;
-      const S* x = g + first * s.columns + k;
+      const auto at = [&](int64_t i) { return g + steps[i] * s.columns + k; };
+      const S* x = at(0);
       for (int64_t j = 0; j < n; ++j) row[j] = double(widen(x[j]));
-      for (int64_t t = next[first]; t >= 0;) {
-        const S* more[4];  // rows at a time
-        int count = 0;
-        for (; t >= 0 && count < 4; t = next[t]) more[count++] = g + t * s.columns + k;
-        if (count == 4)
+      for (int64_t j = n; j < whole; ++j) row[j] = 0.0;
+      for (int64_t r = 0; r < count; r += kRows) {
+        const int64_t rows = smaller<int64_t>(kRows, count - r);
+        for (int64_t i = r + kRows; i < smaller(r + kRows + rows, count + ahead); ++i) {  // of this sum or the next
+          const char* line = reinterpret_cast<const char*>(at(i));
+          for (int64_t j = 0; steps[i] != steps[i - 1] + 1 && j < n * int64_t(sizeof(S)); j += 64) __builtin_prefetch(line + j);
+        }
+        if (r > 0 && rows == kRows) {
+          const S *x0 = at(r), *x1 = at(r + 1), *x2 = at(r + 2), *x3 = at(r + 3);
           for (int64_t j = 0; j < n; ++j)
-            row[j] = (((row[j] + double(widen(more[0][j]))) + double(widen(more[1][j]))) + double(widen(more[2][j]))) +
-                     double(widen(more[3][j]));
-        else
-          for (int r = 0; r < count; ++r)
-            for (int64_t j = 0; j < n; ++j) row[j] += double(widen(more[r][j]));
+            row[j] = (((row[j] + double(widen(x0[j]))) + double(widen(x1[j]))) + double(widen(x2[j]))) + double(widen(x3[j]));
+        } else {
+          for (int64_t i = larger<int64_t>(r, 1); i < r + rows; ++i) {
+            x = at(i);
+            for (int64_t j = 0; j < n; ++j) row[j] += double(widen(x[j]));
+          }
+        }
       }
       for (int64_t j = 0; j < whole; j += kNormLanes)
 #pragma GCC unroll 16
