@@ -332,6 +332,8 @@ def test_convolutions_of_nothing(backend, x, g, weights):
     out = torch.full(weights, 7.0)
     got = run(backend, "conv_sample_grads_", torch.ones(x), torch.ones(g), [1, 1], [0, 0], [1, 1], 1, out)
     assert (got == 0).all()
+    reference.privacy.conv_sample_grads_(torch.ones(x), torch.ones(g), [1, 1], [0, 0], [1, 1], 1, out)
+    assert (out == 0).all()
 
 
 def test_long_sums_of_convolutions_do_not_drift(backend):

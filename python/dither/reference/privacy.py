@@ -51,6 +51,8 @@ def conv_sample_grads(
     x: (batch, channels, height, width); g: (batch, outputs, rows, columns), the gradient of what the convolution returned.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.numel() == 0 or g.numel() == 0:
+        return x.new_zeros(x.shape[0], g.shape[1], x.shape[1] // groups, *kernel, dtype=wide)
     unfold = torch.nn.functional.unfold
     columns = unfold(
         x.to(wide), tuple(kernel), tuple(dilation), tuple(padding), tuple(stride)
