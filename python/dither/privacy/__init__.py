@@ -1,0 +1,1 @@
+"""Differentially private training and what is around it."""

@@ -1,0 +1,210 @@
+"""What a history of noisy steps has spent, and how much noise a budget needs: the accountants of dp-accounting.
+
+Neighbouring data sets differ in one example that is there or not (add or remove). A step draws every example by itself with
+probability `sample_rate` (Poisson sampling, see `dither.privacy.sampling`), clips each gradient to a norm C, and adds noise of
+standard deviation noise_multiplier * C to their sum. sample_rate 1 uses all examples in every step. Batches of another kind,
+shuffled ones for instance, have none of these epsilons.
+
+Needs dp-accounting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+from .._checks import integer
+from .._extras import require
+
+Accountant = Literal["pld", "rdp"]
+
+
+class Steps(NamedTuple):
+    """`count` steps alike. A history is a sequence of them; plain tuples serve too."""
+
+    noise_multiplier: float
+    sample_rate: float
+    count: int
+
+
+def epsilon(
+    steps: int,
+    sample_rate: float,
+    noise_multiplier: float,
+    delta: float,
+    accountant: Accountant = "pld",
+    *,
+    unclipped_num_std: float | None = None,
+) -> float:
+    """The epsilon of `steps` steps of DP-SGD at `delta`; inf without noise, 0 without steps.
+
+    Args:
+        steps: at least 0.
+        sample_rate: 0 <= sample_rate <= 1.
+        noise_multiplier: at least 0.
+        delta: 0 < delta < 1.
+        accountant: "pld", privacy loss distributions (Koskela et al. 2020, Doroshenko et al. 2022), close to exact; "rdp",
+            Renyi divergences (Mironov et al. 2019), faster and looser.
+        unclipped_num_std: of adaptive clipping, see `effective_noise_multiplier`.
+    """
+    history = [Steps(effective_noise_multiplier(noise_multiplier, unclipped_num_std), sample_rate, steps)]
+    return epsilon_of(history, delta, accountant)
+
+
+def epsilon_of(history: Iterable[Sequence[float]], delta: float, accountant: Accountant = "pld") -> float:
+    """The epsilon of all steps of a history together, whatever their order.
+
+    history: (noise_multiplier, sample_rate, count) each, as of `epsilon`.
+    """
+    owner = "epsilon"
+    between(owner, "delta", delta, open_end=True)
+    event = composed(owner, history)
+    if accountant not in get_args(Accountant):
+        raise ValueError(f"{owner}: accountant is {accountant!r}, expected 'pld' or 'rdp'")
+    with _quiet():
+        return float(_fresh(accountant).compose(event).get_epsilon(delta))
+
+
+def noise_multiplier(
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    accountant: Accountant = "pld",
+    unclipped_num_std: float | None = None,
+    history: Iterable[Sequence[float]] = (),
+) -> float:
+    """The least noise that keeps `steps` steps within the budget, from above to a relative 1e-4. Opacus's argument names.
+
+    Args:
+        target_epsilon: more than 0.
+        target_delta: 0 < target_delta < 1.
+        sample_rate: 0 < sample_rate <= 1.
+        steps, epochs: one of the two; an epoch is 1 / sample_rate steps, rounded down in all as in Opacus.
+        accountant: see `epsilon`.
+        unclipped_num_std: of adaptive clipping, see `effective_noise_multiplier`; the result is the gradients' part.
+        history: steps that were taken before and count against the budget, see `epsilon_of`.
+
+    ValueError where no noise is enough: `history` has spent the budget, or the count of adaptive clipping has too little noise.
+    """
+    owner = "noise_multiplier"
+    if not 0 < target_epsilon < math.inf:
+        raise ValueError(f"{owner}: target_epsilon is {target_epsilon}, expected more than 0")
+    between(owner, "target_delta", target_delta, open_end=True)
+    between(owner, "sample_rate", sample_rate)
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"{owner}: steps is {steps} and epochs is {epochs}, expected one of them")
+    if epochs is not None:
+        steps = math.floor(epochs / sample_rate * (1 + 1e-12))  # 3 / 0.1 is 30, not 29
+    steps = integer(owner, "steps" if epochs is None else "epochs / sample_rate", steps, 1)
+    history = list(history)
+    least = epsilon_of(history, target_delta, accountant) if history else 0.0
+    if least >= target_epsilon:
+        raise ValueError(f"{owner}: target_epsilon is {target_epsilon}, expected more than {least:.6g}, what history has spent")
+
+    @functools.cache
+    def gap(sigma: float, kind: Accountant) -> float:
+        return epsilon_of([*history, (sigma, sample_rate, steps)], target_delta, kind) - target_epsilon
+
+    total = 1.0
+    for kind in ("rdp", "pld") if accountant == "pld" else ("rdp",):  # the faster one finds where to look
+        total = _least(lambda sigma, kind=kind: gap(sigma, kind), total)
+        if math.isinf(total):
+            if kind == accountant:
+                raise ValueError(f"{owner}: target_epsilon is {target_epsilon}, expected one that {kind} can certify")
+            total = 1.0
+    if unclipped_num_std is None:
+        return total
+    effective_noise_multiplier(total, unclipped_num_std)  # checks
+    if unclipped_num_std <= total / 2:
+        raise ValueError(f"{owner}: unclipped_num_std is {unclipped_num_std}, expected more than {total / 2:.6g}")
+    return (total**-2 - (2 * unclipped_num_std) ** -2) ** -0.5
+
+
+def effective_noise_multiplier(noise_multiplier: float, unclipped_num_std: float | None) -> float:
+    """Of one Gaussian query that tells as much as the gradients and the count of unclipped examples do together.
+
+    Clipping to an adaptive quantile (Andrew et al. 2021, theorem 1) also releases the sum over the batch of b - 1/2, where b is 1
+    for an example that was not clipped, with noise of standard deviation unclipped_num_std: a sensitivity of 1/2. Both queries see
+    the same batch, so that they are one Gaussian of 1 / sqrt(z^-2 + (2 unclipped_num_std)^-2), sampled once. Released as the
+    sum of b alone, sensitivity 1, it needs twice the noise.
+
+    noise_multiplier: z, at least 0. unclipped_num_std: at least 0; None: no such query.
+    """
+    owner = "effective_noise_multiplier"
+    at_least_0(owner, "noise_multiplier", noise_multiplier)
+    if unclipped_num_std is None:
+        return float(noise_multiplier)
+    at_least_0(owner, "unclipped_num_std", unclipped_num_std)
+    if noise_multiplier == 0 or unclipped_num_std == 0:
+        return 0.0
+    return (noise_multiplier**-2 + (2 * unclipped_num_std) ** -2) ** -0.5
+
+
+def composed(owner: str, history: Iterable[Sequence[float]]) -> Any:
+    """A history as an event of dp-accounting."""
+    event = require("dp_accounting", extra="privacy").dp_event
+    parts = []
+    for entry in history:
+        if len(entry) != 3:
+            raise ValueError(f"{owner}: history has {entry!r}, expected (noise_multiplier, sample_rate, count)")
+        sigma, rate, count = entry
+        at_least_0(owner, "noise_multiplier", sigma)
+        between(owner, "sample_rate", rate, zero=True)
+        count = integer(owner, "steps", count, 0)
+        if not count or not rate:
+            continue
+        if not sigma:
+            return event.NonPrivateDpEvent()
+        step = event.GaussianDpEvent(float(sigma))
+        parts.append(event.SelfComposedDpEvent(step if rate == 1 else event.PoissonSampledDpEvent(float(rate), step), count))
+    return event.ComposedDpEvent(parts) if parts else event.NoOpDpEvent()
+
+
+def _fresh(accountant: Accountant) -> Any:
+    module = require(f"dp_accounting.{accountant}", extra="privacy")
+    return module.PLDAccountant() if accountant == "pld" else module.RdpAccountant()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning, one a line, that some orders are left out of the minimum: that is no error, and thousands come."""
+    logger, note = logging.getLogger("absl"), lambda record: "Excluding this order" not in str(record.msg)
+    logger.addFilter(note)
+    try:
+        yield
+    finally:
+        logger.removeFilter(note)
+
+
+def _least(gap: Any, guess: float) -> float:
+    """The least argument of a falling function with gap <= 0, from above to a relative 1e-4; inf if there is none up to 1e6."""
+    low = high = guess
+    while gap(high) > 0:
+        low, high = high, high * 2
+        if high > 1e6:
+            return math.inf
+    while low == high or gap(low) <= 0:
+        high, low = low, low / 1.25
+    tolerance = 1e-4 * low
+    optimize = require("scipy.optimize", extra="privacy")
+    root = float(optimize.brentq(gap, low, high, xtol=tolerance / 4))
+    return next(x for x in (root, root + tolerance / 2, high) if gap(x) <= 0)
+
+
+def at_least_0(owner: str, name: str, value: float) -> None:
+    """ValueError unless 0 <= value < inf."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{owner}: {name} is {value}, expected at least 0")
+
+
+def between(owner: str, name: str, value: float, *, zero: bool = False, open_end: bool = False) -> None:
+    """ValueError unless 0 < value <= 1, 0 <= value if `zero`, value < 1 if `open_end`."""
+    if not (0 < value < 1 or (zero and value == 0) or (not open_end and value == 1)):
+        raise ValueError(f"{owner}: {name} is {value}, expected 0 {'<=' if zero else '<'} {name} {'<' if open_end else '<='} 1")
