@@ -67,6 +67,7 @@ EDGES: dict[str, set[str] | None] = {
     "noise": {"ops"},
     "optim": {"ops", "noise"},
     "sparsity": {"ops", "noise", "optim", "_checks", "_extras"},
+    "privacy": {"ops", "noise", "optim", "_checks", "_extras"},
     "bench": EVERYTHING,
     "cli": EVERYTHING,
     "demo": EVERYTHING,

@@ -24,11 +24,11 @@ Accountant = Literal["pld", "rdp"]
 
 
 class Steps(NamedTuple):
-    """`count` steps alike. A history is a sequence of them; plain tuples serve too."""
+    """`steps` steps alike. A history is a sequence of them; plain tuples serve too."""
 
     noise_multiplier: float
     sample_rate: float
-    count: int
+    steps: int
 
 
 def epsilon(
@@ -58,7 +58,7 @@ def epsilon(
 def epsilon_of(history: Iterable[Sequence[float]], delta: float, accountant: Accountant = "pld") -> float:
     """The epsilon of all steps of a history together, whatever their order.
 
-    history: (noise_multiplier, sample_rate, count) each, as of `epsilon`.
+    history: (noise_multiplier, sample_rate, steps) each, as of `epsilon`.
     """
     owner = "epsilon"
     between(owner, "delta", delta, open_end=True)
@@ -130,8 +130,10 @@ def noise_multiplier(
 def effective_noise_multiplier(noise_multiplier: float, unclipped_num_std: float | None) -> float:
     """Of one Gaussian query that tells as much as the gradients and the count of unclipped examples do together.
 
-    Clipping to an adaptive quantile (Andrew et al. 2021, theorem 1) also releases the sum over the batch of b - 1/2, where b is 1
-    for an example that was not clipped, with noise of standard deviation unclipped_num_std: a sensitivity of 1/2. Both queries see
+    Clipping to an adaptive quantile (Andrew et al. 2021, theorem 1) also releases the sum over the batch of b - 1/2, where b is
+    1
+    for an example that was not clipped, with noise of standard deviation unclipped_num_std: a sensitivity of 1/2. Both queries
+        see
     the same batch, so that they are one Gaussian of 1 / sqrt(z^-2 + (2 unclipped_num_std)^-2), sampled once. Released as the
     sum of b alone, sensitivity 1, it needs twice the noise.
 
@@ -153,7 +155,7 @@ def composed(owner: str, history: Iterable[Sequence[float]]) -> Any:
     parts = []
     for entry in history:
         if len(entry) != 3:
-            raise ValueError(f"{owner}: history has {entry!r}, expected (noise_multiplier, sample_rate, count)")
+            raise ValueError(f"{owner}: history has {entry!r}, expected (noise_multiplier, sample_rate, steps)")
         sigma, rate, count = entry
         at_least_0(owner, "noise_multiplier", sigma)
         between(owner, "sample_rate", rate, zero=True)

@@ -1,6 +1,6 @@
-"""Lower bounds on epsilon from attacks: what a mechanism leaks at least, with a stated confidence. Above the claim, the claim is wrong.
+"""Lower bounds on epsilon from attacks: what a mechanism leaks at least, with a stated confidence.
 
-A bound below the claim proves nothing: the attack may be weak.
+A bound above the claim refutes it; one below proves nothing, the attack may be weak.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def one_run_epsilon(
     between(owner, "confidence", confidence, open_end=True)
     values, coins = _scores(owner, "scores", scores, 1), np.asarray(included)
     if coins.dtype != np.bool_ or coins.shape != values.shape:
-        raise ValueError(f"{owner}: included is {coins.dtype} of shape {list(coins.shape)}, expected bool of {list(values.shape)}")
+        raise ValueError(
+            f"{owner}: included is {coins.dtype} of shape {list(coins.shape)}, expected bool of {list(values.shape)}"
+        )
     m = len(values)
     if guesses is None:
         counts = [m >> i for i in range(m.bit_length()) if m >> i >= min(m, 16)]
@@ -98,7 +100,7 @@ def one_run_epsilon(
 
 
 def guesses_epsilon(correct: int, guesses: int, canaries: int, delta: float, *, confidence: float = 0.95) -> float:
-    """The largest epsilon that `correct` of `guesses` right ones about `canaries` coins refute (Steinke et al. 2023, theorem 5.2).
+    """The largest epsilon that `correct` of `guesses` about `canaries` fair coins refute (Steinke et al. 2023).
 
     0 <= correct <= guesses <= canaries. 0 where nothing is refuted. Needs scipy.
     """
@@ -106,9 +108,8 @@ def guesses_epsilon(correct: int, guesses: int, canaries: int, delta: float, *, 
     canaries, guesses = integer(owner, "canaries", canaries, 1), integer(owner, "guesses", guesses, 0)
     correct = integer(owner, "correct", correct, 0)
     if not correct <= guesses <= canaries:
-        raise ValueError(
-            f"{owner}: correct, guesses and canaries are {correct}, {guesses}, {canaries}, expected correct <= guesses <= canaries"
-        )
+        given = f"correct, guesses and canaries are {correct}, {guesses} and {canaries}"
+        raise ValueError(f"{owner}: {given}, expected correct <= guesses <= canaries")
     between(owner, "delta", delta, zero=True, open_end=True)
     between(owner, "confidence", confidence, open_end=True)
     binom = require("scipy.stats", extra="privacy").binom

@@ -1,4 +1,4 @@
-"""What was released: the phases of a private training, their epsilon, and checkpoints that refuse to go on under other settings."""
+"""What was released: the phases of a private training and their epsilon. Checkpoints refuse to go on under other settings."""
 
 from __future__ import annotations
 

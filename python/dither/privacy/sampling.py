@@ -1,7 +1,7 @@
 """Poisson sampling, which the accounting assumes: every batch takes each example with the same probability, by itself.
 
-The draws are addressed (`dither.noise`, ChaCha20): whether example i is in batch t is a function of (key, t, i), on any number of
-processes, and a resumed run draws what it would have drawn.
+The draws are addressed (`dither.noise`, ChaCha20): whether example i is in batch t is a function of (key, t, i), on any number
+of processes, and a resumed run draws what it would have drawn.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class PoissonSampler(Sampler[list[int]]):
         found = []
         for begin in range(start, stop, _CHUNK):
             size = min(_CHUNK, stop - begin)
-            address = {"seed": self._key, "engine": "chacha20", "stream": STREAM, "step": step, "start": begin}
-            draws = noise.uniform(size, dtype=torch.float64, device="cpu", **address)  # type: ignore[misc]
+            where: noise.Address = {"seed": self._key, "engine": "chacha20", "stream": STREAM, "step": step, "start": begin}
+            draws = noise.uniform(size, dtype=torch.float64, device="cpu", **where)
             found.append((draws < self.sample_rate).nonzero().flatten() + begin)
         return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
@@ -107,7 +107,7 @@ class PoissonSampler(Sampler[list[int]]):
         return {**saved, "salt": salt, "fingerprint": fingerprint(digest(self._key), salt)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on at the batch where `state_dict` was taken, on any number of processes. Another key, data set or rate: refused."""
+        """Go on at the batch where `state_dict` was taken, on any number of processes. Another key, size or rate is refused."""
         owner = f"{type(self).__name__}.load_state_dict"
         for name in ("step", *_AGREE, "salt", "fingerprint"):
             if name not in state_dict:
@@ -277,6 +277,6 @@ def _empty(one: Any, two: Any) -> Any:
         except TypeError:
             return items
     if isinstance(one, Sequence) and not isinstance(one, (str, bytes)):
-        items = [] if len(one) != len(two) else [_empty(*pair) for pair in zip(one, two)]
-        return type(one)(*items) if hasattr(one, "_fields") else type(one)(items)  # type: ignore[call-arg]
+        parts = [] if len(one) != len(two) else [_empty(*pair) for pair in zip(one, two)]
+        return type(one)(*parts) if hasattr(one, "_fields") else type(one)(parts)  # type: ignore[call-arg]
     return one

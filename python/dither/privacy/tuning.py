@@ -1,7 +1,7 @@
 """Private choice of hyperparameters: a random number of runs, of which only the best is released (Papernot & Steinke 2022).
 
-Trying k settings and releasing the best costs up to k times the epsilon of one run. When the number of runs is itself random and
-stays secret, it costs two to three times that of one run, or less, however many runs there were.
+Trying k settings and releasing the best costs up to k times the epsilon of one run. When the number of runs is itself random
+and stays secret, it costs two to three times that of one run, or less, however many runs there were.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def private_search(
     long it took.
 
     Args:
-        train: train(setting, run) gives a score, larger is better and NaN worst, and what to release. It is private itself, with
-            its own noise for each number `run` (0, 1, ...), and so is the score: from public data, or counted in `history`.
+        train: train(setting, run) gives a score, larger is better and NaN worst, and what to release. It is private itself,
+            with its own noise for each number `run` (0, 1, ...), and so is the score: from public data, or counted in
+            `history`.
         settings: to draw from, at least one; not chosen by looking at the data.
         mean, shape: of the number of runs, see `repetitions`. The mean number per setting is mean / len(settings).
         address: of the draws, see `dither.noise`; give a secret key and engine="chacha20". Its stream and the next are used.
