@@ -66,7 +66,12 @@ def epsilon_of(history: Iterable[Sequence[float]], delta: float, accountant: Acc
     if accountant not in get_args(Accountant):
         raise ValueError(f"{owner}: accountant is {accountant!r}, expected 'pld' or 'rdp'")
     with _quiet():
-        return float(_fresh(accountant).compose(event).get_epsilon(delta))
+        renyi = require("dp_accounting.rdp", extra="privacy").RdpAccountant().compose(event).get_epsilon(delta)
+        if accountant == "rdp" or not 0 < renyi < math.inf:
+            return float(renyi)
+        interval = 1e-4 * max(1.0, renyi / 10)  # a bound at any interval; a fine one takes minutes where epsilon is large
+        losses = require("dp_accounting.pld", extra="privacy").PLDAccountant(value_discretization_interval=interval)
+        return float(min(renyi, losses.compose(event).get_epsilon(delta)))
 
 
 def noise_multiplier(
@@ -167,11 +172,6 @@ def composed(owner: str, history: Iterable[Sequence[float]]) -> Any:
         step = event.GaussianDpEvent(float(sigma))
         parts.append(event.SelfComposedDpEvent(step if rate == 1 else event.PoissonSampledDpEvent(float(rate), step), count))
     return event.ComposedDpEvent(parts) if parts else event.NoOpDpEvent()
-
-
-def _fresh(accountant: Accountant) -> Any:
-    module = require(f"dp_accounting.{accountant}", extra="privacy")
-    return module.PLDAccountant() if accountant == "pld" else module.RdpAccountant()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .._checks import integer
 from .._extras import require
@@ -77,11 +78,9 @@ def one_run_epsilon(
     """
     owner = "one_run_epsilon"
     between(owner, "confidence", confidence, open_end=True)
-    values, coins = _scores(owner, "scores", scores, 1), np.asarray(included)
+    values, coins = _scores(owner, "scores", scores, 1), _array(included)
     if coins.dtype != np.bool_ or coins.shape != values.shape:
-        raise ValueError(
-            f"{owner}: included is {coins.dtype} of shape {list(coins.shape)}, expected bool of {list(values.shape)}"
-        )
+        raise ValueError(f"{owner}: included is {coins.dtype} of {list(coins.shape)}, expected bool of {list(values.shape)}")
     m = len(values)
     if guesses is None:
         counts = [m >> i for i in range(m.bit_length()) if m >> i >= min(m, 16)]
@@ -152,8 +151,12 @@ def _largest(refuted: Callable[[float], bool]) -> float:
     return low
 
 
+def _array(values: Scores) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
 def _scores(owner: str, name: str, values: Scores, least: int) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
+    array = _array(values).astype(np.float64)
     if array.ndim != 1 or len(array) < least or np.isnan(array).any():
         given = f"of shape {list(array.shape)}" + (" with NaN" if np.isnan(array).any() else "")
         raise ValueError(f"{owner}: {name} is {given}, expected at least {least} numbers in one dimension")

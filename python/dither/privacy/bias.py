@@ -34,7 +34,7 @@ def clipping_bias(gradients: Tensor, max_norm: float) -> ClippingBias:
 
     While m = mean_norm < c = max_norm the bound is min(sigma, sigma^2 / (4 (c - m))), from (|x| + m - c)_+ <= x^2 / (4 (c -
     m)); else sigma + m - c. Clipped SGD ends where clipped gradients cancel, at a gradient norm of the order of min(sigma,
-    sigma^2 / c), however small its steps (Koloskova et al. 2023, section 4): a bias that does not go away with training asks
+    sigma^2 / c), however small its steps (Koloskova et al. 2023): a bias that does not go away with training asks
     for a larger max_norm, or for larger batches where batches are clipped. Computed in float64.
     """
     rows = matrix("clipping_bias", "gradients", gradients).double()

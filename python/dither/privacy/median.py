@@ -105,7 +105,8 @@ def geometric_median(samples: Tensor, *, iterations: int = 100, tolerance: float
     """The point of least mean distance to the rows of (samples, dimensions): Weiszfeld's iteration (Vardi & Zhang 2000).
 
     From the median of each coordinate, at most `iterations` >= 1 times, until a step is at most `tolerance` times the median
-    distance of the rows. Fewer than half of the rows, however far away, cannot carry it off. Computed in float64, given in the dtype of samples.
+    distance of the rows. Fewer than half of the rows, however far away, cannot carry it off. Computed in float64, given in the
+    dtype of samples.
     """
     owner = "geometric_median"
     rows = matrix(owner, "samples", samples).double()

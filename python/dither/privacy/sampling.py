@@ -192,7 +192,9 @@ def poisson_loader(
     if isinstance(data, DataLoader):
         dataset = data.dataset
         collate_fn = data.collate_fn if collate_fn is None else collate_fn
-        options = {**{name: getattr(data, name) for name in _TAKEN if data.num_workers or name not in _OF_WORKERS}, **options}
+        workers = options.get("num_workers", data.num_workers)
+        taken = {name: getattr(data, name) for name in _TAKEN if name not in _OF_WORKERS or (workers and data.num_workers)}
+        options = {**taken, **options}
         if sample_rate is None and data.batch_size is not None:
             sample_rate = min(1.0, data.batch_size / len(dataset)) if hasattr(dataset, "__len__") else None
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
