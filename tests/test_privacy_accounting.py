@@ -302,7 +302,7 @@ def test_processes_share_the_batches_of_one(monkeypatch):
     assert sum(few) == PoissonSampler(2, 0.5, key=KEY, rank=0, world_size=1).indices(0).numel()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_loader_gives_the_drawn_examples_and_empty_batches(workers):
     loader = poisson_loader(Nested(), 0.02, key=KEY, num_workers=workers, persistent_workers=workers > 0)
     sampler = PoissonSampler(50, 0.02, key=KEY)
@@ -336,7 +336,7 @@ def test_loader_resumes_where_training_was(workers):
     iterator = iter(loader)
     next(iterator), next(iterator)
     saved = json.loads(json.dumps(loader.state_dict()))
-    assert saved["step"] == 2, "not what workers have read ahead"
+    assert saved["step"] == 2 and len(loader) == 4, "not what workers have read ahead"
     rest = [batch["b"].x.tolist() for batch in iterator]
     resumed = poisson_loader(Nested(), 0.3, key=KEY, steps=6)
     resumed.load_state_dict(saved)
@@ -345,7 +345,7 @@ def test_loader_resumes_where_training_was(workers):
     assert next(iter(resumed))["b"].x.tolist() == PoissonSampler(50, 0.3, key=KEY).indices(6).tolist()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_split_cuts_batches(workers):
     whole = [batch["b"].x.tolist() for batch in poisson_loader(Nested(), 0.1, key=KEY, steps=40)]
     assert [] in whole or min(map(len, whole)) < 3

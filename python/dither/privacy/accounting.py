@@ -136,11 +136,9 @@ def effective_noise_multiplier(noise_multiplier: float, unclipped_num_std: float
     """Of one Gaussian query that tells as much as the gradients and the count of unclipped examples do together.
 
     Clipping to an adaptive quantile (Andrew et al. 2021, theorem 1) also releases the sum over the batch of b - 1/2, where b is
-    1
-    for an example that was not clipped, with noise of standard deviation unclipped_num_std: a sensitivity of 1/2. Both queries
-        see
-    the same batch, so that they are one Gaussian of 1 / sqrt(z^-2 + (2 unclipped_num_std)^-2), sampled once. Released as the
-    sum of b alone, sensitivity 1, it needs twice the noise.
+    1 for an example that was not clipped and else 0, with noise of standard deviation unclipped_num_std: a sensitivity of 1/2.
+    Both queries see the same batch, so that they are one Gaussian of 1 / sqrt(z^-2 + (2 unclipped_num_std)^-2), sampled once.
+    The sum of b alone has a sensitivity of 1 and needs twice the noise.
 
     noise_multiplier: z, at least 0. unclipped_num_std: at least 0; None: no such query.
     """

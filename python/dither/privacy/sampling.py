@@ -145,6 +145,10 @@ class PoissonLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return (batch for batch, _ in self._iterate(None))
 
+    def __len__(self) -> int:
+        """Batches up to the end of the epoch: `steps` at its beginning."""
+        return self.poisson.steps - self.step % self.poisson.steps
+
     def _iterate(self, size: int | None) -> Iterator[tuple[Any, bool]]:
         self.poisson.step, self._pieces.size = self.step, size
         self._pieces.last = deque()  # workers read ahead of us

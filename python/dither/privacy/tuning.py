@@ -1,7 +1,7 @@
 """Private choice of hyperparameters: a random number of runs, of which only the best is released (Papernot & Steinke 2022).
 
-Trying k settings and releasing the best costs up to k times the epsilon of one run. When the number of runs is itself random
-and stays secret, it costs two to three times that of one run, or less, however many runs there were.
+Trying k settings and releasing the best costs up to k times the epsilon of one run. With a number of runs that is random and
+stays secret it costs two or three times, whatever the mean number, if delta is 0, and little more otherwise: `search_epsilon`.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class NoisyGD(Generic[Data]):
         Of order alpha it is alpha Z^2 (1 - c^2) / (4 lr sigma^2 (1 - c^(2 T))): the record moves a step by at most
         lr s, s = 2 lipschitz / records, a step contracts distances by c = 1 - lr regularization, so that in the end
         Z = lr s c^steps (1 - c^training) / (1 - c), T = training + steps (amplification by iteration: Feldman et al. 2018, for
-        contractions Altschuler & Talwar 2022, with the shifts that make it least). Exact for quadratic losses.
+        contractions Altschuler & Talwar 2022, with the shifts that make it least). Exact for linear losses.
 
         Args:
             order: alpha > 1.
