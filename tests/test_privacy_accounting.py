@@ -563,6 +563,9 @@ def test_guesses_by_hand(stats):
     bounds = [guesses_epsilon(90, 100, 1000, delta) for delta in (0.0, 1e-6, 1e-5, 1e-4)]
     assert bounds == sorted(bounds, reverse=True) and bounds[0] > bounds[3] > 0
     assert guesses_epsilon(90, 100, 1000, 0.0, confidence=0.99) < bounds[0]
+    found = guesses_epsilon(2, 2, 10, 1e-3, confidence=0.5)  # both of 2 guesses about 10 canaries
+    rate = 1 / (1 + math.exp(-found))
+    assert rate**2 + 2 * 10 * 1e-3 * max(2 * rate * (1 - rate), (1 - rate**2) / 2) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_audits_are_right_as_often_as_they_say(stats):

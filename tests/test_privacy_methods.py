@@ -197,6 +197,11 @@ def test_sketches_are_matrices(kind, dim, size):
     assert torch.equal(again, sketch.sketch(x)) and not torch.equal(Sketch(dim, size, kind, seed=4).sketch(x), again)
 
 
+def test_signs_do_not_follow_from_rows():
+    matrix = Sketch(4000, 4, "count", seed=5).sketch(torch.eye(4000)).T
+    assert (matrix.abs().sum(1) - 1000).abs().max() < 5 * math.sqrt(750) and matrix.sum(1).abs().max() < 5 * math.sqrt(1000)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_vectors_go_in_pieces(kind, monkeypatch):
     whole = Sketch(100, 30, kind, seed=1)
