@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import TypeVar
 
 _T = TypeVar("_T")
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "dp_accounting": "dp-accounting"}
 
 
 class MissingExtra(ModuleNotFoundError):

@@ -117,3 +117,10 @@ def reduce_over_shards(tensors: list[Tensor], reduce: Callable[[list[Tensor]], T
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def scattered(t: Tensor, like: Tensor) -> Tensor:
+    """The sum over processes of t, which each holds whole, placed as the DTensor `like`."""
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    whole = DTensor.from_local(t, mesh, [Partial()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=like.placements)  # type: ignore[attr-defined, no-any-return]

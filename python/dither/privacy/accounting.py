@@ -124,12 +124,15 @@ def noise_multiplier(
             if kind == accountant:
                 raise ValueError(f"{owner}: target_epsilon is {target_epsilon}, expected one that {kind} can certify")
             total = 1.0
-    if unclipped_num_std is None:
-        return total
-    effective_noise_multiplier(total, unclipped_num_std)  # checks
-    if unclipped_num_std <= total / 2:
-        raise ValueError(f"{owner}: unclipped_num_std is {unclipped_num_std}, expected more than {total / 2:.6g}")
-    return (total**-2 - (2 * unclipped_num_std) ** -2) ** -0.5
+    return total if unclipped_num_std is None else gradient_noise_multiplier(total, unclipped_num_std, owner)
+
+
+def gradient_noise_multiplier(noise_multiplier: float, unclipped_num_std: float, owner: str = "make_private") -> float:
+    """The gradients' part of a noise multiplier > 0: the inverse of `effective_noise_multiplier`."""
+    effective_noise_multiplier(noise_multiplier, unclipped_num_std)  # checks
+    if unclipped_num_std <= noise_multiplier / 2:
+        raise ValueError(f"{owner}: unclipped_num_std is {unclipped_num_std}, expected more than {noise_multiplier / 2:.6g}")
+    return float((noise_multiplier**-2 - (2 * unclipped_num_std) ** -2) ** -0.5)
 
 
 def effective_noise_multiplier(noise_multiplier: float, unclipped_num_std: float | None) -> float:

@@ -1,0 +1,568 @@
+"""Private training: a model and an optimizer as they are, whose steps release clipped and noised sums of gradients."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from .. import noise
+from .._checks import instance
+from ..optim import FusedOptimizer, PrivateNoise
+from ..optim._shards import is_sharded, local, place_of, scattered
+from . import accounting
+from .clipping import FACTORS, Clipping, clip_factor
+from .contributions import Contribution, Sums, independent
+from .ledger import Ledger
+from .modules import refused
+from .recording import Batch, Recorder, trace_back
+
+Secure = Literal["key", "fast"]
+_ENGINES = {"key": "chacha20", "fast": "philox"}
+_QUANTILE_STREAM = 2**32 - 1
+
+
+class Privacy:
+    """What `make_private` adds to a model and its optimizer; `optimizer.privacy`.
+
+    ledger: what was released so far. norms: of the gradients of the samples of the last backward pass, float64.
+    samples: how many backward passes have seen since the last step. nonfinite: how many samples were left out in all, because
+    their gradients were not finite. max_grad_norm: C; with clipping="quantile" the present one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float | Mapping[str, float],
+        expected_batch_size: float,
+        sample_rate: float | None,
+        clipping: Clipping,
+        secure: Secure,
+        loss_reduction: Literal["mean", "sum"],
+        batch_first: bool,
+        key: bytes | None,
+        target_quantile: float,
+        quantile_lr: float,
+        unclipped_num_std: float | None,
+    ) -> None:
+        owner = "make_private"
+        instance(owner, "model", model, nn.Module, "a torch.nn.Module")
+        instance(owner, "optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise TypeError(
+                f"{owner}: model is {type(model).__name__}, expected the model inside: steps add up over processes themselves"
+            )
+        if hasattr(optimizer, "privacy"):
+            raise ValueError(f"{owner}: optimizer is private already, expected one that is not")
+        if not 0 <= noise_multiplier < math.inf:
+            raise ValueError(f"{owner}: noise_multiplier is {noise_multiplier!r}, expected a finite number >= 0")
+        if not 0 < expected_batch_size < math.inf:
+            raise ValueError(f"{owner}: expected_batch_size is {expected_batch_size!r}, expected a finite number > 0")
+        if sample_rate is not None and not 0 < sample_rate <= 1:
+            raise ValueError(f"{owner}: sample_rate is {sample_rate!r}, expected 0 < sample_rate <= 1 or None")
+        _one_of(owner, "clipping", clipping, FACTORS)
+        _one_of(owner, "secure", secure, _ENGINES)
+        _one_of(owner, "loss_reduction", loss_reduction, ("mean", "sum"))
+        refused(owner, model)
+        self.model, self.optimizer = model, optimizer
+        self.noise_multiplier, self.clipping = float(noise_multiplier), clipping
+        self.expected_batch_size, self.sample_rate = float(expected_batch_size), sample_rate
+        self.loss_reduction, self.batch_first, self.secure = loss_reduction, batch_first, secure
+        self._params: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self._watched: dict[Tensor, str] = dict(self._params)  # and what fully_shard puts in their place in a forward pass
+        self._sharded: dict[Tensor, Tensor] = {}  # of the latter
+        self._check_params(owner)
+        self._bounds(owner, max_grad_norm)
+        self._quantile(owner, target_quantile, quantile_lr, unclipped_num_std)
+        self._given_key = key is not None
+        self._noise = self._new_noise(owner, key)
+        self.ledger = Ledger(
+            noise_multiplier=self._gradient_noise,
+            sample_rate=1.0 if sample_rate is None else sample_rate,
+            max_grad_norm=self.max_grad_norm,
+            clipping=clipping,
+            expected_batch_size=self.expected_batch_size,
+            unclipped_num_std=self.unclipped_num_std,
+            key=self._seed,
+        )
+        self.samples = self.nonfinite = 0
+        self.norms = torch.zeros(0, dtype=torch.float64)
+        self._sums: dict[Tensor, tuple[Tensor, int]] = {}  # what p.grad holds, and its version
+        self._unclipped = torch.zeros((), dtype=torch.float64, device=next(iter(self._params)).device)  # see `_clipped`
+        self._recorder: Recorder | None = None  # of the call that runs
+        self._depth = self._outermost = 0  # of modules inside each other: now, and of the one that entered the recorder
+        self._arrived: list[Batch] = []  # of the backward pass that runs
+        self._scheduled = False
+        self._suspicious = True  # until the first backward pass with samples
+        self._handles = [
+            *(m.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True) for m in model.modules()),
+            *(m.register_forward_hook(_Hook(self._exit), always_call=True) for m in model.modules()),
+            optimizer.register_step_pre_hook(_Hook(self._before_step)),
+            optimizer.register_step_post_hook(_Hook(self._after_step)),
+            optimizer.register_state_dict_post_hook(_Hook(self._save)),
+            optimizer.register_load_state_dict_pre_hook(_Hook(self._load)),
+        ]
+        self._agree()
+
+    # ---- what it is made of
+
+    def _check_params(self, owner: str) -> None:
+        if not self._params:
+            raise ValueError(f"{owner}: model has no parameter that requires a gradient, expected some")
+        stepped = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        foreign = [list(p.shape) for p in stepped if p not in self._params]
+        if foreign:
+            raise ValueError(
+                f"{owner}: optimizer has a parameter of shape {foreign[0]} that is not the model's, expected the model's "
+                "alone: it would be trained without noise"
+            )
+        missing = [name for p, name in self._params.items() if not any(p is other for other in stepped)]
+        if missing:
+            raise ValueError(f"{owner}: optimizer lacks {missing[0]!r}, expected every parameter that requires a gradient")
+        for p, name in self._params.items():
+            if p.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"{owner}: {name!r} is {p.dtype}, expected float32 or float64: sums of 16 bits are rounded by more than "
+                    "the noise accounts for; use torch.autocast"
+                )
+        self._order = {p: i for i, p in enumerate(stepped)}
+        self._distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._distributed = self._distributed and torch.distributed.get_world_size() > 1
+
+    def _bounds(self, owner: str, max_grad_norm: float | Mapping[str, float]) -> None:
+        """The clipping groups: `_group_of` a parameter, and `_norms`, their C_k with sum C_k^2 = C^2."""
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in self._params.values())
+        if isinstance(max_grad_norm, Mapping):
+            if self.clipping != "per_layer":
+                raise ValueError(f"{owner}: max_grad_norm is a dict, expected a number with clipping={self.clipping!r}")
+            found = {layer: [c for pattern, c in max_grad_norm.items() if fnmatchcase(layer, pattern)] for layer in layers}
+            bare = [layer for layer, norms in found.items() if not norms]
+            if bare:
+                raise ValueError(f"{owner}: max_grad_norm has no pattern for {bare[0]!r}, expected one for every layer")
+            each = {layer: norms[0] for layer, norms in found.items()}
+        elif self.clipping == "per_layer":
+            each = dict.fromkeys(layers, max_grad_norm / math.sqrt(len(layers)))
+        else:
+            each = {"": max_grad_norm}
+        for c in each.values():
+            if not (isinstance(c, (int, float)) and 0 < c < math.inf):
+                raise ValueError(f"{owner}: max_grad_norm is {max_grad_norm!r}, expected a finite number > 0")
+        self._norms = [float(c) for c in each.values()]
+        numbers = {layer: i for i, layer in enumerate(each)}
+        self._group_of = {p: numbers.get(name.rpartition(".")[0], 0) for p, name in self._params.items()}
+        self.max_grad_norm = math.sqrt(sum(c * c for c in self._norms))
+
+    def _quantile(self, owner: str, target: float, rate: float, std: float | None) -> None:
+        self.target_quantile, self.quantile_lr, self.unclipped_num_std = target, rate, None
+        self._gradient_noise = self.noise_multiplier
+        if self.clipping != "quantile":
+            return
+        if not 0 < target < 1:
+            raise ValueError(f"{owner}: target_quantile is {target!r}, expected 0 < target_quantile < 1")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{owner}: quantile_lr is {rate!r}, expected a finite number > 0")
+        self.unclipped_num_std = self.expected_batch_size / 20 if std is None else float(std)
+        if self.noise_multiplier:
+            self._gradient_noise = accounting.gradient_noise_multiplier(self.noise_multiplier, self.unclipped_num_std)
+
+    def _new_noise(self, owner: str, key: bytes | None) -> PrivateNoise:
+        """With the same key on every process."""
+        if key is not None and not (isinstance(key, bytes) and len(key) == 32):
+            raise ValueError(f"{owner}: key is not 32 bytes, expected those of dither.privacy.new_key or load_key")
+        secret = os.urandom(32) if key is None else key
+        if self._distributed:
+            words = torch.tensor(list(secret), dtype=torch.uint8, device=next(iter(self._params)).device)
+            torch.distributed.broadcast(words, 0)
+            secret = bytes(words.tolist())
+        self._secret = secret
+        self._seed: bytes | int = secret if self.secure == "key" else int.from_bytes(secret[:8], "little")
+        return PrivateNoise(self._seed, _ENGINES[self.secure])
+
+    def _agree(self) -> None:
+        """Give every process the parameters and buffers of the first."""
+        if self._distributed:
+            for t in (*self.model.parameters(), *self.model.buffers()):
+                if not is_sharded(t):
+                    torch.distributed.broadcast(t.detach(), 0)
+
+    # ---- the forward pass
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth += 1
+        if self._recorder is not None or not torch.is_grad_enabled():
+            return
+        if torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint runs a part again
+            batch = self._arrived[0] if self._arrived else Batch(0, ())
+        else:
+            tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+            if not tensors:
+                raise ValueError(f"privacy: {type(module).__name__} is called without a tensor, expected a batch of samples")
+            size = tensors[0].shape[1 if not self.batch_first and tensors[0].dim() > 1 else 0]
+            batch = Batch(size, self.model.buffers())
+        self._recorder = Recorder(self._watched, batch, self.batch_first, self._meet)
+        self._outermost = self._depth
+        self._recorder.__enter__()
+
+    def _meet(self, p: Tensor) -> None:
+        """A parameter that is not known: the whole of one that fully_shard has sharded, or a mistake."""
+        name = next((name for name, other in self.model.named_parameters(remove_duplicate=False) if other is p), None)
+        own = next((q for q, known in self._params.items() if known == name), None)
+        if own is None or not is_sharded(own):
+            what = f"{name!r}" if name else f"a parameter of shape {list(p.shape)} that is not the model's"
+            raise RuntimeError(f"privacy: {what} is used and requires a gradient, expected parameters that did at make_private")
+        self._watched[p], self._sharded[p] = self._params[own], own
+
+    def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        recorder = self._recorder
+        if recorder is None or self._depth >= self._outermost:
+            return
+        self._recorder = None
+        recorder.__exit__(None, None, None)
+        for t in pytree.tree_leaves(output):
+            if isinstance(t, Tensor) and t.requires_grad:
+                t.register_hook(lambda _: self._begin(recorder.batch))
+
+    # ---- the backward pass
+
+    def _begin(self, batch: Batch) -> None:
+        if batch not in self._arrived:
+            self._arrived.append(batch)
+        if not self._scheduled:
+            self._scheduled = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """All gradients of the backward pass have arrived."""
+        arrived, self._arrived, self._scheduled = self._arrived, [], False
+        if len(arrived) != 1:
+            raise RuntimeError(
+                f"privacy: the model was called {len(arrived)} times for this backward pass, expected once: a sample may be in "
+                "several calls, and its gradient would be clipped in parts. Call backward after each, or join the batches"
+            )
+        (batch,) = arrived
+        if batch.spent:
+            raise RuntimeError("privacy: a second backward pass over one batch, expected one: its samples would count twice")
+        batch.spent = True
+        uses = independent(trace_back(batch, self._watched))
+        for whole, new in self._clipped(batch.size, uses).items():
+            p = self._sharded.get(whole, whole)
+            if is_sharded(p):
+                new = scattered(new, p)
+            self._check_own(p)
+            if p.grad is not None:
+                new = new.to(p.dtype) + p.grad
+            p.grad = new.to(p.dtype)
+            self._sums[p] = (p.grad, p.grad._version)
+
+    def _clipped(self, size: int, uses: list[Contribution]) -> Sums:
+        """The sums of clipped gradients of a batch."""
+        groups: list[list[Contribution]] = [[] for _ in self._norms]
+        for use in uses:
+            numbers = [self._group_of[self._sharded.get(view.param, view.param)] for view in use.views]
+            if len({*numbers}) > 1:
+                for number, row in zip(numbers, use.rows()):
+                    groups[number].append(row)
+            else:
+                groups[numbers[0]].append(use)
+        device = next(iter(self._params)).device
+        scale = float(size) if self.loss_reduction == "mean" else 1.0
+        squares = [torch.zeros(size, dtype=torch.float64, device=device) for _ in groups]
+        for group, square in zip(groups, squares):
+            for use in group:
+                use.add_squares(square)
+        self.norms = torch.stack(squares).sum(0).sqrt() * scale
+        finite = self.norms.isfinite()
+        sums: Sums = {}
+        for group, square, bound in zip(groups, squares, self._norms):
+            factor = torch.where(finite, clip_factor(square.sqrt() * scale, bound, self.clipping) * scale, 0)
+            for use in group:
+                use.add_sum(sums, factor)
+        self.samples += size
+        self.nonfinite += int(size - finite.sum())
+        if self.clipping == "quantile":
+            self._unclipped += (self.norms <= self._norms[0]).sum() - size / 2  # of b - 1/2: it has sensitivity 1/2
+        if self._suspicious and size:
+            self._suspicious = False
+            self._suspect(size)
+        return sums
+
+    def _suspect(self, size: int) -> None:
+        """Say so where the first batch looks like a mistaken loss_reduction."""
+        if size < 4:
+            return
+        finite = self.norms[self.norms.isfinite()]
+        most = float(finite.max()) if len(finite) else 0.0
+        if self.loss_reduction == "mean" and len(finite) and float(finite.min()) > 100 * self.max_grad_norm:
+            warnings.warn(
+                f"privacy: every gradient of the first batch is over 100 times max_grad_norm = {self.max_grad_norm:g}. If the "
+                "loss is a sum over samples, say loss_reduction='sum'",
+                stacklevel=2,
+            )
+        elif self.loss_reduction == "sum" and 0 < most * size < self.max_grad_norm:
+            warnings.warn(
+                f"privacy: every gradient of the first batch is below max_grad_norm = {self.max_grad_norm:g} / {size}, the "
+                "number of samples. If the loss is a mean over samples, say loss_reduction='mean'",
+                stacklevel=2,
+            )
+
+    def _check_own(self, p: Tensor) -> None:
+        """Refuse gradients that something else has written."""
+        own, version = self._sums.get(p, (None, 0))
+        if p.grad is None:
+            self._sums.pop(p, None)
+        elif (p.grad is not own or p.grad._version != version) and bool(p.grad.any()):
+            raise RuntimeError(
+                f"privacy: the gradient of {self._params[p]!r} was not made by private training, expected p.grad untouched "
+                "between backward and step: it is a sum of clipped gradients. (A part of the model that is used outside of its "
+                "forward, an autograd function of a parameter, and a GradScaler lead here)"
+            )
+
+    # ---- the step
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(a is not None for a in (*args[1:], kwargs.get("closure"))):
+            raise ValueError("privacy: step has a closure, expected none: call it yourself, then step")
+        for p in self._params:
+            self._check_own(p)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
+        self._add_up()
+        self.ledger.record()
+        std, scale = self._gradient_noise * self.max_grad_norm, 1 / self.expected_batch_size
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer._set_private_noise(self._noise, std, scale)
+            return
+        for device in {p.device for p in self._params}:
+            self._noise.clock(device)
+        self._noise.advance()
+        for p, stream in self._order.items():
+            assert p.grad is not None
+            self._add_noise(p.grad, std, stream)
+            p.grad.mul_(scale)
+
+    def _add_noise(self, t: Tensor, std: float, stream: int) -> None:
+        start, run, pitch = place_of(t)
+        mine = local(t)
+        flat = mine.contiguous().flatten()
+        for i, first in enumerate(range(0, len(flat), max(run, 1))):
+            part = flat[first : first + run]
+            where = {"stream": stream, "step": self._noise.released, "start": start + i * pitch}
+            noise.add_normal_(part, std, seed=self._seed, engine=self._noise.engine, **where)  # type: ignore[arg-type]
+        mine.copy_(flat.view(mine.shape))
+
+    def _add_up(self) -> None:
+        """Add the sums of all processes, each of which has samples of its own."""
+        if self._distributed:
+            for p in self._params:
+                if not is_sharded(p):
+                    torch.distributed.all_reduce(p.grad)
+            if self.clipping == "quantile":
+                torch.distributed.all_reduce(self._unclipped)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for p in self._params:
+            p.grad = None
+        self._sums.clear()
+        self.samples = 0
+        if self.clipping == "quantile":
+            assert self.unclipped_num_std is not None
+            count = torch.zeros(1, dtype=torch.float64)
+            self._add_noise(count, self.unclipped_num_std, _QUANTILE_STREAM)
+            fraction = (float(self._unclipped) + float(count)) / self.expected_batch_size + 0.5
+            self._norms[0] *= math.exp(-self.quantile_lr * (min(max(fraction, 0.0), 1.0) - self.target_quantile))
+            self.max_grad_norm = self._norms[0]
+            self._unclipped.zero_()
+
+    # ---- epsilon and checkpoints
+
+    def get_epsilon(self, delta: float, accountant: accounting.Accountant = "pld") -> float:
+        """Epsilon of all steps so far; needs dp-accounting (`pip install 'dither[privacy]'`).
+
+        It holds for batches that were drawn by Poisson sampling at `sample_rate` (`poisson_loader`).
+        """
+        if self.sample_rate is None:
+            raise ValueError("get_epsilon: sample_rate is None, expected make_private(..., sample_rate=...)")
+        return self.ledger.epsilon(delta, accountant)
+
+    def save_key(self, path: str | os.PathLike[str]) -> None:
+        """Write the key to a file that only its owner may read, to resume with the same bits: whoever has it can take the noise
+        off. Without it a resumed run draws a key of its own, and is as private."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(self._secret)
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state = {"ledger": self.ledger.state_dict(), "nonfinite": self.nonfinite, "max_grad_norm": self.max_grad_norm}
+        state_dict["privacy"] = state
+
+    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        if "privacy" not in state_dict:
+            raise ValueError(
+                "privacy: state_dict has no ledger, expected one of a private optimizer; load others before make_private"
+            )
+        state = state_dict["privacy"]
+        self.ledger.load_state_dict(state["ledger"], check_key=self._given_key)
+        self.nonfinite = state["nonfinite"]
+        if self.clipping == "quantile":
+            self.max_grad_norm = self._norms[0] = state["max_grad_norm"]
+        if self._given_key and self._noise.released < self.ledger.steps:
+            self._noise = PrivateNoise(self._seed, self._noise.engine, self.ledger.steps)
+
+    def remove(self) -> None:
+        """Take everything off: the model and the optimizer are as they were, and train without privacy."""
+        for handle in self._handles:
+            handle.remove()
+        if isinstance(self.optimizer, FusedOptimizer):
+            self.optimizer._set_private_noise(None)
+        del self.optimizer.privacy  # type: ignore[attr-defined]
+
+
+def _one_of(owner: str, name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}")
+
+
+class _Hook:
+    """A method of a Privacy; of a model that was copied or saved it does nothing."""
+
+    def __init__(self, method: Any = None) -> None:
+        self.method = method
+
+    def __call__(self, *args: Any) -> None:
+        if self.method is not None:
+            self.method(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+def new_key() -> bytes:
+    """A key for `make_private`, from the operating system: 32 bytes."""
+    return os.urandom(32)
+
+
+def load_key(path: str | os.PathLike[str]) -> bytes:
+    """The key that `Privacy.save_key` wrote."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    noise_multiplier: float,
+    max_grad_norm: float | Mapping[str, float],
+    expected_batch_size: float,
+    sample_rate: float | None = None,
+    clipping: Clipping = "flat",
+    secure: Secure = "key",
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    batch_first: bool = True,
+    key: bytes | None = None,
+    target_quantile: float = 0.5,
+    quantile_lr: float = 0.2,
+    unclipped_num_std: float | None = None,
+) -> tuple[nn.Module, Optimizer]:
+    """Make steps differentially private: DP-SGD (Abadi et al. 2016) with any optimizer, in one backward pass.
+
+        model, optimizer = make_private(
+            model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=256, sample_rate=256 / len(data)
+        )
+        for x, y in poisson_loader(data, sample_rate=256 / len(data)):
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+        print(optimizer.privacy.get_epsilon(delta=1e-5))
+
+    A backward pass leaves in p.grad the sum of the clipped gradients of samples, without noise; several add up. A step adds
+    noise of standard deviation noise_multiplier max_grad_norm once, divides by expected_batch_size, steps, and clears p.grad.
+
+    Args:
+        model, optimizer: changed in place and returned. Parameters may be frozen, tied, used in functions, or computed of
+            others (weight normalisation); samples must stay apart on the way through the model, along dimension 0 of what
+            parameters are applied to. `optimizer.privacy` is a `Privacy`. Do not wrap the model in DistributedDataParallel:
+            where torch.distributed runs, steps add up over processes, of which each has its part of the samples.
+        noise_multiplier: sigma >= 0, over max_grad_norm.
+        max_grad_norm: C > 0, to which the gradient of each sample is clipped. With clipping="per_layer" it is divided evenly
+            over modules, or a dict from patterns of module names to their norms C_k; then C^2 is the sum of C_k^2.
+        expected_batch_size: what sums are divided by, of all processes together and of all backward passes of a step. Batches
+            may be smaller or larger; privacy does not depend on it.
+        sample_rate: the probability with which each sample is in a batch; for `get_epsilon`.
+        clipping: see `clip_factor`. With "quantile" C follows the target_quantile of norms by exp(-quantile_lr (fraction -
+            target_quantile)) in each step (Andrew et al. 2021), where the fraction has noise of unclipped_num_std (default
+            expected_batch_size / 20) samples; the gradients' noise is raised so that both together cost noise_multiplier.
+        secure: "key" draws noise by ChaCha20 with a key from the operating system; "fast" by Philox, which is not
+            cryptographic.
+        loss_reduction: of the loss over the samples that the model is given.
+        batch_first: False where samples lie along dimension 1 of tensors with more than two.
+        key: 32 bytes, to continue a run with the same noise (`load_key`), which must then see the same data.
+
+    Errors: samples that do not stay apart (batch normalisation: see `fix_model`), a gradient that came another way, closures, a
+    second backward pass over a batch, 16-bit parameters, a checkpoint without ledger or of other settings. A sample whose
+    gradient is not finite counts as 0 and in `privacy.nonfinite`.
+    """
+    optimizer.privacy = Privacy(  # type: ignore[attr-defined]
+        model,
+        optimizer,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        expected_batch_size=expected_batch_size,
+        sample_rate=sample_rate,
+        clipping=clipping,
+        secure=secure,
+        loss_reduction=loss_reduction,
+        batch_first=batch_first,
+        key=key,
+        target_quantile=target_quantile,
+        quantile_lr=quantile_lr,
+        unclipped_num_std=unclipped_num_std,
+    )
+    return model, optimizer
+
+
+def make_private_with_epsilon(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int | None = None,
+    epochs: float | None = None,
+    accountant: accounting.Accountant = "pld",
+    **options: Any,
+) -> tuple[nn.Module, Optimizer]:
+    """`make_private` with the least noise that keeps `steps` steps (or epochs) within (target_epsilon, target_delta).
+
+    Other arguments: as there. Needs dp-accounting.
+    """
+    if "noise_multiplier" in options:
+        raise TypeError("make_private_with_epsilon: unexpected keyword 'noise_multiplier', which follows from target_epsilon")
+    sigma = accounting.noise_multiplier(
+        target_epsilon, target_delta, sample_rate, steps=steps, epochs=epochs, accountant=accountant
+    )
+    return make_private(model, optimizer, noise_multiplier=sigma, sample_rate=sample_rate, **options)
+
+
+def get_epsilon(optimizer: Optimizer, delta: float, accountant: accounting.Accountant = "pld") -> float:
+    """Epsilon of all steps of a private optimizer so far; see `Privacy.get_epsilon`."""
+    privacy = getattr(optimizer, "privacy", None)
+    if not isinstance(privacy, Privacy):
+        raise TypeError("get_epsilon: optimizer is not private, expected one of make_private")
+    return privacy.get_epsilon(delta, accountant)

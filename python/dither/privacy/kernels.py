@@ -1,0 +1,80 @@
+"""Norms and weighted sums over samples, by the operators of the `privacy` family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops import write
+
+
+def add_ghost_norm(out: Tensor, a: Tensor, g: Tensor, bias: bool) -> None:
+    """out[b] += |sum_t g_bt a_bt^T|^2, with `bias` + |sum_t g_bt|^2; a: [B, T, d], g: [B, T, p], out: float64 [B]."""
+    write("ghost_norm_", [out], a.contiguous(), g.contiguous(), bias, out)
+
+
+def add_squares(out: Tensor, rows: Tensor) -> None:
+    """out[b] += |rows_b|^2; rows: [B, ...], out: float64 [B]."""
+    write("sample_squares_", [out], rows.contiguous(), out)
+
+
+def add_embedding_norm(out: Tensor, ids: Tensor, g: Tensor, padding: int) -> None:
+    """out[b] += sum over ids but `padding` of |sum of g_bt with this id|^2; ids: [B, T], g: [B, T, D], out: float64 [B]."""
+    write("embedding_norm_", [out], ids.contiguous(), g.contiguous(), padding, out)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x_b times factor_b; 0 where the factor is 0, whatever x_b is."""
+    result = x.clone(memory_format=torch.contiguous_format)
+    write("scale_rows_", [result], result, factor)
+    return result
+
+
+def kept(x: Tensor, factor: Tensor) -> Tensor:
+    """x, with 0 in place of samples whose factor is 0."""
+    zero = factor == 0
+    if x.device.type == "cpu" and not zero.any():
+        return x
+    return torch.where(zero.view(-1, *[1] * (x.dim() - 1)), 0, x)
+
+
+def conv_gradients(
+    x: Tensor,
+    g: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradients of a convolution's weight of this size, one for each sample: [B, *size]."""
+    if len(stride) == 3:
+        return _unfolded(x, g, size, stride, padding, dilation, groups)
+    if len(stride) == 1:
+        x, g, size = x.unsqueeze(2), g.unsqueeze(2), (*size[:2], 1, size[2])
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+        return conv_gradients(x, g, size, stride, padding, dilation, groups).squeeze(3)
+    out = g.new_empty(len(x), *size)
+    write("conv_sample_grads_", [out], x.contiguous(), g.contiguous(), stride, padding, dilation, groups, out)
+    return out
+
+
+def _unfolded(
+    x: Tensor,
+    g: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The same in any number of dimensions, with every input as often as a kernel covers it."""
+    places = len(stride)
+    x = F.pad(x, [p for q in reversed(padding) for p in (q, q)])
+    for dim, (k, s, d, length) in enumerate(zip(size[2:], stride, dilation, g.shape[2:]), 2):
+        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d].narrow(dim, 0, length)
+    x = x.reshape(len(x), groups, size[1], *x.shape[2:]).movedim(tuple(range(3, 3 + places)), tuple(range(-places, 0)))
+    return (g.unflatten(1, (groups, -1)).flatten(3) @ x.flatten(-places).flatten(2, -2).mT).view(len(x), *size)

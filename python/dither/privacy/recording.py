@@ -1,0 +1,675 @@
+"""Watching a model run: which functions use its parameters, and what gradients arrive there.
+
+Inside `Recorder` every torch function that is given a parameter (or a view of one) runs on the detached parameter. Where its
+output gradient arrives in the backward pass, a contribution is made of it: autograd computes the gradients of activations only.
+Parameters are found wherever they are used, in modules of any kind and in functions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from . import kernels
+from .contributions import Contribution, Lookup, Rows, View, dense, full
+
+
+class Batch:
+    """The samples of one call of the model, and the contributions that backward passes found."""
+
+    def __init__(self, size: int, buffers: Iterable[Tensor]) -> None:
+        self.size = size
+        self.constants = {id(t): t for t in buffers}  # and what the model makes without data
+        self.contributions: list[Contribution] = []
+        self.derived: dict[Tensor, Tensor] = {}  # what stands for a tensor that was computed of parameters alone: that tensor
+        self.spent = False
+
+
+class _Tap(torch.autograd.Function):
+    """y as it is; record(its gradient, *saved) in the backward pass. `anchor` requires a gradient, so y does."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(*saved)
+        ctx.record = record
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
+        ctx.record(_wide(g), *saved)
+        return (g, None, None, *(None for _ in saved))
+
+
+def _wide(g: Tensor) -> Tensor:
+    """Sums of 16 bits would be rounded by more than the noise accounts for."""
+    return g.float() if g.dtype in (torch.bfloat16, torch.float16) else g
+
+
+class _Source(torch.autograd.Function):
+    """A value in place of a parameter that made it; record(its gradient) in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, record: Callable[[Tensor], None]) -> Tensor:  # type: ignore[override]
+        ctx.record = record
+        return value.view_as(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.record(_wide(g))
+        return None, None, None
+
+
+def _nothing(*_: Tensor) -> None: ...
+
+
+class Recorder(TorchFunctionMode):
+    """A context in which uses of parameters are watched. params: with their names, for errors. meet: called with a parameter
+    that is not among them, which it may add."""
+
+    def __init__(self, params: Mapping[Tensor, str], batch: Batch, batch_first: bool, meet: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.params, self.batch, self.batch_first, self.meet = params, batch, batch_first, meet
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", None) in _QUESTIONS:
+            return func(*args, **kwargs)
+        data = False
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, Tensor):
+                if arg.requires_grad and self.param_of(arg) is not None:
+                    return self._used(func, args, kwargs)
+                data = data or id(arg) not in self.batch.constants
+            elif type(arg) in (list, tuple):
+                for each in arg:
+                    if isinstance(each, Tensor):
+                        if each.requires_grad and self.param_of(each) is not None:
+                            return self._used(func, args, kwargs)
+                        data = data or id(each) not in self.batch.constants
+        result = func(*args, **kwargs)
+        if not data and isinstance(result, Tensor):
+            self.batch.constants[id(result)] = result
+        return result
+
+    def is_data(self, tensor: Any) -> bool:
+        """Whether a tensor depends on samples."""
+        return isinstance(tensor, Tensor) and id(tensor) not in self.batch.constants and self.param_of(tensor) is None
+
+    def param_of(self, tensor: Any) -> Tensor | None:
+        """The watched parameter that a tensor is, or is a view of."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+            return None
+        for t in (tensor, tensor._base):
+            if t is None:
+                continue
+            if isinstance(t, torch.nn.Parameter) and t not in self.params:
+                self.meet(t)
+            if t in self.params or t in self.batch.derived:
+                return t
+        return None
+
+    def activation(self, tensor: Any) -> Any:
+        """A parameter that the model expanded over samples becomes an activation; other things stay."""
+        param = self.param_of(tensor)
+        if param is None or tensor.dim() == 0 or len(tensor) != self.batch.size or tensor.stride(0):
+            return tensor
+        if not self.batch.size:
+            return _Source.apply(tensor, tensor.detach(), _nothing)
+        return _source(self, tensor, tensor[0])
+
+    def _used(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name in _VIEWS:
+            result = func(*args, **kwargs)
+            parts = result if isinstance(result, (tuple, list)) else [result]
+            return result if all(self.param_of(t) is not None for t in parts) else _derived(self, result)
+        args, kwargs = pytree.tree_map(self.activation, (args, kwargs))
+        if not any(self.param_of(t) is not None for t in pytree.tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            return handler(self, *args, **kwargs)
+        return _any_function(self, func, name, args, kwargs)
+
+    # ---- what handlers need
+
+    def view(self, tensor: Tensor | None) -> View | None:
+        """The view that a tensor is of a watched parameter; None where it is none and needs no gradient."""
+        param = self.param_of(tensor)
+        return None if param is None else View.of(tensor, param)  # type: ignore[arg-type]
+
+    def samples_first(self, func: str, x: Tensor) -> Tensor:
+        """x with its samples along dimension 0, checked."""
+        size = self.batch.size
+        if not self.batch_first and x.dim() > 2:
+            x = x.transpose(0, 1)
+        if x.dim() == 0 or len(x) != size:
+            where = "1" if not self.batch_first else "0"
+            raise ValueError(
+                f"privacy: {func} sees a tensor of shape {list(x.shape)}, expected {size} samples along dimension {where} as "
+                "in the model's input; samples must stay apart, do not fold other dimensions into theirs"
+            )
+        return x
+
+    def tap(self, y: Tensor, anchor: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:
+        """y, whose gradient will be recorded; that of no samples is not."""
+        return _Tap.apply(y, anchor, record if self.batch.size else _nothing, *saved)  # type: ignore[no-any-return]
+
+    def add(self, *uses: Contribution) -> None:
+        self.batch.contributions += uses
+
+
+Handler = Callable[..., Any]
+HANDLERS: dict[Any, Handler] = {}
+
+
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _of(watch: Recorder, *tensors: Tensor | None) -> Tensor:
+    return next(p for t in tensors if (p := watch.param_of(t)) is not None)
+
+
+# ---- linear maps
+
+
+@handles(F.linear)
+def _linear(watch: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    w, b = watch.view(weight), watch.view(bias)
+    if not watch.is_data(input):
+        return _any_function(watch, F.linear, "linear", (input, weight, bias), {})
+    y = F.linear(input, weight if w is None else weight.detach(), bias if b is None else _detached(bias))
+    x = watch.samples_first("linear", input.detach())
+
+    def record(g: Tensor, a: Tensor) -> None:
+        g = watch.samples_first("linear", g)
+        size = len(g)
+        a, g = a.reshape(size, -1 if size else 0, a.shape[-1]), g.reshape(size, -1 if size else 0, g.shape[-1])
+        watch.add(*dense(w, b, a.to(g.dtype) if a.dtype != g.dtype else a, g))
+
+    return watch.tap(y, _of(watch, weight, bias), record, x)
+
+
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def _matmul(watch: Recorder, input: Tensor, other: Tensor) -> Tensor:
+    if not watch.is_data(input) or other.dim() != 2:
+        return _any_function(watch, torch.matmul, "matmul", (input, other), {})
+    return _linear(watch, input, other.T)
+
+
+@handles(torch.addmm, Tensor.addmm)
+def _addmm(watch: Recorder, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta != 1 or alpha != 1 or not watch.is_data(mat1):
+        return _any_function(watch, torch.addmm, "addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha})
+    return _linear(watch, mat1, mat2.T, input)
+
+
+# ---- convolutions
+
+
+def _convolution(function: Any, places: int) -> None:
+    @handles(function)
+    def convolve(
+        watch: Recorder,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        w, b = watch.view(weight), watch.view(bias)
+        size = weight.shape[2:]
+        stride, dilation = ((x,) * places if isinstance(x, int) else tuple(x) for x in (stride, dilation))
+        if padding == "same" and any(d * (k - 1) % 2 for d, k in zip(dilation, size)):
+            raise NotImplementedError("privacy: padding is 'same' with an even kernel, expected numbers")
+        if isinstance(padding, str):
+            padding = 0 if padding == "valid" else tuple(d * (k - 1) // 2 for d, k in zip(dilation, size))
+        padding = (padding,) * places if isinstance(padding, int) else tuple(padding)
+        y = function(input, weight.detach(), _detached(bias), stride, padding, dilation, groups)
+        if input.dim() != places + 2 or len(input) != watch.batch.size:
+            raise ValueError(
+                f"privacy: conv{places}d sees a tensor of shape {list(input.shape)}, expected {watch.batch.size} samples along "
+                "dimension 0 as in the model's input"
+            )
+
+        def record(g: Tensor, x: Tensor) -> None:
+            if w is not None:
+                gradients = kernels.conv_gradients(x.to(g.dtype), g, w.size, stride, padding, dilation, groups)
+                watch.add(Rows(w, gradients))
+            if b is not None:
+                watch.add(Rows(b, g.flatten(2).sum(2)))
+
+        return watch.tap(y, _of(watch, weight, bias), record, input.detach())
+
+
+for _function, _places in ((torch.conv1d, 1), (torch.conv2d, 2), (torch.conv3d, 3)):
+    _convolution(_function, _places)
+
+
+# ---- embeddings and normalisation
+
+
+@handles(F.embedding)
+def _embedding(
+    watch: Recorder,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        what = "max_norm" if max_norm is not None else "scale_grad_by_freq" if scale_grad_by_freq else "sparse"
+        raise ValueError(f"privacy: embedding has {what}, expected none: its gradients are not those of samples alone")
+    w = watch.view(weight)
+    if w is None or not watch.is_data(input):
+        return _any_function(watch, F.embedding, "embedding", (input, weight, padding_idx), {})
+    padding = -1 if padding_idx is None else padding_idx % len(weight)
+    y = F.embedding(input, weight.detach(), padding)
+    ids = watch.samples_first("embedding", input)
+
+    def record(g: Tensor, ids: Tensor) -> None:
+        g = watch.samples_first("embedding", g)
+        watch.add(Lookup(w, ids.reshape(len(ids), ids[0:1].numel()), g.reshape(len(g), ids[0:1].numel(), g.shape[-1]), padding))
+
+    return watch.tap(y, weight, record, ids)
+
+
+def _affine(
+    watch: Recorder, name: str, y: Tensor, weight: Tensor | None, bias: Tensor | None, hat: Any, *saved: Tensor
+) -> Tensor:
+    """y = hat * weight + bias, over the last dimensions of y. hat(*saved): the normalised input."""
+    w, b = watch.view(weight), watch.view(bias)
+
+    def record(g: Tensor, *saved: Tensor) -> None:
+        first = watch.samples_first(name, g)
+        for view, value in ((w, first * watch.samples_first(name, hat(*saved)) if w is not None else None), (b, first)):
+            if view is not None and value is not None:
+                watch.add(
+                    Rows(
+                        view, value.reshape(len(value), -1, *view.size).sum(1) if len(value) else value.new_zeros(0, *view.size)
+                    )
+                )
+
+    return watch.tap(y, _of(watch, weight, bias), record, *saved)
+
+
+@handles(F.layer_norm)
+def _layer_norm(
+    watch: Recorder,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    y, mean, rstd = torch.native_layer_norm(input, normalized_shape, _detached(weight), _detached(bias), eps)
+    return _affine(
+        watch,
+        "layer_norm",
+        y,
+        weight,
+        bias,
+        lambda x, mean, rstd: (x - mean) * rstd,
+        input.detach(),
+        mean.detach(),
+        rstd.detach(),
+    )
+
+
+@handles(F.rms_norm)
+def _rms_norm(
+    watch: Recorder, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    y = F.rms_norm(input, normalized_shape, _detached(weight), eps)
+    return _affine(watch, "rms_norm", y, weight, None, lambda x: F.rms_norm(x, normalized_shape, None, eps), input.detach())
+
+
+@handles(F.group_norm)
+def _group_norm(
+    watch: Recorder,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    y = F.group_norm(input, num_groups, _detached(weight), _detached(bias), eps)
+    if len(input) != watch.batch.size:
+        watch.samples_first("group_norm", input)
+    return _channels(watch, y, weight, bias, lambda x: F.group_norm(x, num_groups, None, None, eps), input.detach())
+
+
+def _channels(watch: Recorder, y: Tensor, weight: Tensor | None, bias: Tensor | None, hat: Any, x: Tensor) -> Tensor:
+    """y = hat(x) * weight + bias, one of each for a channel (dimension 1)."""
+    w, b = watch.view(weight), watch.view(bias)
+
+    def record(g: Tensor, x: Tensor) -> None:
+        if w is not None:
+            watch.add(Rows(w, (g * hat(x)).flatten(2).sum(2)))
+        if b is not None:
+            watch.add(Rows(b, g.flatten(2).sum(2)))
+
+    return watch.tap(y, _of(watch, weight, bias), record, x)
+
+
+@handles(F.instance_norm)
+def _instance_norm(
+    watch: Recorder,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if running_mean is not None or not use_input_stats:
+        raise ValueError(
+            "privacy: instance_norm has running statistics, expected track_running_stats=False: they are not private"
+        )
+
+    def hat(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return F.instance_norm(x, weight=weight, bias=bias, eps=eps) if len(x) else x.clone()
+
+    return _channels(watch, hat(input, _detached(weight), _detached(bias)), weight, bias, hat, input.detach())
+
+
+@handles(F.batch_norm)
+def _batch_norm(watch: Recorder, *args: Any, **kwargs: Any) -> Tensor:
+    raise ValueError("privacy: batch_norm mixes samples, expected group_norm; see dither.privacy.fix_model")
+
+
+# ---- attention and recurrence
+
+
+@handles(F.multi_head_attention_forward)
+def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Projections with watched weights; attention itself has no parameters."""
+    call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    call.apply_defaults()
+    o = call.arguments
+    for name in ("bias_k", "bias_v", "static_k", "static_v"):
+        if o[name] is not None:
+            raise ValueError(f"privacy: multi_head_attention_forward has {name}, expected None")
+    query, key, value, heads, width = o["query"], o["key"], o["value"], o["num_heads"], o["embed_dim_to_check"]
+    if query.dim() != 3:
+        raise ValueError(f"privacy: attention sees a query of shape {list(query.shape)}, expected a batch, 3 dimensions")
+    weights = [o[f"{n}_proj_weight"] for n in "qkv"] if o["use_separate_proj_weight"] else o["in_proj_weight"].split(width)
+    biases = [None] * 3 if o["in_proj_bias"] is None else o["in_proj_bias"].split(width)
+    first = Recorder(watch.params, watch.batch, True, watch.meet)
+
+    def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return (
+            first._used(F.linear, (x, w, b), {})
+            if first.param_of(w) is not None or first.param_of(b) is not None
+            else F.linear(x, w, b)
+        )
+
+    q, k, v = (watch.activation(x.transpose(0, 1)) for x in (query, key, value))  # samples first
+    if query is key and key is value and not o["use_separate_proj_weight"]:
+        q, k, v = linear(q, o["in_proj_weight"], o["in_proj_bias"]).chunk(3, -1)
+    else:
+        q, k, v = (linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases))
+    size, length, _ = q.shape
+    q, k, v = (x.reshape(size, -1 if size else k.shape[1], heads, width // heads).transpose(1, 2) for x in (q, k, v))
+    mask, padding = o["attn_mask"], o["key_padding_mask"]
+    causal = o["is_causal"] and padding is None and not o["need_weights"]
+
+    def as_added(m: Tensor) -> Tensor:
+        return m if m.is_floating_point() else torch.zeros_like(m, dtype=q.dtype).masked_fill_(m, float("-inf"))
+
+    total = None
+    if mask is not None and not causal:
+        total = as_added(mask)
+        total = total[None] if total.dim() == 2 else total.view(size, heads, *total.shape[1:])
+    if padding is not None:
+        padded = as_added(padding)[:, None, None]
+        total = padded if total is None else total + padded
+    if o["add_zero_attn"]:
+        k, v = (torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2) for x in (k, v))
+        total = None if total is None else F.pad(total, (0, 1))
+    dropout = o["dropout_p"] if o["training"] else 0.0
+    shares = None
+    if o["need_weights"]:
+        scores = q @ k.transpose(-2, -1) / (width // heads) ** 0.5
+        shares = F.dropout((scores if total is None else scores + total).softmax(-1), dropout)
+        out = shares @ v
+        shares = shares.mean(1) if o["average_attn_weights"] else shares
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, total, dropout, causal)
+    out = linear(out.transpose(1, 2).reshape(size, length, width), o["out_proj_weight"], o["out_proj_bias"])
+    return out.transpose(0, 1), shares
+
+
+def _gates(kind: str) -> Callable[..., tuple[Tensor, ...]]:
+    """One step: (x W_ih^T + b_ih, h W_hh^T + b_hh, state) -> the next state, hidden first; as torch documents them."""
+
+    def lstm(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        i, f, g, o = (x + h).chunk(4, -1)
+        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    def gru(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), h.chunk(3, -1)
+        z, n = (xz + hz).sigmoid(), (xn + (xr + hr).sigmoid() * hn).tanh()
+        return (n + z * (state[0] - n),)
+
+    plain = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu}
+    return {"lstm": lstm, "gru": gru}.get(kind) or (lambda x, h, state: (plain[kind](x + h),))
+
+
+def _recurrence(kind: str) -> None:
+    step = _gates(kind)
+
+    @handles(getattr(torch, kind))
+    def run(
+        watch: Recorder,
+        input: Tensor,
+        hx: Any,
+        flat_weights: Any,
+        has_biases: Any,
+        num_layers: Any,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        if not isinstance(has_biases, bool):
+            raise ValueError(f"privacy: {kind} sees a PackedSequence, expected a padded tensor [batch, time, features]")
+        x = input if batch_first else input.transpose(0, 1)
+        if len(x) != watch.batch.size:
+            raise ValueError(
+                f"privacy: {kind} sees {len(x)} samples, expected {watch.batch.size} as in the model's input; see batch_first"
+            )
+        first = Recorder(watch.params, watch.batch, True, watch.meet)
+        states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        directions = 2 if bidirectional else 1
+        projected = kind == "lstm" and len(flat_weights) == num_layers * directions * (5 if has_biases else 3)
+        if projected:
+            raise ValueError("privacy: lstm has proj_size, expected 0")
+        each = 4 if has_biases else 2
+        last: list[tuple[Tensor, ...]] = []
+        for layer in range(num_layers):
+            outputs = []
+            for direction in range(directions):
+                which = layer * directions + direction
+                w_ih, w_hh, *biases = flat_weights[which * each : (which + 1) * each]
+                b_ih, b_hh = biases or (None, None)
+                gates = first._used(F.linear, (x, w_ih, b_ih), {})
+                state = tuple(s[which] for s in states)
+                hidden: list[Tensor] = []
+                order = range(x.shape[1]) if direction == 0 else range(x.shape[1] - 1, -1, -1)
+                for t in order:
+                    state = step(gates[:, t], first._used(F.linear, (state[0], w_hh, b_hh), {}), state)
+                    hidden.append(state[0])
+                outputs.append(torch.stack(hidden if direction == 0 else hidden[::-1], 1))
+                last.append(state)
+            x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
+            if dropout and train and layer + 1 < num_layers:
+                x = F.dropout(x, dropout)
+        return (x if batch_first else x.transpose(0, 1), *(torch.stack(s) for s in zip(*last)))
+
+
+for _kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    _recurrence(_kind)
+
+
+# ---- anything else
+
+_QUESTIONS = {
+    *("__get__", "size", "dim", "ndimension", "stride", "numel", "nelement", "is_contiguous", "storage_offset", "data_ptr"),
+    *("element_size", "is_floating_point", "is_complex", "__len__", "__hash__", "__format__", "__repr__", "untyped_storage"),
+    *("detach", "requires_grad_", "get_device", "__set__", "register_hook", "register_post_accumulate_grad_hook"),
+}
+_VIEWS = {
+    *("view", "view_as", "reshape", "expand", "expand_as", "broadcast_to", "t", "transpose", "permute", "movedim", "swapaxes"),
+    *(
+        "squeeze",
+        "unsqueeze",
+        "flatten",
+        "unflatten",
+        "chunk",
+        "split",
+        "unbind",
+        "narrow",
+        "select",
+        "__getitem__",
+        "diagonal",
+    ),
+}
+_ELEMENTWISE = {
+    *("add", "sub", "mul", "div", "true_divide", "rsub", "add_", "sub_", "mul_", "div_"),
+    *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__", "__truediv__"),
+    *("__rtruediv__", "__itruediv__"),
+}
+
+
+def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function without a handler. Parameters that broadcast over samples are given to it once for each sample; functions of
+    parameters alone (weight normalisation, concatenated weights) make a new parameter; others are differentiated sample by
+    sample."""
+    size = watch.batch.size
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    ours = [i for i, a in enumerate(leaves) if watch.param_of(a) is not None]
+    batched = [i for i, a in enumerate(leaves) if watch.is_data(a)]
+    for i in batched:
+        watch.samples_first(name, leaves[i])
+    dims = max((leaves[i].dim() for i in batched), default=0)
+
+    def call(at: list[int], tensors: Sequence[Tensor]) -> Any:
+        new = [*leaves]
+        for i, t in zip(at, tensors):
+            new[i] = t
+        arguments, keywords = pytree.tree_unflatten(new, spec)
+        return func(*arguments, **keywords)
+
+    if not batched:
+        return _derived(watch, func(*args, **kwargs))
+    if name in _ELEMENTWISE and all(leaves[i].dim() < dims or len(leaves[i]) == 1 for i in ours):
+        wide = [
+            leaves[i].view(*[1] * (dims - leaves[i].dim()), *leaves[i].shape).expand(size, *[-1] * (dims - 1)) for i in ours
+        ]
+        return call(ours, [_source(watch, v, leaves[i]) for i, v in zip(ours, wide)])
+    y = call(ours, [leaves[i].detach() for i in ours])
+    if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
+        raise NotImplementedError(
+            f"privacy: {name} uses parameter {_names(watch, leaves, ours)}, expected a result [samples, ...]"
+        )
+
+    def record(g: Tensor, y: Tensor, *inputs: Tensor) -> None:
+        weights = [leaves[i].detach() for i in ours]
+
+        def one(g: Tensor, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            def f(*weights: Tensor) -> Tensor:
+                return call([*ours, *batched], [*weights, *(x[None] for x in inputs)])[0]  # type: ignore[no-any-return]
+
+            again, pull = torch.func.vjp(f, *weights)  # type: ignore[misc]
+            return again, pull(g)
+
+        again, gradients = torch.vmap(one)(g, *inputs)
+        if not torch.allclose(again, y, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise RuntimeError(f"privacy: {name} gives a sample alone another result than among others, expected the same")
+        for i, gradient in zip(ours, gradients):
+            watch.add(Rows(watch.view(leaves[i]), gradient))  # type: ignore[arg-type]
+
+    return watch.tap(y, leaves[ours[0]], record, y.detach().clone(), *(leaves[i].detach() for i in batched))
+
+
+def _names(watch: Recorder, leaves: list[Any], ours: list[int]) -> str:
+    return ", ".join(repr(watch.params.get(watch.param_of(leaves[i]), "of others")) for i in ours)  # type: ignore[arg-type]
+
+
+def _source(watch: Recorder, wide: Tensor, one: Tensor) -> Tensor:
+    """`wide`, [samples, ...], of which each sample reads `one`."""
+    view = watch.view(one)
+    assert view is not None
+
+    def record(g: Tensor) -> None:
+        watch.add(Rows(view, g.reshape(len(g), *view.size)))
+
+    return _Source.apply(one, wide.detach(), record)  # type: ignore[no-any-return]
+
+
+def _derived(watch: Recorder, result: Any) -> Any:
+    """Parameters in place of tensors that were computed of parameters alone."""
+
+    def replace(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.requires_grad:
+            return t
+        stand_in = t.detach().requires_grad_()
+        watch.batch.derived[stand_in] = t
+        return stand_in
+
+    return pytree.tree_map(replace, result)
+
+
+def trace_back(batch: Batch, params: Mapping[Tensor, str]) -> list[Contribution]:
+    """The contributions of a batch to parameters: those to tensors that were computed of parameters are taken through."""
+    uses, batch.contributions = batch.contributions, []
+    if not batch.size:
+        return []
+    for stand_in, made in reversed(batch.derived.items()):
+        here = [use for use in uses if any(view.param is stand_in for view in use.views)]
+        if not here:
+            continue
+        uses = [use for use in uses if use not in here]
+        rows = full([row for use in here for row in use.rows()])
+        for row in rows:
+            if row.views[0].param is not stand_in:
+                uses.append(row)
+                continue
+            leaves = [*params, *batch.derived]
+            gradients = torch.autograd.grad(
+                made, leaves, row.gradients, is_grads_batched=True, allow_unused=True, retain_graph=True
+            )
+            uses += [Rows(View.of(p, p), g) for p, g in zip(leaves, gradients) if g is not None]
+    batch.derived.clear()
+    return uses

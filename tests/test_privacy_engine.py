@@ -1,0 +1,802 @@
+"""Private training: the gradient of each sample alone is the definition that norms, sums and steps are held to."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.utils import checkpoint
+
+from dither import noise, optim, privacy
+from dither.privacy.clipping import FACTORS
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*batching rule")]
+F64 = torch.float64
+KEY = bytes(range(32))
+
+
+def draw(*shape, dtype=F64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def words(high, *shape):
+    return torch.randint(0, high, shape)
+
+
+def one_number_each(out):
+    """A loss of every sample, [B], that does not vanish anywhere."""
+    out = (out[0] if isinstance(out, tuple) else out).flatten(1)
+    return (out.square() / 2 + out.sin()).sum(1)
+
+
+def alone(model, inputs, loss=one_number_each):
+    """The gradients of each sample, by parameter, [B, ...]: the model sees one sample at a time."""
+    model = copy.deepcopy(model)
+    rows = {name: [] for name, p in model.named_parameters() if p.requires_grad}
+    for i in range(len(inputs[0])):
+        model.zero_grad()
+        loss(model(*(x[i : i + 1] for x in inputs))).sum().backward()
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
+    return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+def norms_of(rows):
+    return torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in rows.values()]).norm(dim=0)
+
+
+def private(model, optimizer=None, **options):
+    optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    options = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 8, "loss_reduction": "sum", **options}
+    return privacy.make_private(model, optimizer, **options)[1]
+
+
+def assert_sums(model, rows, factor):
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            want = torch.einsum("b,b...->...", factor, rows[name])
+            got = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * float(norms_of(rows).max()))
+
+
+# Models of every kind of use
+
+
+class Decoder(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True, **options)
+
+    def forward(self, x, memory, padding=None):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        return self.layer(x, memory, tgt_mask=mask, tgt_is_causal=True, memory_key_padding_mask=padding)
+
+
+class Attention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x, y, z):
+        out, shares = self.attention(x, y, z, average_attn_weights=False)
+        return torch.cat([out.flatten(1), shares.flatten(1)], 1)
+
+
+class Language(nn.Module):
+    """Tied embedding and head, learned positions and a learned first token, scales, two norms."""
+
+    def __init__(self, vocabulary=11, width=8, bias=True):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.head = nn.Linear(width, vocabulary, bias=bias)
+        self.head.weight = self.embed.weight
+        self.positions = nn.Parameter(draw(1, 6, width))
+        self.first = nn.Parameter(draw(1, 1, width))
+        self.scale = nn.Parameter(draw(width))
+        self.by_place = nn.Embedding(7, width)
+        self.norms = nn.Sequential(nn.LayerNorm(width), nn.Tanh(), nn.RMSNorm(width))
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.positions
+        x = torch.cat([self.first.expand(len(tokens), -1, -1), x], 1) * self.scale
+        return self.head(self.norms(x + self.by_place(torch.arange(7))))
+
+
+class Reused(nn.Module):
+    """Layers that are called twice, and matrices that are sliced, transposed and joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.matrix = nn.Parameter(draw(6, 6))
+        self.other = nn.Parameter(draw(3, 6))
+        self.conv = nn.Conv1d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.linear(torch.tanh(self.linear(x))) @ self.matrix[:, :6] @ self.matrix[:4].t()
+        x = torch.cat([x, x], -1)[..., :6] @ self.matrix
+        return self.conv(self.conv(F.linear(x, torch.cat([self.matrix, self.other]) * 2)))
+
+
+class Odd(nn.Module):
+    """Functions without a rule of their own, and weights that are made of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.normed = parametrizations.weight_norm(nn.Linear(6, 6))
+        self.turned = parametrizations.orthogonal(nn.Linear(6, 6))
+        self.slope = nn.PReLU(6)
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+        self.pair = nn.Bilinear(6, 6, 4)
+
+    def forward(self, x):
+        x = self.turned(self.slope(self.normed(x))) / self.temperature
+        return self.pair(x, x.tanh())
+
+
+class Latents(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.latents = nn.Parameter(draw(3, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(self.latents.expand(len(x), -1, -1), x, x)[0]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.reentrant = nn.Linear(5, 5), reentrant
+        self.inner = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+
+    def forward(self, x):
+        return self.first(checkpoint.checkpoint(self.inner, self.first(x), use_reentrant=self.reentrant))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, batch_first=True, **options):
+        super().__init__()
+        self.rnn = kind(4, 6, batch_first=batch_first, **options)
+
+    def forward(self, x):
+        out, state = self.rnn(x)
+        states = torch.cat([*state], -1) if isinstance(state, tuple) else state
+        return torch.cat([out.flatten(1), states.transpose(0, 1).flatten(1)], 1)
+
+
+class Lora(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(6, 6).requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def half_frozen():
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Conv1d(4, 4, 3), nn.LayerNorm(4), nn.Linear(4, 3))
+    for p in (model[0].weight, model[2].bias, model[3].weight, model[4].weight):
+        p.requires_grad_(False)
+    return model
+
+
+def convolutions():
+    return nn.Sequential(
+        *(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.ReLU(inplace=True), nn.GroupNorm(3, 6)),
+        *(nn.Conv2d(6, 4, (1, 3), dilation=2, padding="same", bias=False), nn.InstanceNorm2d(4, affine=True), nn.Flatten()),
+    )
+
+
+MODELS = {
+    "perceptron": (lambda: nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)), lambda: [draw(6, 5)]),
+    "tokens": (lambda: nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)), lambda: [draw(6, 4, 5)]),
+    "wide": (lambda: nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 30, bias=False)), lambda: [draw(6, 2, 2, 50)]),
+    "one sample": (lambda: nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), lambda: [draw(1, 5)]),
+    "convolutions": (convolutions, lambda: [draw(6, 4, 8, 8)]),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3, 2, 1), nn.Flatten()), lambda: [draw(6, 4, 9)]),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 3, 2, padding=1), nn.Flatten()), lambda: [draw(4, 2, 3, 3, 3)]),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.Flatten()), lambda: [draw(4, 2, 3, 3)]),
+    "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), lambda: [draw(5, 4, 8)]),
+    "encoder, norm first": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=True),
+        lambda: [draw(5, 4, 8)],
+    ),
+    "decoder": (Decoder, lambda: [draw(5, 4, 8), draw(5, 3, 8)]),
+    "decoder, padded": (
+        Decoder,
+        lambda: [draw(3, 4, 8), draw(3, 3, 8), torch.tensor([[0, 0, 0], [0, 1, 1], [0, 0, 1]]).bool()],
+    ),
+    "attention": (Attention, lambda: [draw(5, 4, 8), draw(5, 3, 8), draw(5, 3, 8)]),
+    "attention, two widths": (
+        lambda: Attention(kdim=6, vdim=5, add_zero_attn=True, bias=False),
+        lambda: [draw(5, 4, 8), draw(5, 3, 6), draw(5, 3, 5)],
+    ),
+    "lstm": (lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), lambda: [draw(5, 7, 4)]),
+    "gru": (lambda: Recurrent(nn.GRU, bias=False), lambda: [draw(5, 7, 4)]),
+    "rnn": (lambda: Recurrent(nn.RNN, nonlinearity="relu"), lambda: [draw(5, 7, 4)]),
+    "language": (Language, lambda: [words(11, 5, 6)]),
+    "language, no bias": (lambda: Language(bias=False), lambda: [words(11, 5, 6)]),
+    "reused": (Reused, lambda: [draw(5, 3, 6)]),
+    "odd": (Odd, lambda: [draw(5, 6)]),
+    "latents": (Latents, lambda: [draw(5, 4, 8)]),
+    "checkpoint": (lambda: Checkpointed(False), lambda: [draw(4, 5)]),
+    "checkpoint, reentrant": (lambda: Checkpointed(True), lambda: [draw(4, 5)]),
+    "lora": (Lora, lambda: [draw(5, 6)]),
+    "half frozen": (half_frozen, lambda: [draw(5, 4, 5)]),
+}
+
+
+def made(name):
+    torch.manual_seed(sum(map(ord, name)))
+    make, inputs = MODELS[name]
+    return make().to(F64), inputs()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sums_are_those_of_samples_alone(name):
+    model, inputs = made(name)
+    rows = alone(model, inputs)
+    norms = norms_of(rows)
+    bound = float(norms.median())
+    optimizer = private(model, max_grad_norm=bound)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    one_number_each(model(*inputs)).sum().backward()
+    torch.testing.assert_close(optimizer.privacy.norms, norms, rtol=1e-12, atol=0)
+    factor = (bound / norms).clamp(max=1)
+    assert_sums(model, rows, factor)
+    optimizer.step()
+    for key, p in model.named_parameters():
+        move = 0.1 / 8 * torch.einsum("b,b...->...", factor, rows[key]) if key in rows else 0
+        torch.testing.assert_close(p.detach(), before[key] - move, rtol=1e-12, atol=1e-12)
+        assert p.grad is None
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolutions", "language", "lstm", "attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_single_precision_and_autocast(name, dtype):
+    """Norms are those of the gradients that autograd has; sums are of single precision."""
+    model, inputs = made(name)
+    model = model.float()
+    inputs = [x.float() if x.is_floating_point() else x for x in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        rows = alone(model, inputs)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    optimizer = private(model, max_grad_norm=float(norms_of(rows).median()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = one_number_each(model(*inputs)).sum()
+    loss.backward()
+    torch.testing.assert_close(optimizer.privacy.norms.float(), norms_of(rows).float(), rtol=tolerance, atol=0)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    factor = (optimizer.privacy.max_grad_norm / norms_of(rows)).clamp(max=1)
+    for key, p in model.named_parameters():
+        want = torch.einsum("b,b...->...", factor.float(), rows[key])
+        assert (p.grad - want).norm() <= tolerance * rows[key].norm(), key
+
+
+def test_samples_along_dimension_1():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LSTM(4, 6)).to(F64)[0], draw(7, 5, 4)
+    first = Recurrent(nn.LSTM).to(F64)
+    first.rnn.load_state_dict(model.state_dict())
+    rows = alone(first, [x.transpose(0, 1)], lambda out: one_number_each(out[:, :42]))
+    optimizer = private(model, batch_first=False)
+    one_number_each(model(x)[0].transpose(0, 1)).sum().backward()
+    torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
+
+
+# Clipping
+
+
+@pytest.mark.parametrize("clipping", FACTORS)
+def test_factors_bound_norms(clipping):
+    n = torch.cat([torch.logspace(-12, 12, 999, dtype=F64), torch.tensor([0.0, 1.0, 2.0, 2.0 + 1e-15])])
+    factor = privacy.clip_factor(n, 2.0, clipping)
+    assert (factor * n <= 2.0 * (1 + 1e-15)).all() and (factor >= 0).all()
+    assert privacy.clip_factor(torch.tensor([math.nan, math.inf, 1.0]), 2.0, clipping)[:2].tolist() == [0, 0]
+
+
+def test_factors_are_the_published_ones():
+    n = torch.tensor([0.5, 2.0, 8.0], dtype=F64)
+    want = {
+        "flat": [1, 1, 0.25],
+        "auto-s": [2 / 0.51, 2 / 2.01, 2 / 8.01],
+        "auto-v": [4, 1, 0.25],
+        "m-ngp": [2, 1, 0.25],
+        "global": [1, 1, 0],
+    }
+    for clipping, factors in want.items():
+        torch.testing.assert_close(privacy.clip_factor(n, 2.0, clipping), torch.tensor(factors, dtype=F64))
+
+
+@pytest.mark.parametrize("clipping", [*FACTORS])
+def test_training_clips_by_the_factors(clipping):
+    model, inputs = made("language")
+    rows = alone(model, inputs)
+    bound = float(norms_of(rows).median())
+    optimizer = private(model, max_grad_norm=bound, clipping=clipping)
+    one_number_each(model(*inputs)).sum().backward()
+    if clipping == "per_layer":
+        layers = {}
+        for name, _ in model.named_parameters():
+            layers.setdefault(name.rpartition(".")[0], []).append(name)
+        for names in layers.values():
+            some = {name: rows[name] for name in names}
+            factor = privacy.clip_factor(norms_of(some), bound / math.sqrt(len(layers)), clipping)
+            for name in names:
+                want = torch.einsum("b,b...->...", factor, rows[name])
+                torch.testing.assert_close(model.get_parameter(name).grad, want, rtol=1e-12, atol=1e-12)
+    else:
+        assert_sums(model, rows, privacy.clip_factor(norms_of(rows), bound, clipping))
+    assert optimizer.privacy.samples == 5
+
+
+def test_norms_of_layers_by_name():
+    model, inputs = made("perceptron")
+    rows = alone(model, inputs)
+    optimizer = private(model, max_grad_norm={"0": 0.3, "*": 0.4}, clipping="per_layer", noise_multiplier=2.0)
+    assert math.isclose(optimizer.privacy.max_grad_norm, 0.5)
+    one_number_each(model(*inputs)).sum().backward()
+    for layer, bound in (("0", 0.3), ("2", 0.4)):
+        some = {name: g for name, g in rows.items() if name.startswith(layer)}
+        factor = (bound / norms_of(some)).clamp(max=1)
+        for name in some:
+            want = torch.einsum("b,b...->...", factor, rows[name])
+            torch.testing.assert_close(model.get_parameter(name).grad, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "wide", "convolutions", "language", "gru", "odd"])
+@pytest.mark.parametrize("clipping", [*FACTORS])
+def test_one_sample_moves_the_sum_by_at_most_the_norm(name, clipping):
+    """Taken away: by C. Another in its place: by 2 C. Whatever its size, and where it is not finite."""
+    model, inputs = made(name)
+    model = model.float()
+    inputs = [x.float() if x.is_floating_point() else x for x in inputs]
+    bound = 0.25
+    if clipping in ("quantile",):
+        pytest.skip("as flat, before its first step")
+    private(model, max_grad_norm=bound, clipping=clipping)
+
+    def sums(inputs):
+        model.zero_grad()
+        one_number_each(model(*inputs)).sum().backward()
+        return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    full = sums(inputs)
+    for i, size in itertools.product(range(len(inputs[0])), (1.0, 1e-4, 1e4)):
+        others = [torch.cat([x[:i], x[i + 1 :]]) for x in inputs]
+        assert (full - sums(others)).norm() <= bound * (1 + 1e-5)
+        if inputs[0].is_floating_point():
+            changed = [x.clone() for x in inputs]
+            changed[0][i] *= -size
+            assert (full - sums(changed)).norm() <= 2 * bound * (1 + 1e-5)
+
+
+def test_cancellation_does_not_let_a_sample_through():
+    """Inputs of large mean and centred output gradients: in single precision the norm comes out too small."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 64, bias=False), torch.randn(4, 32, 64) + 300
+    weights = torch.randn(4, 32, 64)
+    weights -= weights.mean(1, keepdim=True)
+    optimizer = private(layer, max_grad_norm=1.0)
+    (layer(x) * weights).sum().backward()
+    exact = torch.einsum("btp,btd->bpd", weights.double(), x.double()).flatten(1).norm(dim=1)
+    torch.testing.assert_close(optimizer.privacy.norms, exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "wide", "convolutions", "encoder", "gru"])
+def test_a_sample_that_is_not_finite_counts_as_nothing(name, bad):
+    model, inputs = made(name)
+    other = copy.deepcopy(model)
+    poisoned = [x.clone() for x in inputs]
+    poisoned[0][2].view(-1)[0] = bad
+    optimizer, clean = private(model, clipping="auto-s"), private(other, clipping="auto-s")
+    one_number_each(model(*poisoned)).sum().backward()
+    one_number_each(other(*(torch.cat([x[:2], x[3:]]) for x in inputs))).sum().backward()
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    assert optimizer.privacy.nonfinite == 1 and clean.privacy.nonfinite == 0
+    assert not optimizer.privacy.norms[2].isfinite() and optimizer.privacy.samples == len(inputs[0])
+
+
+def test_the_norm_follows_a_quantile():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False).to(F64)
+    optimizer = private(model, max_grad_norm=10.0, clipping="quantile", target_quantile=0.7, expected_batch_size=100, key=KEY)
+    x = draw(100, 4)
+    for _ in range(120):
+        (model(x) - model(x).detach() + model(x).detach()).sum().backward()
+        optimizer.step()
+    norms = x.norm(dim=1)
+    below = float((norms <= optimizer.privacy.max_grad_norm).double().mean())
+    assert 0.55 < below < 0.85, below  # the count has a standard deviation of 5 of 100 samples
+
+
+# Noise
+
+
+@pytest.mark.parametrize("secure, engine", [("key", "chacha20"), ("fast", "philox")])
+@pytest.mark.parametrize(
+    "make", [torch.optim.SGD, optim.SGD, torch.optim.Adam, optim.Adam], ids=lambda f: f.__module__ + f.__name__
+)
+def test_a_step_is_that_of_the_noised_mean(secure, engine, make):
+    """The noise of (key, place of the parameter, number of the release); the same for torch's optimizers and ours."""
+    model, inputs = made("perceptron")
+    plain = copy.deepcopy(model)
+    optimizer, reference = make(model.parameters(), lr=0.1), make(plain.parameters(), lr=0.1)
+    private(model, optimizer, noise_multiplier=1.5, max_grad_norm=0.5, expected_batch_size=7, secure=secure, key=KEY)
+    seed = KEY if secure == "key" else int.from_bytes(KEY[:8], "little")
+    for step in (1, 2, 3):
+        rows = alone(plain, inputs)
+        factor = (0.5 / norms_of(rows)).clamp(max=1)
+        for stream, (name, p) in enumerate(plain.named_parameters()):
+            z = noise.normal(p.shape, dtype=F64, seed=seed, stream=stream, step=step, engine=engine)
+            p.grad = (torch.einsum("b,b...->...", factor, rows[name]) + 1.5 * 0.5 * z) / 7
+        reference.step()
+        one_number_each(model(*inputs)).sum().backward()
+        optimizer.step()
+        for p, q in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-12)
+
+
+def test_noise_is_normal_independent_and_of_the_stated_size():
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))
+    optimizer = private(model, noise_multiplier=3.0, max_grad_norm=0.5, expected_batch_size=2, key=KEY)
+    steps = []
+    for _ in range(3):
+        before = [p.detach().clone() for p in (model[0].weight, model[1].weight)]
+        optimizer.step()  # no samples: noise alone
+        steps += [((b - p.detach()) * 2 / 0.1 / 1.5).flatten() for b, p in zip(before, (model[0].weight, model[1].weight))]
+    draws = torch.stack(steps)
+    assert (draws.mean(1).abs() < 0.05).all() and (draws.var(1) - 1).abs().max() < 0.07
+    assert (torch.corrcoef(draws) - torch.eye(6)).abs().max() < 0.05
+
+
+def test_keys_differ_and_stay_secret(tmp_path):
+    model, other = nn.Linear(8, 8), nn.Linear(8, 8)
+    other.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    first = private(model, noise_multiplier=1.0)
+    torch.manual_seed(0)
+    second = private(other, noise_multiplier=1.0)
+    first.step()
+    second.step()
+    assert not torch.equal(model.weight, other.weight), "torch.manual_seed does not reach the noise"
+    first.privacy.save_key(tmp_path / "key")
+    key = privacy.load_key(tmp_path / "key")
+    assert len(key) == 32 and (tmp_path / "key").stat().st_mode & 0o077 == 0
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, file)
+    hidden = [key, key.hex().encode(), *(key[i : i + 8] for i in range(0, 32, 8))]
+    assert not any(part in file.getvalue() for part in hidden) and not any(
+        part in repr(first.privacy).encode() for part in hidden
+    )
+
+
+# Loops
+
+
+def test_backward_passes_add_up_to_one_release():
+    model, inputs = made("language")
+    other = copy.deepcopy(model)
+    one, many = (private(m, noise_multiplier=1.0, loss_reduction="mean", key=KEY) for m in (model, other))
+    one_number_each(model(*inputs)).mean().backward()
+    for part in (slice(0, 2), slice(2, 2), slice(2, 3), slice(3, 5)):
+        one_number_each(other(*(x[part] for x in inputs))).mean().backward()
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+    one.step()
+    many.step()
+    assert many.privacy.ledger.steps == 1
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_without_samples_are_noise_alone(name):
+    model, inputs = made(name)
+    other = copy.deepcopy(model)
+    optimizer, silent = private(model, noise_multiplier=1.0, key=KEY), private(other, noise_multiplier=1.0, key=KEY)
+    out = one_number_each(model(*(x[:0] for x in inputs)))
+    assert out.shape == (0,)
+    out.mean().backward()
+    optimizer.step()
+    silent.step()
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_a_mean_counts_its_samples():
+    model, inputs = made("perceptron")
+    rows = alone(model, inputs)
+    optimizer = private(model, loss_reduction="mean", max_grad_norm=float(norms_of(rows).median()))
+    one_number_each(model(*inputs)).mean().backward()
+    torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
+    assert_sums(model, rows, (optimizer.privacy.max_grad_norm / norms_of(rows)).clamp(max=1))
+
+
+def test_a_mistaken_reduction_is_pointed_out():
+    model, inputs = made("perceptron")
+    private(model, loss_reduction="mean", max_grad_norm=1e-4)
+    with pytest.warns(UserWarning, match="every gradient of the first batch is over 100 times max_grad_norm = 0.0001"):
+        one_number_each(model(*inputs)).sum().backward()
+    one_number_each(model(*inputs)).sum().backward()  # once
+    model, inputs = made("perceptron")
+    private(model, loss_reduction="sum", max_grad_norm=1e4)
+    with pytest.warns(UserWarning, match="below max_grad_norm = 10000 / 6, the number of samples. If the loss is a mean"):
+        one_number_each(model(*inputs)).mean().backward()
+
+
+def test_what_is_not_private_stays_as_it_was():
+    model, inputs = made("language")
+    optimizer = private(model)
+    with torch.no_grad():
+        out = model(*inputs)
+    ema = copy.deepcopy(model)
+    pickled = pickle.loads(pickle.dumps(model))
+    for plain in (ema, pickled):
+        one_number_each(plain(*inputs)).sum().backward()
+        rows = alone(plain, inputs)
+        torch.testing.assert_close(plain.head.weight.grad, rows["embed.weight"].sum(0))
+        assert torch.equal(plain(*inputs), out)
+    assert not [p for p in model.parameters() if p.grad is not None]
+    assert list(model.state_dict()) == list(Language().state_dict())
+    optimizer.privacy.remove()
+    one_number_each(model(*inputs)).sum().backward()
+    torch.testing.assert_close(model.head.weight.grad, rows["embed.weight"].sum(0))
+    assert not hasattr(optimizer, "privacy") and "privacy" not in optimizer.state_dict()
+
+
+def test_gradients_of_inputs_are_as_ever():
+    model, (x,) = made("encoder")
+    plain, a, b = copy.deepcopy(model), x.clone().requires_grad_(), x.clone().requires_grad_()
+    private(model)
+    one_number_each(model(a)).sum().backward()
+    one_number_each(plain(b)).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+
+
+# Checkpoints
+
+
+def test_training_resumes(tmp_path):
+    def begin(key):
+        model, inputs = made("language")
+        optimizer = optim.Adam(model.parameters(), lr=0.01)
+        return model, private(model, optimizer, noise_multiplier=1.0, sample_rate=0.1, key=key), inputs
+
+    def go_on(model, optimizer, inputs, steps):
+        for _ in range(steps):
+            one_number_each(model(*inputs)).sum().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    model, optimizer, inputs = begin(KEY)
+    want = go_on(model, optimizer, inputs, 5)
+    model, optimizer, inputs = begin(KEY)
+    go_on(model, optimizer, inputs, 2)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    for key in (KEY, None):
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        model, optimizer, inputs = begin(key)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        got = go_on(model, optimizer, inputs, 3)
+        assert all(map(torch.equal, got, want)) == (key is not None)
+        assert optimizer.privacy.ledger.steps == 5
+    model, optimizer, inputs = begin(bytes(32))
+    with pytest.raises(ValueError, match="key is another one"):
+        optimizer.load_state_dict(saved[1])
+    model, inputs = made("language")
+    other = private(model, optim.Adam(model.parameters()), noise_multiplier=2.0, sample_rate=0.1)
+    with pytest.raises(ValueError, match=r"noise_multiplier is 1\.0, expected 2\.0"):
+        other.load_state_dict(saved[1])
+    plain = optim.Adam(made("language")[0].parameters()).state_dict()
+    with pytest.raises(ValueError, match="state_dict has no ledger, expected one of a private optimizer"):
+        other.load_state_dict(plain)
+
+
+def test_going_back_does_not_repeat_noise():
+    model = nn.Linear(4, 4)
+    optimizer = private(model, noise_multiplier=1.0)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    ends = []
+    for _ in range(2):
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        optimizer.step()
+        ends.append(model.weight.detach().clone())
+    assert not torch.equal(*ends) and optimizer.privacy.ledger.steps == 1
+
+
+# Refusals
+
+
+class Folded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.linear(x.flatten(0, 1)).view(x.shape)
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return x * (self.scale * x.mean((0, 1)))
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w):
+        return w * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+class Sly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.other = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return F.linear(self.other(x), Hidden.apply(self.linear.weight))
+
+
+X = torch.randn(4, 3, 5)
+
+
+def trained(model, x=X):
+    optimizer = private(model)
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def twice(model):
+    private(model)
+    loss = model(X).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def siamese(model):
+    private(model)
+    (model(X) - model(X + 1)).square().sum().backward()
+
+
+def thawed(model):
+    model[0].requires_grad_(False)
+    optimizer = private(model)
+    model[0].requires_grad_(True)
+    model(X).sum().backward()
+    optimizer.step()
+
+
+def outside(model):
+    optimizer = private(model)
+    (model(X) @ model[1].weight).sum().backward()
+    optimizer.step()
+
+
+def scaled(model):
+    optimizer = private(model)
+    model(X).sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step()
+
+
+def pair():
+    return nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+
+
+def bad_step(model):
+    private(model).step(lambda: 0.0)
+
+
+def stranger(model):
+    private(model, torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(3))], lr=0.1))
+
+
+def lacking(model):
+    private(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
+
+
+def again(model):
+    private(model, private(model))
+
+
+BAD = {
+    "sees a tensor of shape [12, 5], expected 4 samples along dimension 0": lambda: trained(Folded()),
+    "mul sees a tensor of shape [5], expected 4 samples": lambda: trained(Mixing()),
+    "the gradient of 'linear.weight' was not made by private training": lambda: trained(Sly()),
+    "a second backward pass over one batch": lambda: twice(pair()),
+    "the model was called 2 times for this backward pass": lambda: siamese(pair()),
+    "'0.weight' is used and requires a gradient, expected parameters that did": lambda: thawed(pair()),
+    "the gradient of '1.weight' was not made by private training": lambda: outside(pair()),
+    "the gradient of '0.weight' was not made by private training": lambda: scaled(pair()),
+    "step has a closure": lambda: bad_step(pair()),
+    "optimizer has a parameter of shape [3] that is not the model's": lambda: stranger(pair()),
+    "optimizer lacks '1.weight'": lambda: lacking(pair()),
+    "optimizer is private already": lambda: again(pair()),
+    "model has '1' (BatchNorm1d mixes samples)": lambda: private(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))),
+    "InstanceNorm keeps statistics": lambda: private(nn.InstanceNorm2d(3, affine=True, track_running_stats=True)),
+    "max_norm changes rows": lambda: private(nn.Embedding(3, 3, max_norm=1.0)),
+    "has no shape yet": lambda: private(nn.LazyLinear(3), torch.optim.SGD([torch.zeros(1)], lr=0.1)),
+    "'weight' is torch.bfloat16, expected float32 or float64": lambda: private(nn.Linear(3, 3).bfloat16()),
+    "has no parameter that requires a gradient": lambda: private(nn.ReLU(), torch.optim.SGD([torch.zeros(1)], lr=0.1)),
+    "noise_multiplier is -1, expected": lambda: private(pair(), noise_multiplier=-1),
+    "noise_multiplier is nan, expected": lambda: private(pair(), noise_multiplier=math.nan),
+    "max_grad_norm is 0, expected": lambda: private(pair(), max_grad_norm=0),
+    "max_grad_norm has no pattern for '1'": lambda: private(pair(), max_grad_norm={"0": 1.0}, clipping="per_layer"),
+    "max_grad_norm is a dict, expected a number": lambda: private(pair(), max_grad_norm={"0": 1.0}),
+    "expected_batch_size is 0": lambda: private(pair(), expected_batch_size=0),
+    "sample_rate is 1.5": lambda: private(pair(), sample_rate=1.5),
+    "clipping is 'hard', expected 'flat'": lambda: private(pair(), clipping="hard"),
+    "secure is 'very', expected 'key'": lambda: private(pair(), secure="very"),
+    "loss_reduction is 'none'": lambda: private(pair(), loss_reduction="none"),
+    "key is not 32 bytes": lambda: private(pair(), key=b"short"),
+    "model is DataParallel, expected the model inside": lambda: private(nn.DataParallel(pair())),
+    "model is str, expected a torch Module": lambda: privacy.make_private(
+        "model", None, noise_multiplier=1, max_grad_norm=1, expected_batch_size=1
+    ),
+    "get_epsilon: sample_rate is None": lambda: private(pair()).privacy.get_epsilon(1e-5),
+    "get_epsilon: optimizer is not private": lambda: privacy.get_epsilon(optim.SGD(pair().parameters(), lr=0.1), 1e-5),
+    "clip_factor: clipping is 'x'": lambda: privacy.clip_factor(torch.ones(1), 1.0, "x"),
+    "clip_factor: max_grad_norm is 0": lambda: privacy.clip_factor(torch.ones(1), 0),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_refused(message):
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+        BAD[message]()
+    assert message in str(caught.value)
+
+
+def test_models_are_fixed():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.InstanceNorm2d(12, affine=True, track_running_stats=True)),
+        *(nn.Flatten(), nn.Linear(12 * 4, 4)),
+    )
+    fixed = privacy.fix_model(model)
+    assert isinstance(model[1], nn.BatchNorm2d) and isinstance(fixed[1], nn.GroupNorm) and fixed[1].num_groups == 4
+    optimizer = private(fixed)
+    x = torch.randn(5, 3, 4, 4)
+    one_number_each(fixed(x)).sum().backward()
+    rows = alone(privacy.fix_model(model).double(), [x.double()])
+    torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-5, atol=0)
+    assert isinstance(privacy.fix_model(nn.BatchNorm1d(7)), nn.GroupNorm)
+
+
+def test_epsilon_of_a_training():
+    pytest.importorskip("dp_accounting")
+    model, inputs = made("perceptron")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    privacy.make_private_with_epsilon(
+        *(model, optimizer),
+        **{"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.01, "steps": 1000, "accountant": "rdp"},
+        **{"max_grad_norm": 1.0, "expected_batch_size": 6, "loss_reduction": "sum"},
+    )
+    assert abs(optimizer.privacy.noise_multiplier - 1.0223) < 1e-3
+    assert optimizer.privacy.get_epsilon(1e-5, "rdp") == 0
+    one_number_each(model(*inputs)).sum().backward()
+    optimizer.step()
+    assert 0 < privacy.get_epsilon(optimizer, 1e-5, "rdp") < 1
