@@ -36,6 +36,8 @@ _OPS = {
     "embedding_norm_": reference.privacy.embedding_norm_,
     "scale_rows_": reference.privacy.scale_rows_,
     "conv_sample_grads_": reference.privacy.conv_sample_grads_,
+    "lazy_rows_": reference.lazy.lazy_rows_,
+    "lazy_append_": reference.lazy.lazy_append_,
 }
 
 native: Any
