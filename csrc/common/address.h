@@ -4,7 +4,7 @@
 
 namespace dither {
 // Kinds separate the uses of one (stream, step, element): a uniform and a normal never share words.
-enum class Kind : uint32_t { bits = 0, normal32 = 1, normal64 = 2, key = 15 };
+enum class Kind : uint32_t { bits = 0, normal32 = 1, normal64 = 2, digits64 = 3, key = 15 };
 
 struct Address {
   uint32_t key[8];  // Philox reads 2 words, ChaCha20 all 8

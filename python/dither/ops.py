@@ -38,6 +38,8 @@ _OPS = {
     "conv_sample_grads_": reference.privacy.conv_sample_grads_,
     "lazy_rows_": reference.lazy.lazy_rows_,
     "lazy_append_": reference.lazy.lazy_append_,
+    "exact_accumulate_": reference.exact.exact_accumulate_,
+    "exact_noise_": reference.exact.exact_noise_,
 }
 
 native: Any
