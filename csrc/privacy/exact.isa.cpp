@@ -3,18 +3,27 @@
 
 namespace dither::DITHER_ISA {
 template <class S>
+constexpr int64_t kLine = 64 / int64_t(sizeof(S));
+template <class S>
 static void accumulate_some(const Accumulate& a, int64_t first, int64_t n) {
   int64_t* __restrict sum = a.sum + first;
   for (int64_t b = 0; b < a.count; ++b) {
     const double scale = a.scale(b);
     if (scale == 0.0) continue;
     const S* __restrict x = static_cast<const S*>(a.rows) + b * a.pitch + first;
-    for (int64_t j = 0; j < n; ++j) sum[j] += units_of(x[j], scale);
+    const S* const next = x + (b + 1 < a.count ? a.pitch : 0);  // far away, where the processor does not look by itself
+    for (int64_t j = 0; j < n; j += kLine<S>) {
+      __builtin_prefetch(next + j);
+      if (j + kLine<S> <= n)
+        for (int64_t i = j; i < j + kLine<S>; ++i) sum[i] += units_of(x[i], scale);
+      else
+        for (int64_t i = j; i < n; ++i) sum[i] += units_of(x[i], scale);
+    }
   }
 }
 
 void accumulate_range(const Accumulate& a, int64_t lo, int64_t hi) {
-  constexpr int64_t block = 1024;  // sums stay in L1
+  constexpr int64_t block = 2048;  // sums stay in L1
   with_type(a.type, [&]<class S>(S) {
     for (int64_t j = lo; j < hi; j += block) accumulate_some<S>(a, j, smaller(block, hi - j));
   });
