@@ -753,7 +753,7 @@ BAD = {
     "loss_reduction is 'none'": lambda: private(pair(), loss_reduction="none"),
     "key is not 32 bytes": lambda: private(pair(), key=b"short"),
     "model is DataParallel, expected the model inside": lambda: private(nn.DataParallel(pair())),
-    "model is str, expected a torch Module": lambda: privacy.make_private(
+    "model is str, expected a torch.nn.Module": lambda: privacy.make_private(
         "model", None, noise_multiplier=1, max_grad_norm=1, expected_batch_size=1
     ),
     "get_epsilon: sample_rate is None": lambda: private(pair()).privacy.get_epsilon(1e-5),
@@ -800,3 +800,152 @@ def test_epsilon_of_a_training():
     one_number_each(model(*inputs)).sum().backward()
     optimizer.step()
     assert 0 < privacy.get_epsilon(optimizer, 1e-5, "rdp") < 1
+
+
+# Integer sums and lazy tables
+
+
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "convolutions", "language", "reused", "odd", "lora"])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer", "auto-s"])
+def test_exact_sums(name, clipping):
+    """Without noise: the clipped sum, rounded to the grid; each step is over integers."""
+    model, inputs = made(name)
+    plain, bound = copy.deepcopy(model), float(norms_of(alone(model, inputs)).median())
+    exact = private(model, secure="exact", clipping=clipping, max_grad_norm=bound)
+    usual = private(plain, clipping=clipping, max_grad_norm=bound)
+    for part in (slice(0, 2), slice(2, 2), slice(2, None)):
+        for m in (model, plain):
+            one_number_each(m(*(x[part] for x in inputs))).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    exact.step()
+    usual.step()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.1 / 8 * bound * 1e-3)
+    exact.step()  # noise alone, of which there is none
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.1 / 8 * bound * 1e-3)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, optim.SGD], ids=["torch", "dither"])
+def test_exact_noise(make):
+    model = nn.Sequential(nn.Linear(100, 60), nn.Linear(60, 100))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = make(model.parameters(), lr=1.0)
+    private(model, optimizer, secure="exact", noise_multiplier=3.0, max_grad_norm=0.5, expected_batch_size=2)
+    optimizer.step()
+    draws = torch.cat([((b - p.detach()) * 2 / 1.5).flatten() for b, p in zip(before, model.parameters())])
+    assert abs(float(draws.mean())) < 0.04 and abs(float(draws.var()) - 1) < 0.06
+    assert len(draws.unique()) > 0.999 * len(draws), "no number twice, but for the rounding of parameters"
+
+
+class Words(nn.Module):
+    def __init__(self, rows=40, width=6):
+        super().__init__()
+        self.table, self.head = nn.Embedding(rows, width, padding_idx=0), nn.Linear(width, 2)
+
+    def forward(self, ids):
+        return self.head(self.table(ids).mean(1))
+
+
+def run_words(lazy, make, noise_multiplier, steps=12, rows=40, **options):
+    torch.manual_seed(0)
+    model = Words(rows).to(F64)
+    optimizer = make(model.parameters(), lr=0.5, **options)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    private(model, optimizer, noise_multiplier=noise_multiplier, max_grad_norm=0.5, lazy=lazy, key=None)
+    g = torch.Generator().manual_seed(1)
+    for t in range(steps):
+        for size in (3, 2) if t != 4 else (0,):  # an empty batch too
+            one_number_each(model(torch.randint(0, rows // 2, (size, 4), generator=g))).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return model, optimizer
+
+
+RULES = [{}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True, "weight_decay": 0.02}, {"weight_decay": 0.05}]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, optim.SGD], ids=["torch", "dither"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_lazy_tables_are_dense_ones(make, rule):
+    eager, _ = run_words((), make, 0.0, **rule)
+    model, optimizer = run_words("table.*", make, 0.0, **rule)
+    assert optimizer.privacy._tables[model.table.weight].pending
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, eager.state_dict()[name], rtol=1e-12, atol=1e-12)
+    assert not optimizer.privacy._tables[model.table.weight].pending
+
+
+@pytest.mark.parametrize("rule", RULES[:2], ids=str)
+def test_lazy_noise_has_the_law_of_dense_noise(rule):
+    """Variances of rows that were read and of rows that never were, over all steps, of 12,000 numbers each."""
+    spread = {}
+    for lazy in ((), "table.*"):
+        still, _ = run_words(lazy, optim.SGD, 0.0, rows=4000, **rule)
+        model, _ = run_words(lazy, optim.SGD, 2.0, rows=4000, **rule)
+        moved = model.state_dict()["table.weight"] - still.state_dict()["table.weight"]
+        spread[lazy] = [float(moved[part].var()) for part in (slice(0, 2000), slice(2000, 4000))]
+    for dense, lazily in zip(*spread.values()):
+        assert abs(lazily / dense - 1) < 0.06, spread  # the standard error of the ratio is 0.018
+
+
+def test_lazy_tables_are_brought_to_the_present_before_they_are_seen():
+    model, optimizer = run_words("table.*", optim.SGD, 1.0)
+    table = optimizer.privacy._tables[model.table.weight]
+    for see in (
+        model.state_dict,
+        lambda: model.table.state_dict(),
+        optimizer.state_dict,
+        lambda: torch.no_grad()(model)(torch.ones(2, 4, dtype=torch.int64)),
+        optimizer.privacy.flush,
+    ):
+        optimizer.step()
+        assert table.pending
+        see()
+        assert not table.pending
+    optimizer.step()
+    before = model.table.weight[30].clone()
+    model(torch.full((1, 4), 30))
+    assert not torch.equal(before, model.table.weight[30]) and table.pending == 39, "a row that is read"
+
+
+def test_lazy_tables_resume():
+    model, optimizer = run_words("table.*", optim.SGD, 1.0, momentum=0.9)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    other, resumed = run_words("table.*", optim.SGD, 1.0, steps=1, momentum=0.9)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for m in (model, other):
+        assert torch.equal(m.table.weight, saved[0]["table.weight"])
+    tables = [o.privacy._tables[m.table.weight] for m, o in ((model, optimizer), (other, resumed))]
+    assert tables[0].steps == tables[1].steps and torch.equal(tables[0].momentum_buffer, tables[1].momentum_buffer)
+    assert tables[0]._key != tables[1]._key
+
+
+class TiedWords(Words):
+    def forward(self, ids):
+        return self.table(ids) @ self.table.weight.T
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (lambda m: torch.optim.Adam(m.parameters()), {}, "lazy noise of 'table.weight' meets Adam, expected SGD"),
+        (lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True), {}, "meets maximize"),
+        (lambda m: optim.SGD(m.parameters(), lr=0.1, clip_value=1.0), {}, "meets extras of its parameter group"),
+        (lambda m: optim.SGD(m.parameters(), lr=0.1), {"secure": "exact"}, "meets secure='exact'"),
+        (lambda m: optim.SGD(m.parameters(), lr=0.1), {"lazy": "words.*"}, r"lazy has 'words.*', expected a pattern of param"),
+    ],
+)
+def test_lazy_tables_refuse(make, options, message):
+    model = Words()
+    with pytest.raises(ValueError, match=message):
+        private(model, make(model), **{"lazy": "table.*", **options})
+
+
+def test_lazy_tables_are_for_embedding_alone():
+    model = TiedWords()
+    model.head.requires_grad_(False)
+    private(model, optim.SGD([model.table.weight], lr=0.1), lazy="table.*")
+    with pytest.raises(RuntimeError, match=r"'table.weight' has lazy noise and is used by more than embedding"):
+        one_number_each(model(torch.ones(2, 3, dtype=torch.int64))).sum().backward()

@@ -89,6 +89,10 @@ class Contribution(ABC):
         """The gradients themselves, one of each sample."""
 
     @abstractmethod
+    def part(self, samples: slice) -> Contribution:
+        """The contribution of some samples."""
+
+    @abstractmethod
     def joined(self, others: Sequence[Contribution]) -> Contribution:
         """One contribution of several uses of the same views."""
 
@@ -108,6 +112,9 @@ class Rows(Contribution):
 
     def rows(self) -> list[Rows]:
         return [self]
+
+    def part(self, samples: slice) -> Rows:
+        return Rows(self.views[0], self.gradients[samples])
 
     def joined(self, others: Sequence[Contribution]) -> Contribution:
         gradients = self.gradients.clone()
@@ -138,6 +145,9 @@ class Dense(Contribution):
         weight = Rows(self.weight, torch.bmm(self.g.transpose(1, 2), self.a))
         return [weight] if self.bias is None else [weight, Rows(self.bias, self.g.sum(1))]
 
+    def part(self, samples: slice) -> Dense:
+        return Dense(self.weight, self.bias, self.a[samples], self.g[samples])
+
     def joined(self, others: Sequence[Contribution]) -> Contribution:
         uses = [self, *others]
         return Dense(self.weight, self.bias, *(torch.cat([getattr(use, name) for use in uses], 1) for name in ("a", "g")))
@@ -157,17 +167,24 @@ class Lookup(Contribution):
         """g, 0 at padding."""
         return self.g if self.padding < 0 else self.g.masked_fill((self.ids == self.padding)[..., None], 0)
 
+    def sparse_sum(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum as ids, which may repeat, and what to add to their rows."""
+        return self.ids.flatten(), kernels.scaled(self._kept(), factor).flatten(0, 1)
+
     def add_sum(self, sums: Sums, factor: Tensor) -> None:
-        g = kernels.scaled(self._kept(), factor).flatten(0, 1)
+        ids, g = self.sparse_sum(factor)
         p = self.weight.param
         if p not in sums:
             sums[p] = torch.zeros_like(p, dtype=g.dtype, requires_grad=False, memory_format=torch.preserve_format)
-        self.weight.inside(sums[p]).index_add_(0, self.ids.flatten(), g)
+        self.weight.inside(sums[p]).index_add_(0, ids, g)
 
     def rows(self) -> list[Rows]:
         gradients = self.g.new_zeros(len(self.g), *self.weight.size)
         gradients.scatter_add_(1, self.ids[..., None].expand_as(self.g), self._kept())
         return [Rows(self.weight, gradients)]
+
+    def part(self, samples: slice) -> Lookup:
+        return Lookup(self.weight, self.ids[samples], self.g[samples], self.padding)
 
     def joined(self, others: Sequence[Contribution]) -> Contribution:
         uses = [self, *others]
@@ -199,6 +216,9 @@ class Tied(Contribution):
 
     def rows(self) -> list[Rows]:
         return [*self.dense.rows(), *self.lookup.rows()]
+
+    def part(self, samples: slice) -> Tied:
+        return Tied(self.dense.part(samples), self.lookup.part(samples))
 
     def joined(self, others: Sequence[Contribution]) -> Contribution:
         raise NotImplementedError

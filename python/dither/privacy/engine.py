@@ -16,17 +16,20 @@ from torch.utils import _pytree as pytree
 
 from .. import noise
 from .._checks import instance
-from ..optim import FusedOptimizer, PrivateNoise
+from ..optim import SGD, FusedOptimizer, PrivateNoise
 from ..optim._shards import is_sharded, local, place_of, scattered
 from . import accounting
 from .clipping import FACTORS, Clipping, clip_factor
-from .contributions import Contribution, Sums, independent
+from .contributions import Contribution, Lookup, Sums, full, independent
+from .exact import ExactSum, grid_for, sampler_delta
+from .lazy import LazyTable
 from .ledger import Ledger
 from .modules import refused
 from .recording import Batch, Recorder, trace_back
 
-Secure = Literal["key", "fast"]
-_ENGINES = {"key": "chacha20", "fast": "philox"}
+Secure = Literal["key", "fast", "exact"]
+_ENGINES = {"key": "chacha20", "fast": "philox", "exact": "chacha20"}
+_TILE = 2**24  # numbers of single samples that secure="exact" holds at a time
 _QUANTILE_STREAM = 2**32 - 1
 
 
@@ -55,6 +58,7 @@ class Privacy:
         target_quantile: float,
         quantile_lr: float,
         unclipped_num_std: float | None,
+        lazy: Iterable[str],
     ) -> None:
         owner = "make_private"
         instance(owner, "model", model, nn.Module, "a torch.nn.Module")
@@ -87,6 +91,9 @@ class Privacy:
         self._quantile(owner, target_quantile, quantile_lr, unclipped_num_std)
         self._given_key = key is not None
         self._noise = self._new_noise(owner, key)
+        self._tables = self._lazy_tables(owner, (lazy,) if isinstance(lazy, str) else tuple(lazy))
+        self._read_rows: dict[Tensor, list[tuple[Tensor, Tensor]]] = {p: [] for p in self._tables}
+        self._exact: list[ExactSum] = []  # of the clipping groups, since the last step
         self.ledger = Ledger(
             noise_multiplier=self._gradient_noise,
             sample_rate=1.0 if sample_rate is None else sample_rate,
@@ -106,6 +113,7 @@ class Privacy:
         self._scheduled = False
         self._suspicious = True  # until the first backward pass with samples
         self._handles = [
+            *(m.register_state_dict_pre_hook(_Hook(self.flush)) for m in model.modules() if self._tables),
             *(m.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True) for m in model.modules()),
             *(m.register_forward_hook(_Hook(self._exit), always_call=True) for m in model.modules()),
             optimizer.register_step_pre_hook(_Hook(self._before_step)),
@@ -161,6 +169,12 @@ class Privacy:
         self._norms = [float(c) for c in each.values()]
         numbers = {layer: i for i, layer in enumerate(each)}
         self._group_of = {p: numbers.get(name.rpartition(".")[0], 0) for p, name in self._params.items()}
+        ends = [0] * len(self._norms)
+        self._start: dict[Tensor, int] = {}  # of a parameter's elements among those of its group
+        for p, k in self._group_of.items():
+            self._start[p] = ends[k]
+            ends[k] += p.numel()
+        self._sizes = ends
         self.max_grad_norm = math.sqrt(sum(c * c for c in self._norms))
 
     def _quantile(self, owner: str, target: float, rate: float, std: float | None) -> None:
@@ -196,10 +210,45 @@ class Privacy:
                 if not is_sharded(t):
                     torch.distributed.broadcast(t.detach(), 0)
 
+    def _lazy_tables(self, owner: str, patterns: tuple[str, ...]) -> dict[Tensor, LazyTable]:
+        names = [name for name in self._params.values() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                some = ", ".join([*self._params.values()][:8])
+                raise ValueError(f"{owner}: lazy has {pattern!r}, expected a pattern of parameters, such as {some}")
+        tables = {}
+        for p in (p for p, name in self._params.items() if name in names):
+            name = self._params[p]
+            group = next(group for group in self.optimizer.param_groups if any(p is other for other in group["params"]))
+            if type(self.optimizer) not in (torch.optim.SGD, SGD) or group["maximize"]:
+                what = "maximize" if group.get("maximize") else type(self.optimizer).__name__
+                raise ValueError(
+                    f"{owner}: lazy noise of {name!r} meets {what}, expected SGD that minimizes: it needs a linear rule"
+                )
+            if any(group.get(extra) for extra in ("clip_value", "grokfast_lamb", "noise_eta", "srste", "stochastic_rounding")):
+                raise ValueError(f"{owner}: lazy noise of {name!r} meets extras of its parameter group, expected none")
+            if self.secure == "exact" or self._distributed or p in self.optimizer.state:
+                why = "several processes" if self._distributed else "secure='exact'" if self.secure == "exact" else "a state"
+                raise ValueError(f"{owner}: lazy noise of {name!r} meets {why}, expected none")
+            which = {key: group[key] for key in ("momentum", "weight_decay", "dampening", "nesterov")}
+            tables[p] = LazyTable(p, **which, seed=self._seed, stream=self._order[p], engine=self._noise.engine)
+        return tables
+
+    def flush(self, *_: Any) -> None:
+        """Bring the rows of tables with lazy noise to the present; before a table is read other than by the model."""
+        for table in self._tables.values():
+            table.flush()
+
+    def _read(self, p: Tensor, ids: Tensor) -> None:
+        if p in self._tables:
+            self._tables[p].catch_up(ids)
+
     # ---- the forward pass
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth += 1
+        if not torch.is_grad_enabled():
+            self.flush()
         if self._recorder is not None or not torch.is_grad_enabled():
             return
         if torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint runs a part again
@@ -210,7 +259,7 @@ class Privacy:
                 raise ValueError(f"privacy: {type(module).__name__} is called without a tensor, expected a batch of samples")
             size = tensors[0].shape[1 if not self.batch_first and tensors[0].dim() > 1 else 0]
             batch = Batch(size, self.model.buffers())
-        self._recorder = Recorder(self._watched, batch, self.batch_first, self._meet)
+        self._recorder = Recorder(self._watched, batch, self.batch_first, self._meet, self._read)
         self._outermost = self._depth
         self._recorder.__enter__()
 
@@ -286,10 +335,18 @@ class Privacy:
         self.norms = torch.stack(squares).sum(0).sqrt() * scale
         finite = self.norms.isfinite()
         sums: Sums = {}
-        for group, square, bound in zip(groups, squares, self._norms):
+        if self.secure == "exact" and not self._exact:
+            self._exact = [ExactSum(n, c, device=device) for n, c in zip(self._sizes, self._norms)]
+        for k, (group, square) in enumerate(zip(groups, squares)):
+            bound = self._exact[k].bound if self._exact else self._norms[k]
             factor = torch.where(finite, clip_factor(square.sqrt() * scale, bound, self.clipping) * scale, 0)
             for use in group:
-                use.add_sum(sums, factor)
+                if self._exact:
+                    self._add_exactly(k, use, factor)
+                elif any(view.param in self._tables for view in use.views):
+                    self._add_lazily(use, factor)
+                else:
+                    use.add_sum(sums, factor)
         self.samples += size
         self.nonfinite += int(size - finite.sum())
         if self.clipping == "quantile":
@@ -298,6 +355,22 @@ class Privacy:
             self._suspicious = False
             self._suspect(size)
         return sums
+
+    def _add_exactly(self, k: int, use: Contribution, factor: Tensor) -> None:
+        most = max(1, _TILE // sum(view.param.numel() for view in use.views))
+        for first in range(0, len(factor), most):
+            some = slice(first, first + most)
+            for rows in full(use.part(some).rows()):
+                p = rows.views[0].param
+                self._exact[k].add(rows.gradients.reshape(-1, p.numel()), factor[some], self._start[p])
+
+    def _add_lazily(self, use: Contribution, factor: Tensor) -> None:
+        p = next(view.param for view in use.views if view.param in self._tables)
+        if not isinstance(use, Lookup):
+            raise RuntimeError(
+                f"privacy: {self._params[p]!r} has lazy noise and is used by more than embedding, expected that alone"
+            )
+        self._read_rows[p].append(use.sparse_sum(factor))
 
     def _suspect(self, size: int) -> None:
         """Say so where the first batch looks like a mistaken loss_reduction."""
@@ -338,11 +411,15 @@ class Privacy:
             raise ValueError("privacy: step has a closure, expected none: call it yourself, then step")
         for p in self._params:
             self._check_own(p)
-            if p.grad is None:
+            if p.grad is None and p not in self._tables:
                 p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
         self._add_up()
         self.ledger.record()
         std, scale = self._gradient_noise * self.max_grad_norm, 1 / self.expected_batch_size
+        self._step_lazily(std * scale, scale)
+        if self.secure == "exact":
+            self._release_exactly(scale)
+            return
         if isinstance(optimizer, FusedOptimizer):
             optimizer._set_private_noise(self._noise, std, scale)
             return
@@ -350,9 +427,33 @@ class Privacy:
             self._noise.clock(device)
         self._noise.advance()
         for p, stream in self._order.items():
-            assert p.grad is not None
-            self._add_noise(p.grad, std, stream)
-            p.grad.mul_(scale)
+            if p.grad is not None:
+                self._add_noise(p.grad, std, stream)
+                p.grad.mul_(scale)
+
+    def _step_lazily(self, std: float, scale: float) -> None:
+        for group in self.optimizer.param_groups:
+            for p in (p for p in group["params"] if p in self._tables):
+                parts, self._read_rows[p] = self._read_rows[p], []
+                ids = torch.cat([p.new_zeros(0, dtype=torch.int64), *(ids for ids, _ in parts)])
+                rows = torch.cat([p.new_zeros(0, p.shape[1]), *(g.to(p.dtype) for _, g in parts)]) * scale
+                self._tables[p].step(ids, rows, float(group["lr"]), std, group["weight_decay"])
+
+    def _release_exactly(self, scale: float) -> None:
+        """Gradients of integer sums; none of the optimizer's own noise."""
+        device = next(iter(self._params)).device
+        self._noise.clock(device)
+        self._noise.advance()
+        for k, norm in enumerate(self._norms):
+            mine = [p for p, group in self._group_of.items() if group == k]
+            total = self._exact[k] if self._exact else ExactSum(self._sizes[k], norm, device=device)
+            if self._distributed:
+                torch.distributed.all_reduce(total.sum)
+            noise_multiplier = self._gradient_noise * self.max_grad_norm / norm
+            flat = total.release(noise_multiplier, seed=self._secret, step=self._noise.released, stream=k) * scale
+            for p in mine:
+                p.grad = flat[self._start[p] :][: p.numel()].view(p.shape).to(p.dtype)
+        self._exact = []
 
     def _add_noise(self, t: Tensor, std: float, stream: int) -> None:
         start, run, pitch = place_of(t)
@@ -368,7 +469,7 @@ class Privacy:
         """Add the sums of all processes, each of which has samples of its own."""
         if self._distributed:
             for p in self._params:
-                if not is_sharded(p):
+                if not is_sharded(p) and self.secure != "exact":
                     torch.distributed.all_reduce(p.grad)
             if self.clipping == "quantile":
                 torch.distributed.all_reduce(self._unclipped)
@@ -397,6 +498,10 @@ class Privacy:
         """
         if self.sample_rate is None:
             raise ValueError("get_epsilon: sample_rate is None, expected make_private(..., sample_rate=...)")
+        if self.secure == "exact":
+            std = self._gradient_noise * self.max_grad_norm
+            stds = [std / grid_for(c, size) for c, size in zip(self._norms, self._sizes)]
+            delta -= self.ledger.steps * sum(map(sampler_delta, stds, self._sizes))
         return self.ledger.epsilon(delta, accountant)
 
     def save_key(self, path: str | os.PathLike[str]) -> None:
@@ -407,8 +512,10 @@ class Privacy:
             file.write(self._secret)
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self.flush()
         state = {"ledger": self.ledger.state_dict(), "nonfinite": self.nonfinite, "max_grad_norm": self.max_grad_norm}
-        state_dict["privacy"] = state
+        tables = {self._params[p]: table.state_dict() for p, table in self._tables.items()}
+        state_dict["privacy"] = {**state, "tables": tables}
 
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if "privacy" not in state_dict:
@@ -417,14 +524,22 @@ class Privacy:
             )
         state = state_dict["privacy"]
         self.ledger.load_state_dict(state["ledger"], check_key=self._given_key)
+        if set(state["tables"]) != {self._params[p] for p in self._tables}:
+            raise ValueError(f"privacy: state_dict has lazy noise of {sorted(state['tables'])}, expected the same as here")
         self.nonfinite = state["nonfinite"]
         if self.clipping == "quantile":
             self.max_grad_norm = self._norms[0] = state["max_grad_norm"]
-        if self._given_key and self._noise.released < self.ledger.steps:
+        if not self._given_key:  # what comes may be other data: no noise of this key may come again
+            self._noise = self._new_noise("load_state_dict", None)
+        elif self._noise.released < self.ledger.steps:
             self._noise = PrivateNoise(self._seed, self._noise.engine, self.ledger.steps)
+        for p, table in self._tables.items():
+            table.load_state_dict(state["tables"][self._params[p]])
+            table.rekey(self._seed, self._noise.engine)
 
     def remove(self) -> None:
         """Take everything off: the model and the optimizer are as they were, and train without privacy."""
+        self.flush()
         for handle in self._handles:
             handle.remove()
         if isinstance(self.optimizer, FusedOptimizer):
@@ -478,6 +593,7 @@ def make_private(
     target_quantile: float = 0.5,
     quantile_lr: float = 0.2,
     unclipped_num_std: float | None = None,
+    lazy: Iterable[str] = (),
 ) -> tuple[nn.Module, Optimizer]:
     """Make steps differentially private: DP-SGD (Abadi et al. 2016) with any optimizer, in one backward pass.
 
@@ -508,9 +624,13 @@ def make_private(
             target_quantile)) in each step (Andrew et al. 2021), where the fraction has noise of unclipped_num_std (default
             expected_batch_size / 20) samples; the gradients' noise is raised so that both together cost noise_multiplier.
         secure: "key" draws noise by ChaCha20 with a key from the operating system; "fast" by Philox, which is not
-            cryptographic.
+            cryptographic; "exact" as "key", but in integers, so that no rounding tells what was added to (`ExactSum`): it needs
+            every sample's gradient, some at a time.
         loss_reduction: of the loss over the samples that the model is given.
         batch_first: False where samples lie along dimension 1 of tensors with more than two.
+        lazy: patterns of names of embedding tables whose rows get their noise when they are next read (`LazyTable`): steps
+            cost what they read, not what the table holds. SGD alone, with or without momentum. A forward pass without
+            gradients, state_dict and `privacy.flush()` bring all rows to the present; read the parameter itself only after.
         key: 32 bytes, to continue a run with the same noise (`load_key`), which must then see the same data.
 
     Errors: samples that do not stay apart (batch normalisation: see `fix_model`), a gradient that came another way, closures, a
@@ -532,6 +652,7 @@ def make_private(
         target_quantile=target_quantile,
         quantile_lr=quantile_lr,
         unclipped_num_std=unclipped_num_std,
+        lazy=lazy,
     )
     return model, optimizer
 

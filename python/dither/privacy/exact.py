@@ -111,7 +111,9 @@ class ExactSum:
         start = _checks.integer("add", "start", start, least=0)
         rows, factors = _checks.tensor("add", "rows", rows).detach(), _checks.tensor("add", "factors", factors).detach()
         if rows.dim() != 2 or start + rows.shape[1] > self.dimension:
-            raise ValueError(f"add: rows has shape {list(rows.shape)} at {start}, expected [any, at most {self.dimension - start}]")
+            raise ValueError(
+                f"add: rows has shape {list(rows.shape)} at {start}, expected [any, at most {self.dimension - start}]"
+            )
         most = self._added + rows.shape[0]
         if most * (self.clip / self.grid + 1) >= 2.0**62:
             raise OverflowError(f"add: {most} rows may overflow 64 bits at grid {self.grid}, expected a coarser grid")

@@ -33,7 +33,7 @@ class LazyTable:
         >>> table.step(rows, sums, lr=0.1, std=0.01)             # std: of the noise on these
         >>> table.pending
         998
-        >>> table.flush()                                        # before the table leaves the training: it lacks noise till then
+        >>> table.flush()                                        # before the table leaves the training
 
     The rule is torch.optim.SGD's: d = gradient + std z + weight_decay w; m = momentum m + (1 - dampening) d (first step: d);
     w -= lr d, or lr m with momentum, or lr (d + momentum m) with Nesterov's. The law of the table after `flush` is that of
@@ -65,7 +65,11 @@ class LazyTable:
             raise TypeError(f"LazyTable: weight is {weight.dtype}, expected float32 or float64")
         if weight.dim() != 2 or not weight.is_contiguous():
             raise ValueError(f"LazyTable: weight has shape {tuple(weight.shape)}, expected contiguous [rows, columns]")
-        for name, value, most in (("momentum", momentum, 1), ("dampening", dampening, 1), ("weight_decay", weight_decay, math.inf)):
+        for name, value, most in (
+            ("momentum", momentum, 1),
+            ("dampening", dampening, 1),
+            ("weight_decay", weight_decay, math.inf),
+        ):
             self._number(name, value, most)
         if nesterov and (momentum == 0 or dampening != 0):
             raise ValueError("LazyTable: nesterov needs momentum, and dampening 0")
@@ -147,7 +151,7 @@ class LazyTable:
         if unique.numel() < ids.numel():
             gradients = gradients.new_zeros(unique.numel(), gradients.shape[1]).index_add_(0, places, gradients)
             ids = unique
-        if ids.numel() and ids.device.type == "cpu" and not (0 <= unique[0] and unique[-1] < self.weight.shape[0]):
+        if ids.numel() and ids.device.type == "cpu" and not (unique[0] >= 0 and unique[-1] < self.weight.shape[0]):
             raise ValueError(f"step: ids reach from {unique[0]} to {unique[-1]}, expected 0 <= id < {self.weight.shape[0]}")
         at = self.steps - self._first
         if 2 * at == self._history.shape[0]:
@@ -170,8 +174,12 @@ class LazyTable:
         """How many rows lack noise."""
         return int((self._last < self.steps).sum())
 
+    def rekey(self, seed: Seed, engine: str = "chacha20") -> None:
+        """Draw what comes with another key."""
+        self._key = key_of(seed, engine)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that the table needs to go on to the bit, besides the weight and the seed. The weight may lack noise: see `flush`."""
+        """All that the table needs to go on to the bit, besides the weight and the seed. The weight may lack noise: `flush`."""
         return {
             "version": _VERSION,
             "mode": self.mode,

@@ -74,12 +74,22 @@ def _nothing(*_: Tensor) -> None: ...
 
 
 class Recorder(TorchFunctionMode):
-    """A context in which uses of parameters are watched. params: with their names, for errors. meet: called with a parameter
-    that is not among them, which it may add."""
+    """A context in which uses of parameters are watched.
 
-    def __init__(self, params: Mapping[Tensor, str], batch: Batch, batch_first: bool, meet: Callable[[Tensor], None]) -> None:
+    params: with their names, for errors. meet(p): called with a parameter that is not among them, which it may add.
+    read(p, ids): called before rows of an embedding are read.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[Tensor, str],
+        batch: Batch,
+        batch_first: bool,
+        meet: Callable[[Tensor], None],
+        read: Callable[[Tensor, Tensor], None],
+    ) -> None:
         super().__init__()
-        self.params, self.batch, self.batch_first, self.meet = params, batch, batch_first, meet
+        self.params, self.batch, self.batch_first, self.meet, self.read = params, batch, batch_first, meet, read
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -290,6 +300,7 @@ def _embedding(
     w = watch.view(weight)
     if w is None or not watch.is_data(input):
         return _any_function(watch, F.embedding, "embedding", (input, weight, padding_idx), {})
+    watch.read(w.param, input)
     padding = -1 if padding_idx is None else padding_idx % len(weight)
     y = F.embedding(input, weight.detach(), padding)
     ids = watch.samples_first("embedding", input)
@@ -424,7 +435,7 @@ def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
         raise ValueError(f"privacy: attention sees a query of shape {list(query.shape)}, expected a batch, 3 dimensions")
     weights = [o[f"{n}_proj_weight"] for n in "qkv"] if o["use_separate_proj_weight"] else o["in_proj_weight"].split(width)
     biases = [None] * 3 if o["in_proj_bias"] is None else o["in_proj_bias"].split(width)
-    first = Recorder(watch.params, watch.batch, True, watch.meet)
+    first = Recorder(watch.params, watch.batch, True, watch.meet, watch.read)
 
     def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return (
@@ -509,7 +520,7 @@ def _recurrence(kind: str) -> None:
             raise ValueError(
                 f"privacy: {kind} sees {len(x)} samples, expected {watch.batch.size} as in the model's input; see batch_first"
             )
-        first = Recorder(watch.params, watch.batch, True, watch.meet)
+        first = Recorder(watch.params, watch.batch, True, watch.meet, watch.read)
         states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         directions = 2 if bidirectional else 1
         projected = kind == "lstm" and len(flat_weights) == num_layers * directions * (5 if has_biases else 3)

@@ -61,9 +61,7 @@ def _draws(shape: Sequence[int], ids: list[int], double: bool, key: Sequence[int
     return torch.stack([torch.from_numpy(each) for each in z])
 
 
-def _moves(
-    runs: list[Run], last: Tensor, first: int, until: int, every: bool
-) -> Iterator[tuple[Run, bool, int, list[int]]]:
+def _moves(runs: list[Run], last: Tensor, first: int, until: int, every: bool) -> Iterator[tuple[Run, bool, int, list[int]]]:
     """What rows that have made last[i] steps are moved by until they have made `until`: a run, whether it is a single step,
     the step that addresses its normals, and the places of the rows in `last`."""
     made = [max(v, first) for v in last.tolist()]
