@@ -23,9 +23,7 @@ int accumulate_cuda(const Accumulate& a, Stream stream) {
   int error = 0;
   const int64_t chunks = (a.count + kRowsAtATime - 1) / kRowsAtATime;
   const dim3 grid(unsigned((a.columns + kExactThreads - 1) / kExactThreads), unsigned(smaller<int64_t>(chunks, 1024)));
-  with_type(a.type, [&](auto tag) {
-    error = launch(accumulate_kernel<decltype(tag)>, grid, kExactThreads, 0, stream)(a);
-  });
+  with_type(a.type, [&](auto tag) { error = launch(accumulate_kernel<decltype(tag)>, grid, kExactThreads, 0, stream)(a); });
   return error;
 }
 

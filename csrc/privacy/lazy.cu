@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kLazyThreads) lazy_kernel(const __grid_constan
 #pragma unroll
       for (int p = 0; p < tile / 32; ++p) {
         T z[2], y[2];
-        const auto normals = [p](const uint32_t(&words)[Generator::words], T(&x)[2]) {
+        const auto normals = [p](const uint32_t (&words)[Generator::words], T(&x)[2]) {
           if constexpr (per_pair == 2) box_muller(words[2 * p], words[2 * p + 1], x[0], x[1]);
           else box_muller(words[4 * p], words[4 * p + 1], words[4 * p + 2], words[4 * p + 3], x[0], x[1]);
         };

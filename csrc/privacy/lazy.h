@@ -109,8 +109,7 @@ DITHER_HD void for_each_move(const LazyRows& l, int64_t i, int64_t from, Use&& u
   const T* none = nullptr;
   from = larger(from, l.first);
   if (l.every) {
-    for (; from < until; ++from)
-      use(Move<T>(load_steps(l.history, l.width, from - l.first, 1), true), uint32_t(from), none);
+    for (; from < until; ++from) use(Move<T>(load_steps(l.history, l.width, from - l.first, 1), true), uint32_t(from), none);
   } else if (from < until) {
     const Steps missed = steps_between(l.history, l.width, from - l.first, until - l.first);
     use(Move<T>(missed, until - from == 1), uint32_t(until - 1), none);

@@ -33,7 +33,7 @@ class LazyTable:
         >>> table.step(rows, sums, lr=0.1, std=0.01)             # std: of the noise on these
         >>> table.pending
         998
-        >>> table.flush()                                        # before the table leaves the training
+        >>> table.flush()                                        # before the table leaves the training: it lacks noise
 
     The rule is torch.optim.SGD's: d = gradient + std z + weight_decay w; m = momentum m + (1 - dampening) d (first step: d);
     w -= lr d, or lr m with momentum, or lr (d + momentum m) with Nesterov's. The law of the table after `flush` is that of
@@ -43,6 +43,8 @@ class LazyTable:
     weight: contiguous float32 or float64 [rows, columns], changed in place; `momentum_buffer` is of its kind.
     seed, engine, stream: as in `dither.noise`. The noise is secret only with engine "chacha20" and 32 bytes from `os.urandom`
     that are used for nothing else; the seed is not in `state_dict`. The stream is this table's own.
+
+    The noise is added in floating point, as everywhere but in `dither.privacy.exact`.
 
     Every draw has an address of its own: (stream, step s, row) is drawn at most once, when it takes the row to s + 1 steps.
     """
@@ -65,12 +67,9 @@ class LazyTable:
             raise TypeError(f"LazyTable: weight is {weight.dtype}, expected float32 or float64")
         if weight.dim() != 2 or not weight.is_contiguous():
             raise ValueError(f"LazyTable: weight has shape {tuple(weight.shape)}, expected contiguous [rows, columns]")
-        for name, value, most in (
-            ("momentum", momentum, 1),
-            ("dampening", dampening, 1),
-            ("weight_decay", weight_decay, math.inf),
-        ):
-            self._number(name, value, most)
+        self._number("momentum", momentum, 1)
+        self._number("dampening", dampening, 1)
+        self._number("weight_decay", weight_decay)
         if nesterov and (momentum == 0 or dampening != 0):
             raise ValueError("LazyTable: nesterov needs momentum, and dampening 0")
         if mode not in _MODES:
@@ -151,7 +150,7 @@ class LazyTable:
         if unique.numel() < ids.numel():
             gradients = gradients.new_zeros(unique.numel(), gradients.shape[1]).index_add_(0, places, gradients)
             ids = unique
-        if ids.numel() and ids.device.type == "cpu" and not (unique[0] >= 0 and unique[-1] < self.weight.shape[0]):
+        if ids.numel() and ids.device.type == "cpu" and (unique[0] < 0 or unique[-1] >= self.weight.shape[0]):
             raise ValueError(f"step: ids reach from {unique[0]} to {unique[-1]}, expected 0 <= id < {self.weight.shape[0]}")
         at = self.steps - self._first
         if 2 * at == self._history.shape[0]:
@@ -179,7 +178,7 @@ class LazyTable:
         self._key = key_of(seed, engine)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the table needs to go on to the bit, besides the weight and the seed. The weight may lack noise: `flush`."""
+        """All that the table needs to go on to the bit, besides the seed and the weight, which may lack noise: see `flush`."""
         return {
             "version": _VERSION,
             "mode": self.mode,
