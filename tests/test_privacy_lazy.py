@@ -141,7 +141,7 @@ def test_threads_and_instruction_sets_agree(engine, columns):
 
 @each_rule
 def test_the_law_equals_that_of_eager_steps(rule):
-    """Means, variances and covariances of (w, m) against the exact recurrence, of groups of rows that are read at other times."""
+    """Means, variances and covariances of (w, m) against the exact recurrence; groups of rows are read at other times."""
     momentum, decay, dampening, nesterov = RULES[rule]
     rows, columns, groups = 24_000, 2, 3  # group k is read at steps k, k + 5, ...
     schedule = [(0.3 * 0.9**t, 1.0 + 0.5 * (t % 3), 0.05 + 0.01 * (t % 2)) for t in range(14)]
