@@ -102,6 +102,21 @@ def test_noise(backend, std):
     assert torch.equal(torch.cat(parts), want)
 
 
+# Of the first 2^25 elements, some whose rounding depends on digits of the uniform or the direction beyond the 60th.
+CLOSEST = (1236768, 1888103, 4893606, 8553648, 9762937, 10574819, 26307685, 27936385)
+
+
+def test_closest_calls(backend):
+    """Draws near half an integer, which doubles round wrongly, and the nearest that were found."""
+    std, n = 2.0**40, 60_000
+    x = noise.normal(n, std=std, dtype=F64, seed=KEY, engine="chacha20", stream=3, step=7)
+    close = (((x - x.floor()) - 0.5).abs() < 2.0**-10).nonzero().flatten().tolist()
+    close = close[:60] if backend.name == "emulated_cuda" else close
+    drawn, want = ([int(noisy(each, 1, std, start=e)) for e in (*close, *CLOSEST)] for each in (backend, REFERENCE))
+    assert drawn == want
+    assert drawn[: len(close)] != x[close].round().long().tolist()
+
+
 def test_threads_and_instruction_sets_agree():
     threads, before = torch.get_num_threads(), dither.build_info()["cpu_capability"]
     rows, factor = some_rows(10, 30_001, F32)
