@@ -293,6 +293,18 @@ def test_samples_along_dimension_1():
     torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["compiled", "private"])
+def test_compiled_models_run_as_they_are(first):
+    """Watched functions are not compiled; what comes out is the same."""
+    model, inputs = made("encoder")
+    rows, inner = alone(model, inputs), model
+    model = torch.compile(model, backend="aot_eager") if first else model
+    optimizer = private(model, torch.optim.SGD(inner.parameters(), lr=0.1))
+    model = model if first else torch.compile(model, backend="aot_eager")
+    one_number_each(model(*inputs)).sum().backward()
+    torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
+
+
 # Clipping
 
 

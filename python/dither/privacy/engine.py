@@ -558,6 +558,7 @@ class _Hook:
     def __init__(self, method: Any = None) -> None:
         self.method = method
 
+    @torch.compiler.disable
     def __call__(self, *args: Any) -> None:
         if self.method is not None:
             self.method(*args)

@@ -140,6 +140,7 @@ class Recorder(TorchFunctionMode):
             return _Source.apply(tensor, tensor.detach(), _nothing)
         return _source(self, tensor, tensor[0])
 
+    @torch.compiler.disable
     def _used(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
         if name in _VIEWS:
