@@ -961,3 +961,103 @@ def test_lazy_tables_are_for_embedding_alone():
     private(model, optim.SGD([model.table.weight], lr=0.1), lazy="table.*")
     with pytest.raises(RuntimeError, match=r"'table.weight' has lazy noise and is used by more than embedding"):
         one_number_each(model(torch.ones(2, 3, dtype=torch.int64))).sum().backward()
+
+
+# Backward passes that are not the training's, and that fail
+
+
+def test_gradients_for_other_ends_are_not_counted():
+    """torch.autograd.grad with respect to inputs: an attack before the step it is trained against."""
+    model, (x,) = made("encoder")
+    rows = alone(model, [x])
+    optimizer = private(model)
+    leaf = x.clone().requires_grad_()
+    (direction,) = torch.autograd.grad(one_number_each(model(leaf)).sum(), leaf)
+    assert direction.abs().sum() > 0 and all(p.grad is None for p in model.parameters()) and optimizer.privacy.samples == 0
+    loss = one_number_each(model(x)).sum()
+    torch.autograd.grad(loss, [leaf], allow_unused=True, retain_graph=True)
+    loss.backward()
+    assert_sums(model, rows, (1 / norms_of(rows)).clamp(max=1))
+    assert optimizer.privacy.samples == 5
+
+
+class Breaks(torch.autograd.Function):
+    broken = True
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if Breaks.broken:
+            raise ArithmeticError("broken")
+        return g
+
+
+class Fragile(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x, fail=False):
+        y = Breaks.apply(self.first(x))
+        if fail:
+            raise ArithmeticError("broken")
+        return self.second(y)
+
+
+def test_what_failed_leaves_nothing_behind():
+    torch.manual_seed(0)
+    model, x = Fragile().to(F64), draw(4, 5)
+    Breaks.broken = False
+    rows = alone(model, [x])
+    optimizer = private(model)
+    with pytest.raises(ArithmeticError):
+        model(x, fail=True)
+    Breaks.broken = True
+    loss = one_number_each(model(x)).sum()
+    with pytest.raises(ArithmeticError):
+        loss.backward(retain_graph=True)
+    Breaks.broken = False
+    with pytest.raises(RuntimeError, match="a second backward pass over one batch"):
+        loss.backward()
+    one_number_each(model(x)).sum().backward()
+    assert_sums(model, rows, (1 / norms_of(rows)).clamp(max=1))
+    assert optimizer.privacy.samples == 4 and optimizer.privacy._depth == 0
+
+
+class Auxiliary(nn.Module):
+    """Part of the loss is an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        y = self.first(x)
+        self.penalty = y.square().sum(1)
+        return self.second(y)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_losses_beside_the_output(both):
+    torch.manual_seed(0)
+    model, x = Auxiliary().to(F64), draw(4, 5)
+
+    def loss(m, x):
+        out = one_number_each(m(x))
+        return m.penalty + (out if both else 0)
+
+    rows = {name: [] for name, _ in model.named_parameters()}
+    for i in range(4):
+        model.zero_grad()
+        loss(model, x[i : i + 1]).sum().backward()
+        for name, p in model.named_parameters():
+            rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
+    model.zero_grad()
+    model.penalty = None
+    rows = {name: torch.stack(g) for name, g in rows.items()}
+    private(model)
+    loss(model, x).sum().backward()
+    assert_sums(model, rows, (1 / norms_of(rows)).clamp(max=1))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -87,6 +88,7 @@ class Privacy:
         self._watched: dict[Tensor, str] = dict(self._params)  # and what fully_shard puts in their place in a forward pass
         self._sharded: dict[Tensor, Tensor] = {}  # of the latter
         self._check_params(owner)
+        self._device = next(iter(self._params)).device
         self._bounds(owner, max_grad_norm)
         self._quantile(owner, target_quantile, quantile_lr, unclipped_num_std)
         self._given_key = key is not None
@@ -106,11 +108,10 @@ class Privacy:
         self.samples = self.nonfinite = 0
         self.norms = torch.zeros(0, dtype=torch.float64)
         self._sums: dict[Tensor, tuple[Tensor, int]] = {}  # what p.grad holds, and its version
-        self._unclipped = torch.zeros((), dtype=torch.float64, device=next(iter(self._params)).device)  # see `_clipped`
+        self._unclipped = torch.zeros((), dtype=torch.float64, device=self._device)  # see `_clipped`
         self._recorder: Recorder | None = None  # of the call that runs
         self._depth = self._outermost = 0  # of modules inside each other: now, and of the one that entered the recorder
-        self._arrived: list[Batch] = []  # of the backward pass that runs
-        self._scheduled = False
+        self._backward: Callable[[], _Backward | None] = lambda: None  # the pass that runs, if one does
         self._suspicious = True  # until the first backward pass with samples
         self._handles = [
             *(m.register_state_dict_pre_hook(_Hook(self.flush)) for m in model.modules() if self._tables),
@@ -196,7 +197,7 @@ class Privacy:
             raise ValueError(f"{owner}: key is not 32 bytes, expected those of dither.privacy.new_key or load_key")
         secret = os.urandom(32) if key is None else key
         if self._distributed:
-            words = torch.tensor(list(secret), dtype=torch.uint8, device=next(iter(self._params)).device)
+            words = torch.tensor(list(secret), dtype=torch.uint8, device=self._device)
             torch.distributed.broadcast(words, 0)
             secret = bytes(words.tolist())
         self._secret = secret
@@ -252,14 +253,15 @@ class Privacy:
         if self._recorder is not None or not torch.is_grad_enabled():
             return
         if torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint runs a part again
-            batch = self._arrived[0] if self._arrived else Batch(0, ())
+            running = self._backward()
+            batch = running.batches[0] if running is not None else Batch(0, (), self._device)
         else:
             tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
             if not tensors:
                 raise ValueError(f"privacy: {type(module).__name__} is called without a tensor, expected a batch of samples")
             size = tensors[0].shape[1 if not self.batch_first and tensors[0].dim() > 1 else 0]
-            batch = Batch(size, self.model.buffers())
-        self._recorder = Recorder(self._watched, batch, self.batch_first, self._meet, self._read)
+            batch = Batch(size, self.model.buffers(), self._device)
+        self._recorder = Recorder(self._watched, batch, self.batch_first, self)
         self._outermost = self._depth
         self._recorder.__enter__()
 
@@ -286,25 +288,38 @@ class Privacy:
     # ---- the backward pass
 
     def _begin(self, batch: Batch) -> None:
-        if batch not in self._arrived:
-            self._arrived.append(batch)
-        if not self._scheduled:
-            self._scheduled = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+        if torch._C._current_graph_task_id() == -1:
+            return
+        running = self._backward()
+        if running is None:
+            running = _Backward(self._end)
+            torch.autograd.Variable._execution_engine.queue_callback(running.end)  # type: ignore[attr-defined]
+            self._backward = weakref.ref(running)  # held by the pass alone: of one that failed nothing is left
+        if batch not in running.batches:
+            if batch.spent:
+                raise RuntimeError(
+                    "privacy: a second backward pass over one batch, expected one: its samples would count twice"
+                )
+            batch.spent = True
+            running.batches.append(batch)
 
     @torch.no_grad()
-    def _end(self) -> None:
+    def _end(self, arrived: list[Batch]) -> None:
         """All gradients of the backward pass have arrived."""
-        arrived, self._arrived, self._scheduled = self._arrived, [], False
+        self._backward = lambda: None
+        for batch in arrived:
+            if batch.token.grad is None:  # torch.autograd.grad of other things
+                batch.spent = False
+                batch.contributions.clear()
+        arrived = [batch for batch in arrived if batch.spent]
+        if not arrived:
+            return
         if len(arrived) != 1:
             raise RuntimeError(
                 f"privacy: the model was called {len(arrived)} times for this backward pass, expected once: a sample may be in "
                 "several calls, and its gradient would be clipped in parts. Call backward after each, or join the batches"
             )
         (batch,) = arrived
-        if batch.spent:
-            raise RuntimeError("privacy: a second backward pass over one batch, expected one: its samples would count twice")
-        batch.spent = True
         uses = independent(trace_back(batch, self._watched))
         for whole, new in self._clipped(batch.size, uses).items():
             p = self._sharded.get(whole, whole)
@@ -326,7 +341,7 @@ class Privacy:
                     groups[number].append(row)
             else:
                 groups[numbers[0]].append(use)
-        device = next(iter(self._params)).device
+        device = self._device
         scale = float(size) if self.loss_reduction == "mean" else 1.0
         squares = [torch.zeros(size, dtype=torch.float64, device=device) for _ in groups]
         for group, square in zip(groups, squares):
@@ -441,12 +456,11 @@ class Privacy:
 
     def _release_exactly(self, scale: float) -> None:
         """Gradients of integer sums; none of the optimizer's own noise."""
-        device = next(iter(self._params)).device
-        self._noise.clock(device)
+        self._noise.clock(self._device)
         self._noise.advance()
         for k, norm in enumerate(self._norms):
             mine = [p for p, group in self._group_of.items() if group == k]
-            total = self._exact[k] if self._exact else ExactSum(self._sizes[k], norm, device=device)
+            total = self._exact[k] if self._exact else ExactSum(self._sizes[k], norm, device=self._device)
             if self._distributed:
                 torch.distributed.all_reduce(total.sum)
             noise_multiplier = self._gradient_noise * self.max_grad_norm / norm
@@ -550,6 +564,17 @@ class Privacy:
 def _one_of(owner: str, name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}")
+
+
+class _Backward:
+    """A backward pass that runs, and the batches that it has come to."""
+
+    def __init__(self, end: Callable[[list[Batch]], None]) -> None:
+        self.batches: list[Batch] = []
+        self._end = end
+
+    def end(self) -> None:
+        self._end(self.batches)
 
 
 class _Hook:

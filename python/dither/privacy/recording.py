@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from .contributions import Contribution, Lookup, Rows, View, dense, full
 class Batch:
     """The samples of one call of the model, and the contributions that backward passes found."""
 
-    def __init__(self, size: int, buffers: Iterable[Tensor]) -> None:
+    def __init__(self, size: int, buffers: Iterable[Tensor], device: torch.device) -> None:
         self.size = size
+        self.token = torch.zeros((), device=device, requires_grad=True)  # gets a gradient where parameters would
         self.constants = {id(t): t for t in buffers}  # and what the model makes without data
         self.contributions: list[Contribution] = []
         self.derived: dict[Tensor, Tensor] = {}  # what stands for a tensor that was computed of parameters alone: that tensor
@@ -33,10 +34,10 @@ class Batch:
 
 
 class _Tap(torch.autograd.Function):
-    """y as it is; record(its gradient, *saved) in the backward pass. `anchor` requires a gradient, so y does."""
+    """y as it is; record(its gradient, *saved) in the backward pass. y requires a gradient, as `token` does."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor, token: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:  # type: ignore[override]
         ctx.mark_dirty(y)
         ctx.save_for_backward(*saved)
         ctx.record = record
@@ -47,7 +48,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them only once
         ctx.record(_wide(g), *saved)
-        return (g, None, None, *(None for _ in saved))
+        return (g, g.new_zeros((), dtype=torch.float32), None, *(None for _ in saved))
 
 
 def _wide(g: Tensor) -> Tensor:
@@ -59,37 +60,39 @@ class _Source(torch.autograd.Function):
     """A value in place of a parameter that made it; record(its gradient) in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, value: Tensor, record: Callable[[Tensor], None]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, token: Tensor, value: Tensor, record: Callable[[Tensor], None]) -> Tensor:  # type: ignore[override]
         ctx.record = record
         return value.view_as(value)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         ctx.record(_wide(g))
-        return None, None, None
+        return g.new_zeros((), dtype=torch.float32), None, None
 
 
 def _nothing(*_: Tensor) -> None: ...
 
 
+class Watcher(Protocol):
+    """What a recorder tells of."""
+
+    def _meet(self, p: Tensor) -> None:
+        """A parameter was found that is not among those that are watched; it may be added."""
+
+    def _read(self, p: Tensor, ids: Tensor) -> None:
+        """Rows of an embedding will be read."""
+
+    def _begin(self, batch: Batch) -> None:
+        """A backward pass has come to a batch."""
+
+
 class Recorder(TorchFunctionMode):
-    """A context in which uses of parameters are watched.
+    """A context in which uses of parameters are watched. params: with their names, for errors."""
 
-    params: with their names, for errors. meet(p): called with a parameter that is not among them, which it may add.
-    read(p, ids): called before rows of an embedding are read.
-    """
-
-    def __init__(
-        self,
-        params: Mapping[Tensor, str],
-        batch: Batch,
-        batch_first: bool,
-        meet: Callable[[Tensor], None],
-        read: Callable[[Tensor, Tensor], None],
-    ) -> None:
+    def __init__(self, params: Mapping[Tensor, str], batch: Batch, batch_first: bool, watcher: Watcher) -> None:
         super().__init__()
-        self.params, self.batch, self.batch_first, self.meet, self.read = params, batch, batch_first, meet, read
+        self.params, self.batch, self.batch_first, self.watcher = params, batch, batch_first, watcher
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -126,7 +129,7 @@ class Recorder(TorchFunctionMode):
             if t is None:
                 continue
             if isinstance(t, torch.nn.Parameter) and t not in self.params:
-                self.meet(t)
+                self.watcher._meet(t)
             if t in self.params or t in self.batch.derived:
                 return t
         return None
@@ -137,7 +140,7 @@ class Recorder(TorchFunctionMode):
         if param is None or tensor.dim() == 0 or len(tensor) != self.batch.size or tensor.stride(0):
             return tensor
         if not self.batch.size:
-            return _Source.apply(tensor, tensor.detach(), _nothing)
+            return _Source.apply(self.batch.token, tensor.detach(), _nothing)
         return _source(self, tensor, tensor[0])
 
     @torch.compiler.disable
@@ -175,11 +178,12 @@ class Recorder(TorchFunctionMode):
             )
         return x
 
-    def tap(self, y: Tensor, anchor: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:
+    def tap(self, y: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:
         """y, whose gradient will be recorded; that of no samples is not."""
-        return _Tap.apply(y, anchor, record if self.batch.size else _nothing, *saved)  # type: ignore[no-any-return]
+        return _Tap.apply(y, self.batch.token, record if self.batch.size else _nothing, *saved)  # type: ignore[no-any-return]
 
     def add(self, *uses: Contribution) -> None:
+        self.watcher._begin(self.batch)
         self.batch.contributions += uses
 
 
@@ -199,10 +203,6 @@ def _detached(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach()
 
 
-def _of(watch: Recorder, *tensors: Tensor | None) -> Tensor:
-    return next(p for t in tensors if (p := watch.param_of(t)) is not None)
-
-
 # ---- linear maps
 
 
@@ -220,7 +220,7 @@ def _linear(watch: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None 
         a, g = a.reshape(size, -1 if size else 0, a.shape[-1]), g.reshape(size, -1 if size else 0, g.shape[-1])
         watch.add(*dense(w, b, a.to(g.dtype) if a.dtype != g.dtype else a, g))
 
-    return watch.tap(y, _of(watch, weight, bias), record, x)
+    return watch.tap(y, record, x)
 
 
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
@@ -274,7 +274,7 @@ def _convolution(function: Any, places: int) -> None:
             if b is not None:
                 watch.add(Rows(b, g.flatten(2).sum(2)))
 
-        return watch.tap(y, _of(watch, weight, bias), record, input.detach())
+        return watch.tap(y, record, input.detach())
 
 
 for _function, _places in ((torch.conv1d, 1), (torch.conv2d, 2), (torch.conv3d, 3)):
@@ -301,7 +301,7 @@ def _embedding(
     w = watch.view(weight)
     if w is None or not watch.is_data(input):
         return _any_function(watch, F.embedding, "embedding", (input, weight, padding_idx), {})
-    watch.read(w.param, input)
+    watch.watcher._read(w.param, input)
     padding = -1 if padding_idx is None else padding_idx % len(weight)
     y = F.embedding(input, weight.detach(), padding)
     ids = watch.samples_first("embedding", input)
@@ -310,7 +310,7 @@ def _embedding(
         g = watch.samples_first("embedding", g)
         watch.add(Lookup(w, ids.reshape(len(ids), ids[0:1].numel()), g.reshape(len(g), ids[0:1].numel(), g.shape[-1]), padding))
 
-    return watch.tap(y, weight, record, ids)
+    return watch.tap(y, record, ids)
 
 
 def _affine(
@@ -329,7 +329,7 @@ def _affine(
                     )
                 )
 
-    return watch.tap(y, _of(watch, weight, bias), record, *saved)
+    return watch.tap(y, record, *saved)
 
 
 @handles(F.layer_norm)
@@ -388,7 +388,7 @@ def _channels(watch: Recorder, y: Tensor, weight: Tensor | None, bias: Tensor | 
         if b is not None:
             watch.add(Rows(b, g.flatten(2).sum(2)))
 
-    return watch.tap(y, _of(watch, weight, bias), record, x)
+    return watch.tap(y, record, x)
 
 
 @handles(F.instance_norm)
@@ -436,7 +436,7 @@ def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
         raise ValueError(f"privacy: attention sees a query of shape {list(query.shape)}, expected a batch, 3 dimensions")
     weights = [o[f"{n}_proj_weight"] for n in "qkv"] if o["use_separate_proj_weight"] else o["in_proj_weight"].split(width)
     biases = [None] * 3 if o["in_proj_bias"] is None else o["in_proj_bias"].split(width)
-    first = Recorder(watch.params, watch.batch, True, watch.meet, watch.read)
+    first = Recorder(watch.params, watch.batch, True, watch.watcher)
 
     def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return (
@@ -521,7 +521,7 @@ def _recurrence(kind: str) -> None:
             raise ValueError(
                 f"privacy: {kind} sees {len(x)} samples, expected {watch.batch.size} as in the model's input; see batch_first"
             )
-        first = Recorder(watch.params, watch.batch, True, watch.meet, watch.read)
+        first = Recorder(watch.params, watch.batch, True, watch.watcher)
         states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         directions = 2 if bidirectional else 1
         projected = kind == "lstm" and len(flat_weights) == num_layers * directions * (5 if has_biases else 3)
@@ -632,7 +632,7 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
         for i, gradient in zip(ours, gradients):
             watch.add(Rows(watch.view(leaves[i]), gradient))  # type: ignore[arg-type]
 
-    return watch.tap(y, leaves[ours[0]], record, y.detach().clone(), *(leaves[i].detach() for i in batched))
+    return watch.tap(y, record, y.detach().clone(), *(leaves[i].detach() for i in batched))
 
 
 def _names(watch: Recorder, leaves: list[Any], ours: list[int]) -> str:
@@ -647,7 +647,7 @@ def _source(watch: Recorder, wide: Tensor, one: Tensor) -> Tensor:
     def record(g: Tensor) -> None:
         watch.add(Rows(view, g.reshape(len(g), *view.size)))
 
-    return _Source.apply(one, wide.detach(), record)  # type: ignore[no-any-return]
+    return _Source.apply(watch.batch.token, wide.detach(), record)  # type: ignore[no-any-return]
 
 
 def _derived(watch: Recorder, result: Any) -> Any:
