@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kLazyThreads) lazy_kernel(const __grid_constan
   from = __shfl_sync(kAll, from, 0);
   if (from >= l.steps) return;  // repeated, or not behind
   const int64_t begin = row * l.columns, end = begin + l.columns;
-  for_each_move<T>(l, i, from, [&](const Move<T>& a, uint32_t step, const T* gradient) {
+  Missed missed;
+  for_each_move<T>(l, i, from, missed, [&](const Move<T>& a, uint32_t step, const T* gradient) {
     Address address = l.address;
     address.step = step;
     const bool two = kMomentum && a.rw != T(0);

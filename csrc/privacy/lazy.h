@@ -103,16 +103,20 @@ DITHER_HD void move_one(const Move<T>& a, T z, T y, T g, T& w, T& m) {
 }
 // use(move, step of its normals, its gradient or nullptr) for what a row has missed, in order. Every use has an address of its
 // own: the one of step s takes the row from s or before to s + 1.
+struct Missed {  // the run of the last row: neighbours often miss the same
+  int64_t from = -1;
+  Steps steps{};
+};
 template <class T, class Use>
-DITHER_HD void for_each_move(const LazyRows& l, int64_t i, int64_t from, Use&& use) {
+DITHER_HD void for_each_move(const LazyRows& l, int64_t i, int64_t from, Missed& missed, Use&& use) {
   const int64_t until = l.gradient ? l.steps - 1 : l.steps;
   const T* none = nullptr;
   from = larger(from, l.first);
   if (l.every) {
     for (; from < until; ++from) use(Move<T>(load_steps(l.history, l.width, from - l.first, 1), true), uint32_t(from), none);
   } else if (from < until) {
-    const Steps missed = steps_between(l.history, l.width, from - l.first, until - l.first);
-    use(Move<T>(missed, until - from == 1), uint32_t(until - 1), none);
+    if (from != missed.from) missed = {from, steps_between(l.history, l.width, from - l.first, until - l.first)};
+    use(Move<T>(missed.steps, until - from == 1), uint32_t(until - 1), none);
   }
   if (l.gradient) {
     Move<T> a(load_steps(l.history, l.width, until - l.first, 1), true);

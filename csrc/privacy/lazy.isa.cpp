@@ -36,6 +36,7 @@ template <class Generator, bool kMomentum, class T>
 static void lazy_with(const LazyRows& l, int64_t lo, int64_t hi) {
   constexpr int64_t ahead = 4, line = 64 / sizeof(T);
   Window<Generator, T> z, y;
+  Missed missed;
   for (int64_t i = lo; i < hi; ++i) {
     const int64_t row = l.ids ? l.ids[i] : i;
     if (l.ids && i + 2 * ahead < hi) {
@@ -48,7 +49,7 @@ static void lazy_with(const LazyRows& l, int64_t lo, int64_t hi) {
     }
     const int64_t from = __atomic_exchange_n(l.last + row, int32_t(l.steps), __ATOMIC_RELAXED);
     if (from >= l.steps) continue;  // repeated, or not behind
-    for_each_move<T>(l, i, from, [&](const Move<T>& a, uint32_t step, const T* gradient) {
+    for_each_move<T>(l, i, from, missed, [&](const Move<T>& a, uint32_t step, const T* gradient) {
       Address address = l.address;
       address.step = step;
       const int64_t begin = row * l.columns, end = begin + l.columns;
