@@ -2,13 +2,13 @@
 #include "../common/generator_cpu.h"
 
 namespace dither::DITHER_ISA {
-// Normals by address, some tiles at a time: rows side by side share tiles.
+// Normals by address. Words come by tiles, which rows side by side share; only the normals that are wanted are computed.
 template <class Generator, class T>
 struct Window {
   static constexpr int64_t per_element = sizeof(T) / 4, tile = 16 * Generator::words / per_element, most = 1024 / per_element;
   alignas(64) uint32_t w[1024];
   alignas(64) T z[most];
-  int64_t first = 0, last = 0;
+  int64_t first = 0, last = 0, ready = 0, end_ready = 0;
   uint32_t step = 0;
 
   // Those of elements at, at + 1, ...; end: behind the last one known.
@@ -18,9 +18,14 @@ struct Window {
       last = smaller(first + most, (until + tile - 1) / tile * tile);
       step = a.step;
       words(Generator{}, a, uint64_t(first / tile), (last - first) / tile, w);
-      normals(w, last - first, z);
+      ready = end_ready = 0;
     }
-    end = smaller(last, until);
+    if (at < ready || at >= end_ready) {
+      ready = at / 32 * 32;
+      end_ready = smaller(last, (until + 31) / 32 * 32);
+      normals(w + (ready - first) * per_element, end_ready - ready, z + (ready - first));
+    }
+    end = smaller(end_ready, until);
     return z + (at - first);
   }
 };
