@@ -653,6 +653,19 @@ class Mixing(nn.Module):
         return x * (self.scale * x.mean((0, 1)))
 
 
+class Written(nn.Module):
+    """Data that comes by way of a tensor that was made without it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.matrix = nn.Linear(5, 5), nn.Parameter(torch.ones(5, 5))
+
+    def forward(self, x):
+        written = torch.zeros(5, 5)
+        written[0].copy_(x.mean((0, 1)))
+        return self.linear(x) @ (written @ self.matrix)
+
+
 class Hidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w):
@@ -737,6 +750,7 @@ def again(model):
 BAD = {
     "sees a tensor of shape [12, 5], expected 4 samples along dimension 0": lambda: trained(Folded()),
     "mul sees a tensor of shape [5], expected 4 samples": lambda: trained(Mixing()),
+    "linear sees a tensor of shape [5, 5], expected 4 samples": lambda: trained(Written()),
     "the gradient of 'linear.weight' was not made by private training": lambda: trained(Sly()),
     "a second backward pass over one batch": lambda: twice(pair()),
     "the model was called 2 times for this backward pass": lambda: siamese(pair()),

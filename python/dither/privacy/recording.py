@@ -71,6 +71,11 @@ class _Source(torch.autograd.Function):
         return g.new_zeros((), dtype=torch.float32), None, None
 
 
+def _writes(name: str) -> bool:
+    """Whether a function of this name writes to its first argument: add_, __iadd__, __setitem__."""
+    return name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i"))
+
+
 def _nothing(*_: Tensor) -> None: ...
 
 
@@ -98,7 +103,8 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in _QUESTIONS:
+        name = getattr(func, "__name__", "")
+        if name in _QUESTIONS:
             return func(*args, **kwargs)
         data = False
         for arg in (*args, *kwargs.values()):
@@ -115,6 +121,10 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not data and isinstance(result, Tensor):
             self.batch.constants[id(result)] = result
+        elif data and _writes(name) and args and id(args[0]) in self.batch.constants:
+            whole = args[0] if args[0]._base is None else args[0]._base
+            constants = self.batch.constants.values()
+            self.batch.constants = {id(t): t for t in constants if t is not whole and t._base is not whole}
         return result
 
     def is_data(self, tensor: Any) -> bool:
