@@ -29,8 +29,10 @@ class Batch:
         self.token = torch.zeros((), device=device, requires_grad=True)  # gets a gradient where parameters would
         self.constants = {id(t): t for t in buffers}  # and what the model makes without data
         self.contributions: list[Contribution] = []
+        self.taps: list[Tensor] | None = None  # results of watched functions, where they are asked for
         self.derived: dict[Tensor, Tensor] = {}  # what stands for a tensor that was computed of parameters alone: that tensor
         self.spent = False
+        self.coincides = False  # whether the number of samples is that of something else too
 
 
 class _Tap(torch.autograd.Function):
@@ -105,7 +107,12 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in _QUESTIONS:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and not result.requires_grad and args and not self.is_data(args[0]):
+                self.batch.constants[id(result)] = result
+            return result
+        if func is F.batch_norm and (kwargs.get("training") or (len(args) > 5 and args[5])):
+            raise ValueError("privacy: batch_norm mixes samples, expected group_norm; see dither.privacy.fix_model")
         data = False
         for arg in (*args, *kwargs.values()):
             if isinstance(arg, Tensor):
@@ -119,13 +126,23 @@ class Recorder(TorchFunctionMode):
                             return self._used(func, args, kwargs)
                         data = data or id(each) not in self.batch.constants
         result = func(*args, **kwargs)
-        if not data and isinstance(result, Tensor):
-            self.batch.constants[id(result)] = result
+        if name in ("to", "type_as"):
+            data = self.is_data(args[0])
+        if not data:
+            for made in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(made, Tensor) and not (name in _RANDOM and made.dim() and len(made) == self.batch.size):
+                    self.batch.constants[id(made)] = made
+        elif isinstance(kwargs.get("out"), Tensor):
+            self._written(kwargs["out"])
         elif data and _writes(name) and args and id(args[0]) in self.batch.constants:
-            whole = args[0] if args[0]._base is None else args[0]._base
-            constants = self.batch.constants.values()
-            self.batch.constants = {id(t): t for t in constants if t is not whole and t._base is not whole}
+            self._written(args[0])
         return result
+
+    def _written(self, tensor: Tensor) -> None:
+        """Data was written to a tensor: neither it nor what shares its memory is constant."""
+        whole = tensor if tensor._base is None else tensor._base
+        constants = self.batch.constants.values()
+        self.batch.constants = {id(t): t for t in constants if t is not whole and t._base is not whole}
 
     def is_data(self, tensor: Any) -> bool:
         """Whether a tensor depends on samples."""
@@ -147,7 +164,8 @@ class Recorder(TorchFunctionMode):
     def activation(self, tensor: Any) -> Any:
         """A parameter that the model expanded over samples becomes an activation; other things stay."""
         param = self.param_of(tensor)
-        if param is None or tensor.dim() == 0 or len(tensor) != self.batch.size or tensor.stride(0):
+        size = self.batch.size
+        if param is None or tensor.dim() == 0 or len(tensor) != size or (tensor.stride(0) and size != 1):
             return tensor
         if not self.batch.size:
             return _Source.apply(self.batch.token, tensor.detach(), _nothing)
@@ -190,7 +208,11 @@ class Recorder(TorchFunctionMode):
 
     def tap(self, y: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:
         """y, whose gradient will be recorded; that of no samples is not."""
-        return _Tap.apply(y, self.batch.token, record if self.batch.size else _nothing, *saved)  # type: ignore[no-any-return]
+        y = _Tap.apply(y, self.batch.token, record if self.batch.size else _nothing, *saved)
+        self.batch.coincides = self.batch.coincides or self.batch.size in y.shape[1:]
+        if self.batch.taps is not None:
+            self.batch.taps.append(y)
+        return y
 
     def add(self, *uses: Contribution) -> None:
         self.watcher._begin(self.batch)
@@ -262,6 +284,10 @@ def _convolution(function: Any, places: int) -> None:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
+        if not watch.is_data(input):
+            return _any_function(
+                watch, function, f"conv{places}d", (input, weight, bias, stride, padding, dilation, groups), {}
+            )
         w, b = watch.view(weight), watch.view(bias)
         size = weight.shape[2:]
         stride, dilation = ((x,) * places if isinstance(x, int) else tuple(x) for x in (stride, dilation))
@@ -351,6 +377,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    if not watch.is_data(input):
+        return _any_function(watch, F.layer_norm, "layer_norm", (input, normalized_shape, weight, bias, eps), {})
     y, mean, rstd = torch.native_layer_norm(input, normalized_shape, _detached(weight), _detached(bias), eps)
     return _affine(
         watch,
@@ -369,6 +397,8 @@ def _layer_norm(
 def _rms_norm(
     watch: Recorder, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
+    if not watch.is_data(input):
+        return _any_function(watch, F.rms_norm, "rms_norm", (input, normalized_shape, weight, eps), {})
     y = F.rms_norm(input, normalized_shape, _detached(weight), eps)
     return _affine(watch, "rms_norm", y, weight, None, lambda x: F.rms_norm(x, normalized_shape, None, eps), input.detach())
 
@@ -382,9 +412,10 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    if not watch.is_data(input):
+        return _any_function(watch, F.group_norm, "group_norm", (input, num_groups, weight, bias, eps), {})
     y = F.group_norm(input, num_groups, _detached(weight), _detached(bias), eps)
-    if len(input) != watch.batch.size:
-        watch.samples_first("group_norm", input)
+    watch.samples_first("group_norm", input)
     return _channels(watch, y, weight, bias, lambda x: F.group_norm(x, num_groups, None, None, eps), input.detach())
 
 
@@ -418,9 +449,13 @@ def _instance_norm(
             "privacy: instance_norm has running statistics, expected track_running_stats=False: they are not private"
         )
 
+    if not watch.is_data(input):
+        return _any_function(watch, F.instance_norm, "instance_norm", (input,), {"weight": weight, "bias": bias, "eps": eps})
+
     def hat(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         return F.instance_norm(x, weight=weight, bias=bias, eps=eps) if len(x) else x.clone()
 
+    watch.samples_first("instance_norm", input)
     return _channels(watch, hat(input, _detached(weight), _detached(bias)), weight, bias, hat, input.detach())
 
 
@@ -571,6 +606,7 @@ _QUESTIONS = {
     *("element_size", "is_floating_point", "is_complex", "__len__", "__hash__", "__format__", "__repr__", "untyped_storage"),
     *("detach", "requires_grad_", "get_device", "__set__", "register_hook", "register_post_accumulate_grad_hook"),
 }
+_RANDOM = {"randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"}
 _VIEWS = {
     *("view", "view_as", "reshape", "expand", "expand_as", "broadcast_to", "t", "transpose", "permute", "movedim", "swapaxes"),
     *(
@@ -621,28 +657,54 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
         ]
         return call(ours, [_source(watch, v, leaves[i]) for i, v in zip(ours, wide)])
     y = call(ours, [leaves[i].detach() for i in ours])
+    what = f"privacy: {name} uses parameter {_names(watch, leaves, ours)}"
     if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
-        raise NotImplementedError(
-            f"privacy: {name} uses parameter {_names(watch, leaves, ours)}, expected a result [samples, ...]"
-        )
+        raise NotImplementedError(f"{what}, expected a result [samples, ...]")
 
-    def record(g: Tensor, y: Tensor, *inputs: Tensor) -> None:
+    def one(g: Tensor | None, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
+        """The result for a sample alone; with its gradient, those of the weights."""
+
+        def f(*weights: Tensor) -> Tensor:
+            return call([*ours, *batched], [*weights, *(x[None] for x in inputs)])[0]  # type: ignore[no-any-return]
+
+        return f(*weights) if g is None else torch.func.vjp(f, *weights)[1](g)  # type: ignore[misc]
+
+    if size:
+        _refuse_mixing(what, call, one, [*ours, *batched], [leaves[i].detach() for i in (*ours, *batched)], len(ours))
+
+    def record(g: Tensor, *inputs: Tensor) -> None:
         weights = [leaves[i].detach() for i in ours]
-
-        def one(g: Tensor, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            def f(*weights: Tensor) -> Tensor:
-                return call([*ours, *batched], [*weights, *(x[None] for x in inputs)])[0]  # type: ignore[no-any-return]
-
-            again, pull = torch.func.vjp(f, *weights)  # type: ignore[misc]
-            return again, pull(g)
-
-        again, gradients = torch.vmap(one)(g, *inputs)
-        if not torch.allclose(again, y, rtol=1e-3, atol=1e-5, equal_nan=True):
-            raise RuntimeError(f"privacy: {name} gives a sample alone another result than among others, expected the same")
+        with torch.autocast(g.device.type, enabled=False):
+            gradients = torch.vmap(lambda g, inputs: one(g, weights, inputs))(g.to(y_type), tuple(inputs))
         for i, gradient in zip(ours, gradients):
             watch.add(Rows(watch.view(leaves[i]), gradient))  # type: ignore[arg-type]
 
-    return watch.tap(y, record, y.detach().clone(), *(leaves[i].detach() for i in batched))
+    y_type = next(leaves[i].dtype for i in ours)
+    return watch.tap(y.clone(), record, *(_like(leaves[i].detach(), y_type) for i in batched))
+
+
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _refuse_mixing(
+    what: str, call: Callable[..., Any], one: Callable[..., Any], at: list[int], tensors: list[Tensor], weights: int
+) -> None:
+    """Compare a function of all samples with that of each alone, at numbers that are not those of the model, which may be 0."""
+    generator = torch.Generator(tensors[0].device).manual_seed(0)
+
+    def positive(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        return torch.rand(t.shape, generator=generator, device=t.device).to(t.dtype) + 0.5
+
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        some = [positive(_like(t, wide)) for t in tensors]
+        together = call(at, some)
+        apart = torch.stack([one(None, some[:weights], [x[b] for x in some[weights:]]) for b in range(len(together))])
+    if not torch.allclose(together, apart, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise NotImplementedError(f"{what}, expected a function that treats a sample as it does among others")
 
 
 def _names(watch: Recorder, leaves: list[Any], ours: list[int]) -> str:
