@@ -242,7 +242,9 @@ def independent(uses: Iterable[Contribution]) -> list[Contribution]:
     while (pair := _overlap(apart)) is not None:
         apart = [use for use in apart if use not in pair]
         first, second = sorted(pair, key=lambda use: type(use).__name__)
-        if isinstance(first, Dense) and isinstance(second, Lookup) and first.weight.key == second.weight.key:
+        if first is second:  # views of one use that share elements
+            apart += full(first.rows())
+        elif isinstance(first, Dense) and isinstance(second, Lookup) and first.weight.key == second.weight.key:
             apart.append(Tied(first, second))
         else:
             apart += full([*first.rows(), *second.rows()])
@@ -258,7 +260,7 @@ def _overlap(uses: list[Contribution]) -> tuple[Contribution, Contribution] | No
     for views in by_param.values():
         for (v, first), (w, second) in itertools.combinations(views, 2):
             (lo, hi), (low, high) = v.extent, w.extent
-            if lo < high and low < hi:
+            if lo < high and low < hi and not (isinstance(first, Tied) and first is second):
                 return first, second
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .. import noise
 from .._checks import instance
+from ..ops import reference
 from ..optim import SGD, FusedOptimizer, PrivateNoise
 from ..optim._shards import is_sharded, local, place_of, scattered
 from . import accounting
@@ -107,9 +109,11 @@ class Privacy:
         )
         self.samples = self.nonfinite = 0
         self.norms = torch.zeros(0, dtype=torch.float64)
-        self._sums: dict[Tensor, tuple[Tensor, int]] = {}  # what p.grad holds, and its version
+        self._sums: dict[Tensor, tuple[Tensor, int, Tensor]] = {}  # what p.grad holds, its version and some of its numbers
         self._unclipped = torch.zeros((), dtype=torch.float64, device=self._device)  # see `_clipped`
         self._recorder: Recorder | None = None  # of the call that runs
+        self._entry: nn.Module | None = None  # the module that it began with
+        self._apart: set[int] = set()  # numbers of samples for which samples were seen to stay apart
         self._depth = self._outermost = 0  # of modules inside each other: now, and of the one that entered the recorder
         self._backward: Callable[[], _Backward | None] = lambda: None  # the pass that runs, if one does
         self._suspicious = True  # until the first backward pass with samples
@@ -145,6 +149,14 @@ class Privacy:
                     f"{owner}: {name!r} is {p.dtype}, expected float32 or float64: sums of 16 bits are rounded by more than "
                     "the noise accounts for; use torch.autocast"
                 )
+        for name in ("max_norm", "skip_nonfinite"):
+            if isinstance(self.optimizer, FusedOptimizer) and any(group[name] for group in self.optimizer.param_groups):
+                raise ValueError(f"{owner}: optimizer has {name}, expected none: it looks at gradients without noise")
+        for p, name in self._params.items():
+            if not is_sharded(p) and not reference.sparsity.is_dense(p):
+                raise ValueError(f"{owner}: {name!r} has strides {p.stride()}, expected a tensor that fills its memory")
+            if p.grad is not None:
+                raise ValueError(f"{owner}: {name!r} has a gradient, expected none; call zero_grad")
         self._order = {p: i for i, p in enumerate(stepped)}
         self._distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._distributed = self._distributed and torch.distributed.get_world_size() > 1
@@ -187,7 +199,7 @@ class Privacy:
             raise ValueError(f"{owner}: target_quantile is {target!r}, expected 0 < target_quantile < 1")
         if not 0 < rate < math.inf:
             raise ValueError(f"{owner}: quantile_lr is {rate!r}, expected a finite number > 0")
-        self.unclipped_num_std = self.expected_batch_size / 20 if std is None else float(std)
+        self.unclipped_num_std = max(self.expected_batch_size / 20, self.noise_multiplier) if std is None else float(std)
         if self.noise_multiplier:
             self._gradient_noise = accounting.gradient_noise_multiplier(self.noise_multiplier, self.unclipped_num_std)
 
@@ -250,17 +262,23 @@ class Privacy:
         self._depth += 1
         if not torch.is_grad_enabled():
             self.flush()
+        if self._recorder is not None and module is self._entry:  # a call that was interrupted did not exit
+            self._recorder.__exit__(None, None, None)
+            self._recorder, self._depth = None, 1
         if self._recorder is not None or not torch.is_grad_enabled():
             return
         if torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint runs a part again
             running = self._backward()
             batch = running.batches[0] if running is not None else Batch(0, (), self._device)
         else:
-            tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+            tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
             if not tensors:
                 raise ValueError(f"privacy: {type(module).__name__} is called without a tensor, expected a batch of samples")
             size = tensors[0].shape[1 if not self.batch_first and tensors[0].dim() > 1 else 0]
-            batch = Batch(size, self.model.buffers(), self._device)
+            batch = Batch(size, self._constants(), self._device)
+            if size > 1 and (size not in self._apart or not self._apart):
+                batch.taps = []
+        self._entry = module
         self._recorder = Recorder(self._watched, batch, self.batch_first, self)
         self._outermost = self._depth
         self._recorder.__enter__()
@@ -281,9 +299,51 @@ class Privacy:
             return
         self._recorder = None
         recorder.__exit__(None, None, None)
-        for t in pytree.tree_leaves(output):
-            if isinstance(t, Tensor) and t.requires_grad:
+        outputs = [t for t in _leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        for t in outputs:
+            if not isinstance(t, nn.Parameter):
                 t.register_hook(lambda _: self._begin(recorder.batch))
+        taps, recorder.batch.taps = recorder.batch.taps, None
+        if taps and (recorder.batch.coincides or not self._apart):
+            self._check_apart(recorder.batch, taps, outputs)
+
+    def _check_apart(self, batch: Batch, taps: list[Tensor], outputs: list[Tensor]) -> None:
+        """Refuse a model in which the output of one sample has a gradient in the rows of others."""
+        outputs = [t for t in outputs if t.dim() and len(t) == batch.size]
+        if not outputs:
+            return
+        size, one = batch.size, batch.size // 2
+        wanted = [torch.zeros_like(t) for t in outputs]
+        for t in wanted:
+            t[one] = torch.linspace(0.5, 1.5, t[one].numel(), device=t.device).view(t[one].shape).to(t.dtype)
+        try:
+            rows = torch.autograd.grad(
+                outputs, [t for t in taps if t.requires_grad], wanted, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            batch.spent = False  # the reentrant one has no gradients but those of backward
+            batch.contributions.clear()
+            return
+        given = [row for row in rows if row is not None]
+        if not all(bool(row.isfinite().all()) for row in given):  # 0 times infinity says nothing
+            return
+        for row in given:
+            row = row if self.batch_first or row.dim() < 3 else row.transpose(0, 1)
+            others = row.reshape(len(row), -1).count_nonzero(1).nonzero().flatten()
+            if len(row) % size or any(int(b) // (len(row) // size) != one for b in others):
+                raise ValueError(
+                    "privacy: the output of one sample depends on other samples, or samples do not lie along dimension "
+                    f"{0 if self.batch_first else 1} of what parameters are applied to, expected samples that stay apart"
+                )
+        self._apart.add(size)
+
+    def _constants(self) -> list[Tensor]:
+        """Tensors that do not depend on samples: buffers, frozen parameters, and attributes of modules."""
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        attributes = [t for m in self.model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+        return [*self.model.buffers(), *frozen, *attributes]
 
     # ---- the backward pass
 
@@ -320,16 +380,27 @@ class Privacy:
                 "several calls, and its gradient would be clipped in parts. Call backward after each, or join the batches"
             )
         (batch,) = arrived
+        if any(t.grad is not None for t in batch.derived):
+            raise RuntimeError(
+                "privacy: a tensor that was computed of parameters alone got a gradient that tells of no sample, expected it "
+                "to be used in functions of samples: a penalty on parameters belongs into weight_decay"
+            )
         uses = independent(trace_back(batch, self._watched))
-        for whole, new in self._clipped(batch.size, uses).items():
-            p = self._sharded.get(whole, whole)
-            if is_sharded(p):
+        sums = {self._sharded.get(whole, whole): new for whole, new in self._clipped(batch.size, uses).items()}
+        for p in self._params:
+            if is_sharded(p):  # every process takes part, with samples or without
+                new = sums.get(p)
+                new = torch.zeros(p.shape, dtype=p.dtype, device=local(p).device) if new is None else new
                 new = scattered(new, p)
+            elif p in sums:
+                new = sums[p]
+            else:
+                continue
             self._check_own(p)
             if p.grad is not None:
                 new = new.to(p.dtype) + p.grad
             p.grad = new.to(p.dtype)
-            self._sums[p] = (p.grad, p.grad._version)
+            self._sums[p] = (p.grad, p.grad._version, _probe(p.grad))
 
     def _clipped(self, size: int, uses: list[Contribution]) -> Sums:
         """The sums of clipped gradients of a batch."""
@@ -355,6 +426,7 @@ class Privacy:
         for k, (group, square) in enumerate(zip(groups, squares)):
             bound = self._exact[k].bound if self._exact else self._norms[k]
             factor = torch.where(finite, clip_factor(square.sqrt() * scale, bound, self.clipping) * scale, 0)
+            factor = torch.where(factor < torch.finfo(torch.float32).tiny, 0, factor)  # would be rounded by up to itself
             for use in group:
                 if self._exact:
                     self._add_exactly(k, use, factor)
@@ -408,10 +480,12 @@ class Privacy:
 
     def _check_own(self, p: Tensor) -> None:
         """Refuse gradients that something else has written."""
-        own, version = self._sums.get(p, (None, 0))
+        own, version, probe = self._sums.get(p, (None, 0, None))
         if p.grad is None:
             self._sums.pop(p, None)
-        elif (p.grad is not own or p.grad._version != version) and bool(p.grad.any()):
+        elif (
+            p.grad is not own or p.grad._version != version or probe is None or not torch.equal(probe, _probe(p.grad))
+        ) and bool(p.grad.any()):
             raise RuntimeError(
                 f"privacy: the gradient of {self._params[p]!r} was not made by private training, expected p.grad untouched "
                 "between backward and step: it is a sum of clipped gradients. (A part of the model that is used outside of its "
@@ -424,7 +498,17 @@ class Privacy:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(a is not None for a in (*args[1:], kwargs.get("closure"))):
             raise ValueError("privacy: step has a closure, expected none: call it yourself, then step")
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise RuntimeError("privacy: a GradScaler scales the loss, expected none: norms would be those of the scaled loss")
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p not in self._params and (p.requires_grad or p.grad is not None):
+                raise RuntimeError(
+                    f"privacy: optimizer has a parameter of shape {list(p.shape)} that was not there, or frozen, at "
+                    "make_private, expected the same parameters"
+                )
         for p in self._params:
+            if not p.requires_grad:
+                raise RuntimeError(f"privacy: {self._params[p]!r} was frozen after make_private, expected the same parameters")
             self._check_own(p)
             if p.grad is None and p not in self._tables:
                 p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -522,6 +606,7 @@ class Privacy:
         """Write the key to a file that only its owner may read, to resume with the same bits: whoever has it can take the noise
         off. Without it a resumed run draws a key of its own, and is as private."""
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.fchmod(fd, 0o600)  # of a file that was there
         with os.fdopen(fd, "wb") as file:
             file.write(self._secret)
 
@@ -537,7 +622,10 @@ class Privacy:
                 "privacy: state_dict has no ledger, expected one of a private optimizer; load others before make_private"
             )
         state = state_dict["privacy"]
+        spent = self.ledger.state_dict() if self.ledger.steps else None
         self.ledger.load_state_dict(state["ledger"], check_key=self._given_key)
+        if spent is not None and sum(phase["steps"] for phase in spent["phases"]) > self.ledger.steps:
+            self.ledger.load_state_dict(spent, check_key=False)  # what was released stays so
         if set(state["tables"]) != {self._params[p] for p in self._tables}:
             raise ValueError(f"privacy: state_dict has lazy noise of {sorted(state['tables'])}, expected the same as here")
         self.nonfinite = state["nonfinite"]
@@ -564,6 +652,22 @@ class Privacy:
 def _one_of(owner: str, name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}")
+
+
+def _probe(t: Tensor) -> Tensor:
+    """Some numbers of a tensor: a GradScaler divides gradients without counting it as a change."""
+    t = local(t)
+    step = max(1, t.numel() // 64)
+    return t.as_strided((len(range(0, t.numel(), step)),), (step,), t.storage_offset()).clone()
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """What is in lists, dicts and dataclasses, inside each other."""
+    leaves = []
+    for leaf in pytree.tree_leaves(tree):
+        whole = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+        leaves += _leaves([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]) if whole else [leaf]
+    return leaves
 
 
 class _Backward:
@@ -647,12 +751,14 @@ def make_private(
             may be smaller or larger; privacy does not depend on it.
         sample_rate: the probability with which each sample is in a batch; for `get_epsilon`.
         clipping: see `clip_factor`. With "quantile" C follows the target_quantile of norms by exp(-quantile_lr (fraction -
-            target_quantile)) in each step (Andrew et al. 2021), where the fraction has noise of unclipped_num_std (default
-            expected_batch_size / 20) samples; the gradients' noise is raised so that both together cost noise_multiplier.
+            target_quantile)) in each step (Andrew et al. 2021), where the fraction has noise of unclipped_num_std samples
+            (default expected_batch_size / 20, at least noise_multiplier); the gradients' noise is raised so that both together
+            cost noise_multiplier.
         secure: "key" draws noise by ChaCha20 with a key from the operating system; "fast" by Philox, which is not
             cryptographic; "exact" as "key", but in integers, so that no rounding tells what was added to (`ExactSum`): it needs
             every sample's gradient, some at a time.
-        loss_reduction: of the loss over the samples that the model is given.
+        loss_reduction: of the loss over the samples that the model is given. A mean over something else (tokens that are not
+            padding, weights of classes) lets samples set each other's scale, which is not private: sum, divide by a constant.
         batch_first: False where samples lie along dimension 1 of tensors with more than two.
         lazy: patterns of names of embedding tables whose rows get their noise when they are next read (`LazyTable`): steps
             cost what they read, not what the table holds. SGD alone, with or without momentum. A forward pass without

@@ -167,7 +167,7 @@ class Recorder(TorchFunctionMode):
         size = self.batch.size
         if param is None or tensor.dim() == 0 or len(tensor) != size or (tensor.stride(0) and size != 1):
             return tensor
-        if not self.batch.size:
+        if not size:
             return _Source.apply(self.batch.token, tensor.detach(), _nothing)
         return _source(self, tensor, tensor[0])
 
