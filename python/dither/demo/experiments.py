@@ -1,7 +1,8 @@
-"""What the demonstration trains: two networks, in several ways each, over several seeds."""
+"""What the demonstration trains: three networks, in several ways each, over several seeds."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import nn
 from .. import optim, sparsity
 from .._extras import require
 from .data import digits
+from .private import EPSILONS, PrivateRun, train_privately
 from .train import Arm, Run, train
 
 tqdm = require("tqdm", extra="demo").tqdm
@@ -71,21 +73,24 @@ class Settings:
     seeds: int = 5
     deep_steps: int = 1600
     small_steps: int = 700
+    private_steps: int = 200
+    epsilons: tuple[float, ...] = EPSILONS
     grid: bool = True
 
 
-QUICK = Settings(seeds=2, deep_steps=800, small_steps=200, grid=False)
+QUICK = Settings(seeds=2, deep_steps=800, small_steps=200, epsilons=(8.0,), grid=False)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Runs by the name of their arm, one for each seed; validation accuracy by (lr, eta)."""
+    """Runs by the name of their arm or their epsilon, one for each seed; validation accuracy by (lr, eta)."""
 
     settings: Settings
     device: str
     deep: dict[str, list[Run]]
     small: dict[str, list[Run]]
     sparse: dict[str, list[Run]]
+    private: dict[float, list[PrivateRun]]
     grid: dict[tuple[float, float], float]
     seconds: float
 
@@ -101,6 +106,8 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
     }
     deep_runs = len(DEEP_ARMS) * settings.seeds + len(grid_arms)
     total = deep_runs * settings.deep_steps + (len(SMALL_ARMS) + len(SPARSE_ARMS)) * settings.seeds * settings.small_steps
+    epsilons = (math.inf, *reversed(settings.epsilons))
+    total += len(epsilons) * settings.seeds * settings.private_steps
     threads, begin = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1)
     try:
@@ -108,7 +115,11 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
             deep = {arm.name: [train(arm, DEEP, data, settings.deep_steps, s, bar) for s in seeds] for arm in DEEP_ARMS}
             small = {arm.name: [train(arm, SMALL, data, settings.small_steps, s, bar) for s in seeds] for arm in SMALL_ARMS}
             sparse = {arm.name: [train(arm, SMALL, data, settings.small_steps, s, bar) for s in seeds] for arm in SPARSE_ARMS}
+            private: dict[float, list[PrivateRun]] = {epsilon: [] for epsilon in epsilons}
+            for seed in seeds:  # in turns: their times are compared
+                for epsilon, runs in private.items():
+                    runs.append(train_privately(epsilon, data, settings.private_steps, seed, bar))
             grid = {at: train(arm, DEEP, data, settings.deep_steps, 0, bar).validation for at, arm in grid_arms.items()}
     finally:
         torch.set_num_threads(threads)
-    return Results(settings, device, deep, small, sparse, grid, time.perf_counter() - begin)
+    return Results(settings, device, deep, small, sparse, private, grid, time.perf_counter() - begin)
