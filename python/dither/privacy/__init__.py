@@ -5,6 +5,8 @@ from .audit import guesses_epsilon, one_run_epsilon, two_worlds_epsilon
 from .bias import ClippingBias, clipping_bias
 from .clipping import clip_factor
 from .engine import Privacy, get_epsilon, load_key, make_private, make_private_with_epsilon, new_key
+from .exact import ExactSum
+from .lazy import LazyTable
 from .ledger import Ledger, Phase
 from .median import MedianSGD, geometric_median, median_step
 from .modules import fix_model
@@ -17,6 +19,8 @@ from .unlearning import NoisyGD
 __all__ = [
     "Best",
     "ClippingBias",
+    "ExactSum",
+    "LazyTable",
     "Learning",
     "Ledger",
     "MedianSGD",

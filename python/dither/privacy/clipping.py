@@ -16,7 +16,7 @@ FACTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "flat": lambda n, c: (c / n).clamp(max=1),  # Abadi et al. 2016, algorithm 1
     "auto-s": lambda n, c: c / (n + _STABILITY),  # Bu et al. 2023, eq. 4.2
     "auto-v": lambda n, c: torch.where(n > 0, c / n, 0),  # Bu et al. 2023, eq. 4.1
-    "m-ngp": lambda n, c: c / n.clamp(min=1),  # Yang et al. 2021: g / max(1, |g|)
+    "m-ngp": lambda n, c: c / n.clamp(min=1),  # compare C / (r + n), Yang et al. 2022
     "global": lambda n, c: (n <= c).to(n.dtype),  # Bu et al. 2021: larger ones are left out
 }
 FACTORS["per_layer"] = FACTORS["quantile"] = FACTORS["flat"]
@@ -29,7 +29,7 @@ def clip_factor(norms: Tensor, max_grad_norm: float, clipping: Clipping = "flat"
         norms: of any shape. Where one is not finite the factor is 0.
         max_grad_norm: C > 0.
         clipping: "flat" (and "per_layer", "quantile"): min(1, C / n), Abadi et al. 2016. "auto-s": C / (n + 0.01) and "auto-v":
-            C / n, Bu et al. 2023. "m-ngp": C / max(1, n), Yang et al. 2021. "global": 1 where n <= C, else 0, Bu et al. 2021.
+            C / n, Bu et al. 2023. "m-ngp": C / max(1, n), as g / max(1, |g|) is read for C = 1. "global": 1 where n <= C, else 0, Bu et al. 2021.
     """
     if clipping not in FACTORS:
         raise ValueError(f"clip_factor: clipping is {clipping!r}, expected {', '.join(map(repr, FACTORS))}")
