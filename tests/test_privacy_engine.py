@@ -305,6 +305,33 @@ def test_compiled_models_run_as_they_are(first):
     torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
 
 
+class Folds(nn.Module):
+    """Linear layers of the GPT-2 kind, and frames that go one by one through a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias, self.scale = nn.Parameter(draw(6, 8)), nn.Parameter(draw(8)), nn.Parameter(draw(8))
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 2)
+        self.conv, self.group = nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)
+
+    def forward(self, x, frames):
+        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        y = self.out(self.norm(F.gelu(y * self.scale))).view(*x.shape[:-1], 2)
+        z = self.group(F.relu(self.conv(frames.flatten(0, 1)))).view(*frames.shape[:2], -1)
+        return torch.cat([y.flatten(1), z.flatten(1)], 1)
+
+
+@pytest.mark.parametrize("samples", [5, 3, 1])
+def test_samples_folded_with_what_follows_them(samples):
+    torch.manual_seed(0)
+    model, inputs = Folds().to(F64), [draw(samples, 3, 6), draw(samples, 2, 2, 5, 5)]
+    rows = alone(model, inputs)
+    optimizer = private(model)
+    one_number_each(model(*inputs)).sum().backward()
+    torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
+    assert_sums(model, rows, (1 / norms_of(rows)).clamp(max=1))
+
+
 # Clipping
 
 
@@ -636,12 +663,14 @@ def test_going_back_does_not_repeat_noise():
 
 
 class Folded(nn.Module):
+    """Samples folded behind other things."""
+
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(5, 5)
 
     def forward(self, x):
-        return self.linear(x.flatten(0, 1)).view(x.shape)
+        return self.linear(x.transpose(0, 1).reshape(-1, 5)).view(3, 4, 5).transpose(0, 1)
 
 
 class Mixing(nn.Module):

@@ -29,7 +29,8 @@ def clip_factor(norms: Tensor, max_grad_norm: float, clipping: Clipping = "flat"
         norms: of any shape. Where one is not finite the factor is 0.
         max_grad_norm: C > 0.
         clipping: "flat" (and "per_layer", "quantile"): min(1, C / n), Abadi et al. 2016. "auto-s": C / (n + 0.01) and "auto-v":
-            C / n, Bu et al. 2023. "m-ngp": C / max(1, n), as g / max(1, |g|) is read for C = 1. "global": 1 where n <= C, else 0, Bu et al. 2021.
+            C / n, Bu et al. 2023. "m-ngp": C / max(1, n).
+            "global": 1 where n <= C, else 0, Bu et al. 2021.
     """
     if clipping not in FACTORS:
         raise ValueError(f"clip_factor: clipping is {clipping!r}, expected {', '.join(map(repr, FACTORS))}")

@@ -8,6 +8,7 @@ Parameters are found wherever they are used, in modules of any kind and in funct
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ class Batch:
         self.token = torch.zeros((), device=device, requires_grad=True)  # gets a gradient where parameters would
         self.constants = {id(t): t for t in buffers}  # and what the model makes without data
         self.contributions: list[Contribution] = []
+        self.folded: dict[int, tuple[Tensor, tuple[int, ...]]] = {}  # tensors whose rows are samples times these sizes
         self.taps: list[Tensor] | None = None  # results of watched functions, where they are asked for
         self.derived: dict[Tensor, Tensor] = {}  # what stands for a tensor that was computed of parameters alone: that tensor
         self.spent = False
@@ -136,7 +138,32 @@ class Recorder(TorchFunctionMode):
             self._written(kwargs["out"])
         elif data and _writes(name) and args and id(args[0]) in self.batch.constants:
             self._written(args[0])
+        if data and isinstance(result, Tensor):
+            self._fold(name, args, result)
         return result
+
+    def _fold(self, name: str, args: tuple[Any, ...], result: Tensor) -> None:
+        """Remember where samples are folded with what follows them: x.view(-1, x.shape[-1])."""
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or not x.dim() or not result.dim() or not self.batch_first:
+            return
+        known, size = self.batch.folded.get(id(x)), self.batch.size
+        if name in ("view", "reshape", "flatten"):
+            shape = tuple(x.shape) if known is None else (size, *known[1], *x.shape[1:])
+            for j in range(2, len(shape) + 1 if shape[0] == size != len(result) else 0):
+                if math.prod(shape[:j]) == len(result) and shape[j:] == tuple(result.shape[1:]):
+                    self.batch.folded[id(result)] = (result, shape[1:j])
+                    return
+        elif known is not None and name in _ROWWISE and len(result) == len(x):
+            self.batch.folded[id(result)] = (result, known[1])
+
+    def rows_of(self, func: str, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """What puts samples along dimension 0 of tensors that lie as x does."""
+        known = self.batch.folded.get(id(x))
+        if known is None:
+            self.samples_first(func, x)
+            return lambda t: self.samples_first(func, t)
+        return lambda t: t.reshape(self.batch.size, *known[1], *t.shape[1:])
 
     def _written(self, tensor: Tensor) -> None:
         """Data was written to a tensor: neither it nor what shares its memory is constant."""
@@ -206,12 +233,14 @@ class Recorder(TorchFunctionMode):
             )
         return x
 
-    def tap(self, y: Tensor, record: Callable[..., None], *saved: Tensor) -> Tensor:
-        """y, whose gradient will be recorded; that of no samples is not."""
+    def tap(self, y: Tensor, record: Callable[..., None], *saved: Tensor, like: Tensor | None = None) -> Tensor:
+        """y, whose gradient will be recorded; that of no samples is not. like: whose rows are those of y."""
         y = _Tap.apply(y, self.batch.token, record if self.batch.size else _nothing, *saved)
         self.batch.coincides = self.batch.coincides or self.batch.size in y.shape[1:]
         if self.batch.taps is not None:
             self.batch.taps.append(y)
+        if id(like) in self.batch.folded:
+            self.batch.folded[id(y)] = (y, self.batch.folded[id(like)][1])
         return y
 
     def add(self, *uses: Contribution) -> None:
@@ -244,15 +273,15 @@ def _linear(watch: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None 
     if not watch.is_data(input):
         return _any_function(watch, F.linear, "linear", (input, weight, bias), {})
     y = F.linear(input, weight if w is None else weight.detach(), bias if b is None else _detached(bias))
-    x = watch.samples_first("linear", input.detach())
+    first = watch.rows_of("linear", input)
 
     def record(g: Tensor, a: Tensor) -> None:
-        g = watch.samples_first("linear", g)
+        a, g = first(a), first(g)
         size = len(g)
         a, g = a.reshape(size, -1 if size else 0, a.shape[-1]), g.reshape(size, -1 if size else 0, g.shape[-1])
         watch.add(*dense(w, b, a.to(g.dtype) if a.dtype != g.dtype else a, g))
 
-    return watch.tap(y, record, x)
+    return watch.tap(y, record, input.detach(), like=input)
 
 
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
@@ -297,24 +326,29 @@ def _convolution(function: Any, places: int) -> None:
             padding = 0 if padding == "valid" else tuple(d * (k - 1) // 2 for d, k in zip(dilation, size))
         padding = (padding,) * places if isinstance(padding, int) else tuple(padding)
         y = function(input, weight.detach(), _detached(bias), stride, padding, dilation, groups)
-        if input.dim() != places + 2 or len(input) != watch.batch.size:
+        if input.dim() != places + 2:
             raise ValueError(
-                f"privacy: conv{places}d sees a tensor of shape {list(input.shape)}, expected {watch.batch.size} samples along "
-                "dimension 0 as in the model's input"
+                f"privacy: conv{places}d sees a tensor of shape {list(input.shape)}, expected a batch: {places + 2} dimensions"
             )
+        watch.rows_of(f"conv{places}d", input)
 
         def record(g: Tensor, x: Tensor) -> None:
             if w is not None:
                 gradients = kernels.conv_gradients(x.to(g.dtype), g, w.size, stride, padding, dilation, groups)
-                watch.add(Rows(w, gradients))
+                watch.add(_summed(watch, w, gradients))
             if b is not None:
-                watch.add(Rows(b, g.flatten(2).sum(2)))
+                watch.add(_summed(watch, b, g.flatten(2).sum(2)))
 
-        return watch.tap(y, record, input.detach())
+        return watch.tap(y, record, input.detach(), like=input)
 
 
 for _function, _places in ((torch.conv1d, 1), (torch.conv2d, 2), (torch.conv3d, 3)):
     _convolution(_function, _places)
+
+
+def _summed(watch: Recorder, view: View, rows: Tensor) -> Rows:
+    """Gradients of samples, of rows into which samples may be folded with other things."""
+    return Rows(view, rows if len(rows) == watch.batch.size else rows.view(watch.batch.size, -1, *view.size).sum(1))
 
 
 # ---- embeddings and normalisation
@@ -350,14 +384,14 @@ def _embedding(
 
 
 def _affine(
-    watch: Recorder, name: str, y: Tensor, weight: Tensor | None, bias: Tensor | None, hat: Any, *saved: Tensor
+    watch: Recorder, name: str, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, hat: Any, *saved: Tensor
 ) -> Tensor:
-    """y = hat * weight + bias, over the last dimensions of y. hat(*saved): the normalised input."""
+    """y = hat * weight + bias, over the last dimensions of y. hat(*saved): the normalised input x."""
     w, b = watch.view(weight), watch.view(bias)
+    first = watch.rows_of(name, x)
 
     def record(g: Tensor, *saved: Tensor) -> None:
-        first = watch.samples_first(name, g)
-        for view, value in ((w, first * watch.samples_first(name, hat(*saved)) if w is not None else None), (b, first)):
+        for view, value in ((w, first(g * hat(*saved)) if w is not None else None), (b, first(g))):
             if view is not None and value is not None:
                 watch.add(
                     Rows(
@@ -365,7 +399,7 @@ def _affine(
                     )
                 )
 
-    return watch.tap(y, record, *saved)
+    return watch.tap(y, record, *saved, like=x)
 
 
 @handles(F.layer_norm)
@@ -383,6 +417,7 @@ def _layer_norm(
     return _affine(
         watch,
         "layer_norm",
+        input,
         y,
         weight,
         bias,
@@ -400,7 +435,9 @@ def _rms_norm(
     if not watch.is_data(input):
         return _any_function(watch, F.rms_norm, "rms_norm", (input, normalized_shape, weight, eps), {})
     y = F.rms_norm(input, normalized_shape, _detached(weight), eps)
-    return _affine(watch, "rms_norm", y, weight, None, lambda x: F.rms_norm(x, normalized_shape, None, eps), input.detach())
+    return _affine(
+        watch, "rms_norm", input, y, weight, None, lambda x: F.rms_norm(x, normalized_shape, None, eps), input.detach()
+    )
 
 
 @handles(F.group_norm)
@@ -415,8 +452,8 @@ def _group_norm(
     if not watch.is_data(input):
         return _any_function(watch, F.group_norm, "group_norm", (input, num_groups, weight, bias, eps), {})
     y = F.group_norm(input, num_groups, _detached(weight), _detached(bias), eps)
-    watch.samples_first("group_norm", input)
-    return _channels(watch, y, weight, bias, lambda x: F.group_norm(x, num_groups, None, None, eps), input.detach())
+    watch.rows_of("group_norm", input)
+    return _channels(watch, y, weight, bias, lambda x: F.group_norm(x, num_groups, None, None, eps), input)
 
 
 def _channels(watch: Recorder, y: Tensor, weight: Tensor | None, bias: Tensor | None, hat: Any, x: Tensor) -> Tensor:
@@ -425,11 +462,11 @@ def _channels(watch: Recorder, y: Tensor, weight: Tensor | None, bias: Tensor | 
 
     def record(g: Tensor, x: Tensor) -> None:
         if w is not None:
-            watch.add(Rows(w, (g * hat(x)).flatten(2).sum(2)))
+            watch.add(_summed(watch, w, (g * hat(x)).flatten(2).sum(2)))
         if b is not None:
-            watch.add(Rows(b, g.flatten(2).sum(2)))
+            watch.add(_summed(watch, b, g.flatten(2).sum(2)))
 
-    return watch.tap(y, record, x)
+    return watch.tap(y, record, x.detach(), like=x)
 
 
 @handles(F.instance_norm)
@@ -455,8 +492,8 @@ def _instance_norm(
     def hat(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         return F.instance_norm(x, weight=weight, bias=bias, eps=eps) if len(x) else x.clone()
 
-    watch.samples_first("instance_norm", input)
-    return _channels(watch, hat(input, _detached(weight), _detached(bias)), weight, bias, hat, input.detach())
+    watch.rows_of("instance_norm", input)
+    return _channels(watch, hat(input, _detached(weight), _detached(bias)), weight, bias, hat, input)
 
 
 @handles(F.batch_norm)
@@ -606,6 +643,36 @@ _QUESTIONS = {
     *("element_size", "is_floating_point", "is_complex", "__len__", "__hash__", "__format__", "__repr__", "untyped_storage"),
     *("detach", "requires_grad_", "get_device", "__set__", "register_hook", "register_post_accumulate_grad_hook"),
 }
+_ROWWISE = {
+    *("add", "sub", "mul", "div", "__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__truediv__", "pow", "__pow__"),
+    *("relu", "relu_", "gelu", "silu", "tanh", "sigmoid", "elu", "leaky_relu", "hardtanh", "softplus", "mish", "selu", "exp"),
+    *(
+        "dropout",
+        "dropout_",
+        "layer_norm",
+        "rms_norm",
+        "softmax",
+        "log_softmax",
+        "contiguous",
+        "clone",
+        "to",
+        "float",
+        "type_as",
+    ),
+    *(
+        "square",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "sin",
+        "cos",
+        "clamp",
+        "masked_fill",
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+    ),
+}
 _RANDOM = {"randn", "rand", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"}
 _VIEWS = {
     *("view", "view_as", "reshape", "expand", "expand_as", "broadcast_to", "t", "transpose", "permute", "movedim", "swapaxes"),
@@ -639,7 +706,8 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
     ours = [i for i, a in enumerate(leaves) if watch.param_of(a) is not None]
     batched = [i for i, a in enumerate(leaves) if watch.is_data(a)]
     for i in batched:
-        watch.samples_first(name, leaves[i])
+        watch.rows_of(name, leaves[i])
+    rows = len(leaves[batched[0]]) if batched and watch.batch_first else size
     dims = max((leaves[i].dim() for i in batched), default=0)
 
     def call(at: list[int], tensors: Sequence[Tensor]) -> Any:
@@ -653,9 +721,12 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
         return _derived(watch, func(*args, **kwargs))
     if name in _ELEMENTWISE and all(leaves[i].dim() < dims or len(leaves[i]) == 1 for i in ours):
         wide = [
-            leaves[i].view(*[1] * (dims - leaves[i].dim()), *leaves[i].shape).expand(size, *[-1] * (dims - 1)) for i in ours
+            leaves[i].view(*[1] * (dims - leaves[i].dim()), *leaves[i].shape).expand(rows, *[-1] * (dims - 1)) for i in ours
         ]
-        return call(ours, [_source(watch, v, leaves[i]) for i, v in zip(ours, wide)])
+        result = call(ours, [_source(watch, v, leaves[i]) for i, v in zip(ours, wide)])
+        if isinstance(result, Tensor) and id(leaves[batched[0]]) in watch.batch.folded:
+            watch.batch.folded[id(result)] = (result, watch.batch.folded[id(leaves[batched[0]])][1])
+        return result
     y = call(ours, [leaves[i].detach() for i in ours])
     what = f"privacy: {name} uses parameter {_names(watch, leaves, ours)}"
     if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
@@ -717,7 +788,7 @@ def _source(watch: Recorder, wide: Tensor, one: Tensor) -> Tensor:
     assert view is not None
 
     def record(g: Tensor) -> None:
-        watch.add(Rows(view, g.reshape(len(g), *view.size)))
+        watch.add(_summed(watch, view, g.reshape(len(g), *view.size)))
 
     return _Source.apply(watch.batch.token, wide.detach(), record)  # type: ignore[no-any-return]
 
