@@ -1310,3 +1310,23 @@ def test_gradients_near_the_end_of_single_precision():
     private(model)
     (model(torch.full((1, 1), 1e15)) * 1e30).sum().backward()
     assert model.weight.grad.abs() <= 1
+
+
+def test_private_optimizers_are_not_copied():
+    model = nn.Linear(3, 3)
+    for make in (torch.optim.SGD, optim.SGD):
+        optimizer = private(model, make(model.parameters(), lr=0.1))
+        for copying in (copy.deepcopy, pickle.dumps, lambda o: copy.deepcopy((model, o))):
+            with pytest.raises(TypeError, match="neither copied nor pickled"):
+                copying(optimizer)
+        optimizer.privacy.remove()
+        assert type(copy.deepcopy(optimizer)) is make
+
+
+def test_zero_grad_takes_counts_along():
+    model, inputs = made("perceptron")
+    optimizer = private(model, clipping="quantile", max_grad_norm=1e6)
+    for _ in range(3):
+        optimizer.zero_grad()
+        one_number_each(model(*inputs)).sum().backward()
+    assert optimizer.privacy.samples == 6 and float(optimizer.privacy._unclipped) == 3

@@ -127,6 +127,7 @@ class Privacy:
             optimizer.register_load_state_dict_pre_hook(_Hook(self._load)),
         ]
         self._agree()
+        optimizer.__deepcopy__ = optimizer.__reduce_ex__ = _uncopied  # type: ignore[method-assign, attr-defined]
 
     # ---- what it is made of
 
@@ -434,6 +435,9 @@ class Privacy:
                     self._add_lazily(use, factor)
                 else:
                     use.add_sum(sums, factor)
+        if not any(p.grad is not None for p in self._params) and not self._exact:  # zero_grad took what was there
+            self.samples = 0
+            self._unclipped.zero_()
         self.samples += size
         self.nonfinite += int(size - finite.sum())
         if self.clipping == "quantile":
@@ -646,7 +650,8 @@ class Privacy:
             handle.remove()
         if isinstance(self.optimizer, FusedOptimizer):
             self.optimizer._set_private_noise(None)
-        del self.optimizer.privacy  # type: ignore[attr-defined]
+        for name in ("privacy", "__deepcopy__", "__reduce_ex__"):
+            delattr(self.optimizer, name)
 
 
 def _one_of(owner: str, name: str, value: str, allowed: Iterable[str]) -> None:
@@ -668,6 +673,12 @@ def _leaves(tree: Any) -> list[Any]:
         whole = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
         leaves += _leaves([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]) if whole else [leaf]
     return leaves
+
+
+def _uncopied(*_: Any) -> Any:
+    raise TypeError(
+        "privacy: a private optimizer is neither copied nor pickled, its copy would not be private; use its state_dict"
+    )
 
 
 class _Backward:
