@@ -1,18 +1,20 @@
-"""Norms and gradients of single samples, against what people write in eager PyTorch."""
+"""Norms and gradients of single samples, and private steps of models, against what people write in eager PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops
+from .. import ops, optim, privacy
 from .measure import Case, Contest, Setting
+from .models import MODELS
 
 F32, BF16 = torch.float32, torch.bfloat16
+Run = Callable[[], object]
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -38,6 +40,9 @@ def cases(setting: Setting) -> Iterator[Case]:
     for channels, outputs, side in ((1, 16, 28), (16, 32, 14), (32, 64, 7)):
         size = f"{batch} x {channels} -> {outputs}, {side} x {side}"
         yield of("gradients of samples, 3 x 3", size, partial(_convolution, setting, batch, channels, outputs, side))
+    for name, model in MODELS.items():
+        batch = max(2, setting.scaled(model.batch))
+        yield of(f"private training step, {name}", f"batch {batch}", partial(_training, setting, name, batch))
 
 
 def _random(setting: Setting, *shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -156,3 +161,52 @@ def _convolution(setting: Setting, batch: int, channels: int, outputs: int, side
         elements=x.numel() + g.numel() + out.numel(),
         roof=roof,
     )
+
+
+def _training(setting: Setting, name: str, batch: int) -> Contest:
+    """Against the same step without privacy; bench/private_steps.py has the other packages, and memory."""
+    x, y = MODELS[name].data(batch, setting.device)
+
+    def step_of(secure: privacy.engine.Secure | None) -> Run:
+        torch.manual_seed(0)
+        model = MODELS[name].make().to(setting.device)
+        optimizer = optim.SGD(model.parameters(), lr=1e-3)
+        if secure:
+            privacy.make_private(
+                model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=batch, secure=secure
+            )
+
+        def step() -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        return step
+
+    peers: dict[str, Run] = {"plain": step_of(None), "fast noise": step_of("fast")}
+    if name.startswith(("MLP", "CNN")):  # torch.func has no rule for the others
+        peers["torch.func"] = _by_hand(setting, name, x, y)
+    numel = sum(p.numel() for p in MODELS[name].make().parameters())
+    return Contest(step_of("key"), peers, bytes=0, elements=numel)
+
+
+def _by_hand(setting: Setting, name: str, x: Tensor, y: Tensor) -> Run:
+    """Gradients of all samples by torch.func, clipped, summed, noised."""
+    model = MODELS[name].make().to(setting.device)
+    params = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(params.values(), lr=1e-3)
+
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, params, (x[None],)), y[None])
+
+    gradients = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))  # type: ignore[misc]
+
+    def step() -> None:
+        found = gradients({name: p.detach() for name, p in params.items()}, x, y)
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in found.values()]).norm(dim=0)
+        factor = (1 / norms).clamp(max=1)
+        for name, p in params.items():
+            p.grad = (torch.einsum("b,b...->...", factor, found[name]) + torch.randn_like(p)) / len(x)
+        optimizer.step()
+
+    return step

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -17,6 +16,7 @@ from torch.sparse._semi_structured_conversions import (
 
 from .. import ops, optim, sparsity
 from .measure import Case, Contest, Setting
+from .models import Block
 
 F32, BF16 = torch.float32, torch.bfloat16
 BETA, LAMB = 0.3, 2e-4
@@ -248,27 +248,13 @@ def _unpack(setting: Setting, side: int) -> Contest:
     )
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-
 def _vit(setting: Setting, batch: int, width: int) -> Contest:
     """64 tokens an image."""
     x = torch.randn(batch, 64, width, device=setting.device)
 
     def step_of(recipe: bool) -> Run:
         torch.manual_seed(0)
-        model = nn.Sequential(*[_Block(width, 3 if width % 3 == 0 else 4) for _ in range(4)]).to(setting.device)
+        model = nn.Sequential(*[Block(width, 3 if width % 3 == 0 else 4) for _ in range(4)]).to(setting.device)
         optimizer = optim.AdamW(model.parameters(), lr=1e-6)
         decay = sparsity.MaskDecay(model, {"*fc*": (1, 32), "*": (1, 8)}, end=1000, begin=0) if recipe else None
 
