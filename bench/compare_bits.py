@@ -9,6 +9,7 @@ import sys
 import torch
 
 from dither import noise, optim, sparsity
+from dither.privacy import kernels
 
 NUMEL = 10_000_019
 ADDRESS = {"seed": -5, "stream": 7, "step": 3, "start": 2**40 + 13}
@@ -79,6 +80,71 @@ def pruned(n, m, dtype, device):
     return made
 
 
+BATCHES = ((8, 1, 784, 512), (32, 64, 128, 384), (5, 33, 65, 7), (2, 300, 40, 1000))  # samples, steps, inputs, outputs
+CONVOLUTIONS = (  # samples, channels, outputs, side, kernel, stride, padding, dilation, groups
+    (64, 1, 16, 28, 3, 1, 1, 1, 1),
+    (64, 16, 32, 14, 3, 1, 1, 1, 1),
+    (7, 12, 18, 33, 5, 2, 3, 2, 3),
+    (3, 64, 96, 9, 1, 1, 0, 1, 1),
+)
+
+
+def normal(seed, dtype, device, *shape):
+    return noise.normal(shape, seed=seed).to(device, dtype)
+
+
+def norms_of_samples(dtype, device):
+    """Squared norms of gradients, of linear maps and embeddings; with an infinite sample."""
+    made = []
+    for seed, (batch, steps, inputs, outputs) in enumerate(BATCHES):
+        a, g = normal(2 * seed, dtype, device, batch, steps, inputs), normal(2 * seed + 1, dtype, device, batch, steps, outputs)
+        a.view(-1)[-1] = float("inf")
+        ids = noise.randint(0, 20, (batch, steps), seed=seed).to(device)
+        for add, *given in (
+            *((kernels.add_ghost_norm, a, g, bias) for bias in (False, True)),
+            *((kernels.add_squares, x) for x in (a, g)),
+            *((kernels.add_embedding_norm, ids, g, padding) for padding in (-1, 3)),
+        ):
+            out = torch.zeros(batch, dtype=torch.float64, device=device)
+            add(out, *given)
+            made.append(out)
+    return made
+
+
+def scaled_samples(dtype, device):
+    x = normal(1, dtype, device, 33, 100_003)
+    factor = noise.uniform(33, seed=2).to(device)
+    x[5], factor[5] = float("nan"), 0
+    return [kernels.scaled(x, factor)]
+
+
+def convolved(dtype, device):
+    """Gradients of convolutions, one for each sample."""
+    made = []
+    for seed, (batch, channels, outputs, side, k, *rest, groups) in enumerate(CONVOLUTIONS):
+        stride, padding, dilation = ((n, n) for n in rest)
+        reach = rest[2] * (k - 1) + 1
+        places = (side + 2 * rest[1] - reach) // rest[0] + 1
+        x = normal(2 * seed, dtype, device, batch, channels, side, side)
+        g = normal(2 * seed + 1, dtype, device, batch, outputs, places, places)
+        size = (outputs, channels // groups, k, k)
+        made.append(kernels.conv_gradients(x, g, size, stride, padding, dilation, groups))
+    return made
+
+
+def released(make, engine, dtype, device):
+    """Three steps with private noise."""
+    params = [noise.normal(n, seed=i).to(device, dtype).requires_grad_() for i, n in enumerate((1_000_003, 77_777, 5))]
+    optimizer = make(params, lr=1e-2)
+    seed = bytes(range(32)) if engine == "chacha20" else 11
+    optimizer._set_private_noise(optim.PrivateNoise(seed, engine, 2**31), std=1.1, scale=1 / 256)
+    for t in range(3):
+        for i, p in enumerate(params):
+            p.grad = noise.normal(p.shape, seed=100 + i, step=t).to(device, dtype)
+        optimizer.step()
+    return params
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
@@ -89,6 +155,13 @@ def main():
             subjects.update({f"{name}, {extra}, {dtype}": (stepped, make, arguments, dtype) for dtype in FLOATS})
     for n, m in ((2, 4), (1, 8), (8, 16), (16, 32)):
         subjects.update({f"{n}:{m}, {dtype}": (pruned, n, m, dtype) for dtype in FLOATS})
+    for dtype in FLOATS:
+        for run in (norms_of_samples, scaled_samples, convolved):
+            subjects[f"{run.__name__.replace('_', ' ')}, {dtype}"] = run, dtype
+    for make in (optim.SGD, optim.AdamW):
+        for engine in ("chacha20", "philox"):
+            for dtype in (torch.float32, torch.float64):
+                subjects[f"{make.__name__}, private noise, {engine}, {dtype}"] = released, make, engine, dtype
     wrong = 0
     for name, (run, *arguments) in subjects.items():
         different = 0

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All that a machine with a GPU should do, in under ten minutes: build for its GPU, run the tests on it, compare the bits of CPU
-# and CUDA, time the kernels. It installs nothing: torch, numpy, pybind11, cmake, ninja, nvcc, pytest and scipy must be there;
-# peers are timed where they are installed.
+# and CUDA, time private steps and the kernels. It installs nothing: torch, numpy, pybind11, cmake, ninja, nvcc, pytest and scipy
+# must be there; peers are timed where they are installed.
 #   PYTHON=python3 OUT=bench/results bash bench/gpu_visit.sh
-# writes to $OUT: build.log, tests.log, bits.log, <date>-<gpu>.json, <date>-<gpu>.md. The exit status is 0 if all of it succeeded.
+# writes to $OUT: build.log, tests.log, bits.log, steps.log, bench.log, <date>-<gpu>.json and .md,
+# <date>-<gpu>-private-steps.json and .md. The exit status is 0 if all of it succeeded.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -46,8 +47,9 @@ phase build 240 "$OUT/build.log" bash -c build
 workers=$("$PYTHON" -c 'import xdist; print("-n 6")' 2>/dev/null)
 # shellcheck disable=SC2086
 phase tests 240 "$OUT/tests.log" "$PYTHON" -m pytest -q $workers -k "cuda and not emulated_cuda"
-phase bits 60 "$OUT/bits.log" "$PYTHON" bench/compare_bits.py
+phase bits 90 "$OUT/bits.log" "$PYTHON" bench/compare_bits.py
 result="$OUT/$(date +%F)-$gpu"
+phase steps 90 "$OUT/steps.log" "$PYTHON" bench/private_steps.py --device cuda --models 784 28 transformer --out "$result-private-steps"
 phase bench 240 "$OUT/bench.log" "$PYTHON" -m dither bench --device cuda --json "$result.json" --markdown "$result.md"
 echo "after $SECONDS s: ${#failed[@]} failed ${failed[*]}"
 [ "${#failed[@]}" -eq 0 ]

@@ -258,6 +258,7 @@ def main():
         "date": datetime.date.today().isoformat(),
         "device": device_name(torch.device(args.device)),
         "command": " ".join(["python", *sys.argv]),
+        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) + f" on {os.cpu_count()} cores, before the run",
         "opacus": opacus,
         **build_info(),
     }
