@@ -1,6 +1,8 @@
 """The memory roof, the measurement and its reports. No time is asserted."""
 
 import json
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -83,6 +85,20 @@ def test_a_family_end_to_end(family, tiny, tmp_path, capsys):
         assert row.of_roof is None if "training step" in row.name else row.of_roof > 0
         assert row.name in out and f"| {row.name}" in table
     assert any(row.speedups for row in report.rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_private_steps_of_processes_in_turns(tmp_path):
+    script = pathlib.Path(__file__).parents[1] / "bench" / "private_steps.py"
+    if not script.exists():
+        pytest.skip("not in a checkout")
+    options = ["--models", "LSTM", "--contenders", "fast", "plain", "--threads", "1", "--quick", "--out"]
+    done = subprocess.run([sys.executable, script, *options, tmp_path / "steps"], capture_output=True, text=True)
+    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    (row,) = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert list(row["seconds"]) == ["dither, fast noise", "plain", "plain, tuned"] and row["clock"] == "cpu"
+    assert row["of_plain"]["plain"] == 1 and min(*row["megabytes"].values(), *row["seconds"].values()) > 0
+    assert (tmp_path / "steps.md").read_text().count("LSTM") == 4  # the command, three rows
 
 
 def test_bad_arguments():
