@@ -205,8 +205,13 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
             parts = result if isinstance(result, (tuple, list)) else [result]
             return result if all(self.param_of(t) is not None for t in parts) else _derived(self, result)
-        args, kwargs = pytree.tree_map(self.activation, (args, kwargs))
-        if not any(self.param_of(t) is not None for t in pytree.tree_leaves((args, kwargs))):
+        if any(type(a) in (list, tuple) and any(isinstance(t, Tensor) for t in a) for a in (*args, *kwargs.values())):
+            args, kwargs = pytree.tree_map(self.activation, (args, kwargs))
+            tensors = pytree.tree_leaves((args, kwargs))
+        else:  # most calls, and pytree takes its time
+            args, kwargs = tuple(map(self.activation, args)), {name: self.activation(a) for name, a in kwargs.items()}
+            tensors = [*args, *kwargs.values()]
+        if not any(self.param_of(t) is not None for t in tensors):
             return func(*args, **kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
@@ -451,9 +456,22 @@ def _group_norm(
 ) -> Tensor:
     if not watch.is_data(input):
         return _any_function(watch, F.group_norm, "group_norm", (input, num_groups, weight, bias, eps), {})
-    y = F.group_norm(input, num_groups, _detached(weight), _detached(bias), eps)
     watch.rows_of("group_norm", input)
-    return _channels(watch, y, weight, bias, lambda x: F.group_norm(x, num_groups, None, None, eps), input)
+    rows, channels, places = len(input), input.shape[1], math.prod(input.shape[2:])
+    x, w, b = input.contiguous(), watch.view(weight), watch.view(bias)
+    y, mean, rstd = torch.native_group_norm(x, _detached(weight), _detached(bias), rows, channels, places, num_groups, eps)
+
+    def record(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+        """The gradients of rows are those of one row with as many times the channels and the groups."""
+        many, groups = rows * channels, rows * num_groups
+        g, x = (t.to(g.dtype).contiguous().view(1, many, places) for t in (g, x))
+        mean, rstd = (t.to(g.dtype).view(1, groups) for t in (mean, rstd))
+        sums = torch.ops.aten.native_group_norm_backward(
+            g, x, mean, rstd, g.new_ones(many), 1, many, places, groups, [False, w is not None, b is not None]
+        )
+        watch.add(*(_summed(watch, v, each.view(rows, channels)) for v, each in zip((w, b), sums[1:]) if v is not None))
+
+    return watch.tap(y, record, x.detach(), mean.detach(), rstd.detach(), like=input)
 
 
 def _channels(watch: Recorder, y: Tensor, weight: Tensor | None, bias: Tensor | None, hat: Any, x: Tensor) -> Tensor:
