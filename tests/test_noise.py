@@ -1,6 +1,5 @@
 """Addressed noise: value = f(seed, stream, step, element), the same bits on every backend, machine and split."""
 
-import contextlib
 import doctest
 import functools
 import hashlib
@@ -21,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dither
 from conftest import Backend
 from dither import noise, reference
+from machines import machine
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -179,21 +179,6 @@ def test_every_split_gives_the_same_bits(backend, case, engine):
         whole = draw(CPU, case, 1500, dtype, engine, start=41)
         for n, at in pieces:
             assert torch.equal(draw(backend, case, n, dtype, engine, start=41 + at), whole[at : at + n]), (dtype, n, at)
-
-
-@contextlib.contextmanager
-def machine(threads=None, capability=None, flush=False):
-    before = torch.get_num_threads(), dither.build_info()["cpu_capability"]
-    try:
-        torch.set_num_threads(threads or before[0])
-        dither._C.set_cpu_capability(capability or before[1])
-        assert dither.build_info()["cpu_capability"] == (capability or before[1])
-        assert not flush or torch.set_flush_denormal(True)
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        dither._C.set_cpu_capability(before[1])
-        torch.set_flush_denormal(False)
 
 
 MACHINES = [{"threads": n} for n in (1, 2, 3, 7)] + [{"capability": c} for c in ("default", "avx2", "avx512")]

@@ -1,6 +1,5 @@
 """fused_step_, sum_of_squares and the optimizers over them: numbers, bits, what every optimizer does, what is refused."""
 
-import contextlib
 import copy
 import dataclasses
 import io
@@ -14,6 +13,7 @@ import torch
 import dither
 from conftest import NAMES
 from dither import optim, reference
+from machines import machine
 from optim_table import BF16, EXTRAS, F16, F32, F64, FLAVOURS, HYPER, ROWS, Call, same, tensors_of, with_gradients
 
 CPU = torch.ops.dither
@@ -133,18 +133,6 @@ def test_alignment_does_not_matter(backend, name):
         shifted.renew(t)
         shifted.run(backend.ops.fused_step_)
     assert same(shifted.written, after(call, CPU.fused_step_, 2))
-
-
-@contextlib.contextmanager
-def machine(threads=None, capability=None):
-    before = torch.get_num_threads(), dither.build_info()["cpu_capability"]
-    try:
-        torch.set_num_threads(threads or before[0])
-        dither._C.set_cpu_capability(capability or before[1])
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        dither._C.set_cpu_capability(before[1])
 
 
 MACHINES = [{"threads": n} for n in (1, 2, 3)] + [{"capability": c} for c in dither.build_info()["cpu_usable"]]

@@ -23,12 +23,7 @@ from dither.privacy.tuning import private_search, repetitions, search_epsilon
 KEY = bytes(range(32))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

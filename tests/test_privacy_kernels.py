@@ -1,6 +1,5 @@
 """Norms and gradients of single samples: the definition, torch.func in float64, and the same bits everywhere."""
 
-import contextlib
 import itertools
 import math
 import re
@@ -13,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 import dither
 from conftest import Backend
 from dither import reference
+from machines import machine
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -20,18 +20,6 @@ CPU = Backend("cpu", torch.ops.dither, "cpu")
 OPERATORS = ("ghost_norm_", "sample_squares_", "embedding_norm_", "scale_rows_", "conv_sample_grads_")
 WRITTEN = {name: "x" if name == "scale_rows_" else "out" for name in OPERATORS}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@contextlib.contextmanager
-def machine(threads=None, capability=None):
-    before = torch.get_num_threads(), dither.build_info()["cpu_capability"]
-    try:
-        torch.set_num_threads(threads or before[0])
-        dither._C.set_cpu_capability(capability or before[1])
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        dither._C.set_cpu_capability(before[1])
 
 
 MACHINES = [{"capability": c} for c in dither.build_info()["cpu_usable"]] + [{"threads": n} for n in (1, 2, 3, 7)]

@@ -22,6 +22,7 @@ from torch.sparse import _semi_structured_conversions as conversions
 import dither
 from conftest import Backend
 from dither import optim, reference, sparsity
+from machines import machine
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -44,20 +45,6 @@ def words(t):
 
 def same_bits(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(words(a), words(b))
-
-
-@contextlib.contextmanager
-def machine(threads=None, capability=None, flush=False):
-    before = torch.get_num_threads(), dither.build_info()["cpu_capability"]
-    try:
-        torch.set_num_threads(threads or before[0])
-        dither._C.set_cpu_capability(capability or before[1])
-        assert not flush or torch.set_flush_denormal(True)
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        dither._C.set_cpu_capability(before[1])
-        torch.set_flush_denormal(False)
 
 
 CAPABILITIES = [{"capability": c} for c in dither.build_info()["cpu_usable"]]

@@ -221,7 +221,9 @@ class Tied(Contribution):
         return Tied(self.dense.part(samples), self.lookup.part(samples))
 
     def joined(self, others: Sequence[Contribution]) -> Contribution:
-        raise NotImplementedError
+        uses = [use for use in others if isinstance(use, Tied)]
+        joined = (self.dense.joined([use.dense for use in uses]), self.lookup.joined([use.lookup for use in uses]))
+        return Tied(*joined)  # type: ignore[arg-type]
 
 
 def dense(weight: View | None, bias: View | None, a: Tensor, g: Tensor) -> list[Contribution]:
