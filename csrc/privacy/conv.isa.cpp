@@ -1,41 +1,13 @@
 #include "conv.h"
 #include "../common/mask_cpu.h"
+#include "../common/shuffle_cpu.h"
 
 namespace dither::DITHER_ISA {
-#define INLINE inline __attribute__((always_inline))
-template <class T>
-struct Lanes {
-  using type __attribute__((vector_size(DITHER_VECTOR_BYTES))) = T;
-  static constexpr int count = DITHER_VECTOR_BYTES / sizeof(T);
-};
 constexpr int kSums = DITHER_VECTOR_BYTES == 64 ? 24 : 12;  // vectors of sums in registers
 constexpr int64_t kOutputs = kConvOutputs;
 
-// ---- L x L numbers transposed: each of log2 L steps rotates the bits of an element's address by one.
+// ---- L x L numbers transposed
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) return __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...)   \
-  using I = decltype(a > b); \
-  return __builtin_shuffle(a, b, I{__VA_ARGS__})
-#endif
-template <class V>
-static INLINE V even(V a, V b) {
-  constexpr int L = sizeof(V) / sizeof(a[0]);
-  if constexpr (L == 2) SHUFFLE(a, b, 0, 2);
-  else if constexpr (L == 4) SHUFFLE(a, b, 0, 2, 4, 6);
-  else if constexpr (L == 8) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-  else SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-}
-template <class V>
-static INLINE V odd(V a, V b) {
-  constexpr int L = sizeof(V) / sizeof(a[0]);
-  if constexpr (L == 2) SHUFFLE(a, b, 1, 3);
-  else if constexpr (L == 4) SHUFFLE(a, b, 1, 3, 5, 7);
-  else if constexpr (L == 8) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-  else SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
 // from[r * stride + c] to to[c * to_stride + r]; past the caches: whole vectors, aligned.
 template <bool kStream = false, class T>
 static INLINE void transpose(const T* from, int64_t stride, T* to, int64_t to_stride) {
@@ -44,17 +16,7 @@ static INLINE void transpose(const T* from, int64_t stride, T* to, int64_t to_st
   V x[L];
 #pragma GCC unroll 16
   for (int r = 0; r < L; ++r) __builtin_memcpy(&x[r], from + r * stride, sizeof(V));
-#pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2) {
-    V y[L];
-#pragma GCC unroll 8
-    for (int p = 0; p < L / 2; ++p) {
-      y[p] = even(x[2 * p], x[2 * p + 1]);
-      y[L / 2 + p] = odd(x[2 * p], x[2 * p + 1]);
-    }
-#pragma GCC unroll 16
-    for (int p = 0; p < L; ++p) x[p] = y[p];
-  }
+  transpose(x);
 #pragma GCC unroll 16
   for (int r = 0; r < L; ++r)
     if constexpr (kStream) stream(to + r * to_stride, x[r]);

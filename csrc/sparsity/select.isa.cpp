@@ -1,48 +1,12 @@
 #include "select.h"
 #include "../common/mask_cpu.h"
+#include "../common/shuffle_cpu.h"
 
 namespace dither::DITHER_ISA {
-#define INLINE inline __attribute__((always_inline))
 // A block of keys: lane l of vector j is element j of group l.
-template <class Key>
-struct Lanes {
-  using type __attribute__((vector_size(DITHER_VECTOR_BYTES))) = Key;
-  static constexpr int count = DITHER_VECTOR_BYTES / sizeof(Key);
-};
 template <class Key>
 using Vector = typename Lanes<Key>::type;
 
-template <int... i>
-struct Indices {};
-template <int n, int... i>
-struct CountTo : CountTo<n - 1, n - 1, i...> {};
-template <int... i>
-struct CountTo<0, i...> {
-  using type = Indices<i...>;
-};
-template <class V>
-constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
-// Lane i becomes lane at(i) of a and b in a row.
-template <class V, class At, int... i>
-static INLINE V shuffle(V a, V b, At at, Indices<i...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, at(i)...);
-#else
-  return __builtin_shuffle(a, b, V{at(i)...});
-#endif
-}
-template <class V, class At>
-static INLINE V shuffle(V a, V b, At at) {
-  return shuffle(a, b, at, typename CountTo<kLanes<V>>::type{});
-}
-template <class V>
-static INLINE V even(V a, V b) {
-  return shuffle(a, b, [](int i) { return 2 * i; });
-}
-template <class V>
-static INLINE V odd(V a, V b) {
-  return shuffle(a, b, [](int i) { return 2 * i + 1; });
-}
 template <class V>
 static INLINE V low(V a, V b) {
   return shuffle(a, b, [](int i) { return i / 2 + i % 2 * kLanes<V>; });
@@ -52,21 +16,7 @@ static INLINE V high(V a, V b) {
   return shuffle(a, b, [](int i) { return i / 2 + i % 2 * kLanes<V> + kLanes<V> / 2; });
 }
 
-// [groups][M] -> [M][groups] and back: each of log2 M steps rotates the bits of an element's address by one.
-template <int M, class V>
-static INLINE void transpose(V (&x)[M]) {
-#pragma GCC unroll 5
-  for (int step = 1; step < M; step *= 2) {
-    V y[M];
-#pragma GCC unroll 16
-    for (int p = 0; p < M / 2; ++p) {
-      y[p] = even(x[2 * p], x[2 * p + 1]);
-      y[M / 2 + p] = odd(x[2 * p], x[2 * p + 1]);
-    }
-#pragma GCC unroll 32
-    for (int p = 0; p < M; ++p) x[p] = y[p];
-  }
-}
+// The way back.
 template <int M, class V>
 static INLINE void transpose_back(V (&x)[M]) {
 #pragma GCC unroll 5
