@@ -659,6 +659,47 @@ def test_going_back_does_not_repeat_noise():
     assert not torch.equal(*ends) and optimizer.privacy.ledger.steps == 2, "what was released stays so"
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, optim.SGD], ids=["torch", "dither"])
+@pytest.mark.parametrize("key", [KEY, None], ids=["key", "no key"])
+def test_what_is_refused_changes_nothing(make, key):
+    """Whoever refuses it: the ledger, a table, or the optimizer itself, which sees other groups or shapes."""
+    model, optimizer = run_words("table.*", make, 1.0, key=key, momentum=0.9)
+    saved = optimizer.state_dict()
+
+    def changed(**changes):
+        return {**saved, "privacy": {**saved["privacy"], **changes}}
+
+    rows = {**saved["privacy"]["tables"]["table.weight"], "last": torch.zeros(3, dtype=torch.int32)}
+    phases = [{**phase, "noise_multiplier": 3.0} for phase in saved["privacy"]["ledger"]["phases"]]
+    wrong = {
+        "different number of parameter groups": {**saved, "param_groups": saved["param_groups"] * 2},
+        "doesn't match the size": {**saved, "param_groups": [{**saved["param_groups"][0], "params": [0]}]},
+        "noise_multiplier is 3.0, expected 1.0": changed(ledger={**saved["privacy"]["ledger"], "phases": phases}),
+        "the state is of 3 rows, expected 40": changed(tables={"table.weight": rows}),
+        "lazy noise of [], expected the same": changed(tables={}),
+        "state_dict has no 'nonfinite'": {**saved, "privacy": {"ledger": {}}},
+    }
+    if make is optim.SGD:
+        state = {i: {**st, "momentum_buffer": torch.zeros(1)} for i, st in saved["state"].items()}
+        wrong["'momentum_buffer' of shape [1]"] = {**saved, "state": state}
+    model, optimizer = run_words("table.*", make, 1.0, steps=3, key=key, momentum=0.9)
+    private, table = optimizer.privacy, optimizer.privacy._tables[model.table.weight]
+    private.nonfinite = 5
+
+    def present():
+        noise = (private._secret, private._noise, private.nonfinite)
+        return (private.ledger.phases, *noise, table._key, table.steps, table.pending)
+
+    before = present()
+    for message, state_dict in wrong.items():
+        with pytest.raises(ValueError) as caught:
+            optimizer.load_state_dict(state_dict)
+        assert message in str(caught.value)
+        assert present() == before, message
+    optimizer.load_state_dict(saved)
+    assert private.ledger.steps == 12 and private.nonfinite == 0 and table.steps == 12
+
+
 # Refusals
 
 
@@ -902,12 +943,12 @@ class Words(nn.Module):
         return self.head(self.table(ids).mean(1))
 
 
-def run_words(lazy, make, noise_multiplier, steps=12, rows=40, **options):
+def run_words(lazy, make, noise_multiplier, steps=12, rows=40, key=None, **options):
     torch.manual_seed(0)
     model = Words(rows).to(F64)
     optimizer = make(model.parameters(), lr=0.5, **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    private(model, optimizer, noise_multiplier=noise_multiplier, max_grad_norm=0.5, lazy=lazy, key=None)
+    private(model, optimizer, noise_multiplier=noise_multiplier, max_grad_norm=0.5, lazy=lazy, key=key)
     g = torch.Generator().manual_seed(1)
     for t in range(steps):
         for size in (3, 2) if t != 4 else (0,):  # an empty batch too

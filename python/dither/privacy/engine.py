@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -117,6 +118,7 @@ class Privacy:
         self._depth = self._outermost = 0  # of modules inside each other: now, and of the one that entered the recorder
         self._backward: Callable[[], _Backward | None] = lambda: None  # the pass that runs, if one does
         self._suspicious = True  # until the first backward pass with samples
+        self._checked: dict[str, Any] = {}  # what is being loaded
         self._handles = [
             *(m.register_state_dict_pre_hook(_Hook(self.flush)) for m in model.modules() if self._tables),
             *(m.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True) for m in model.modules()),
@@ -124,7 +126,8 @@ class Privacy:
             optimizer.register_step_pre_hook(_Hook(self._before_step)),
             optimizer.register_step_post_hook(_Hook(self._after_step)),
             optimizer.register_state_dict_post_hook(_Hook(self._save)),
-            optimizer.register_load_state_dict_pre_hook(_Hook(self._load)),
+            optimizer.register_load_state_dict_pre_hook(_Hook(self._check_state)),
+            optimizer.register_load_state_dict_post_hook(_Hook(self._load)),
         ]
         self._agree()
         optimizer.__deepcopy__ = optimizer.__reduce_ex__ = _uncopied  # type: ignore[method-assign, attr-defined]
@@ -620,18 +623,29 @@ class Privacy:
         tables = {self._params[p]: table.state_dict() for p, table in self._tables.items()}
         state_dict["privacy"] = {**state, "tables": tables}
 
-    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        if "privacy" not in state_dict:
+    def _check_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Refuse what does not fit. What fits waits in `_checked` until torch too has found and loaded what it expects."""
+        state = state_dict.get("privacy")
+        if state is None:
             raise ValueError(
                 "privacy: state_dict has no ledger, expected one of a private optimizer; load others before make_private"
             )
-        state = state_dict["privacy"]
+        for name in ("ledger", "nonfinite", "max_grad_norm", "tables"):
+            if name not in state:
+                raise ValueError(f"privacy: state_dict has no {name!r}")
+        copy.copy(self.ledger).load_state_dict(state["ledger"], check_key=self._given_key)
+        if set(state["tables"]) != {self._params[p] for p in self._tables}:
+            raise ValueError(f"privacy: state_dict has lazy noise of {sorted(state['tables'])}, expected the same as here")
+        for p, table in self._tables.items():
+            table.check_state(state["tables"][self._params[p]])
+        self._checked = state
+
+    def _load(self, optimizer: Optimizer) -> None:
+        state, self._checked = self._checked, {}
         spent = self.ledger.state_dict() if self.ledger.steps else None
         self.ledger.load_state_dict(state["ledger"], check_key=self._given_key)
         if spent is not None and sum(phase["steps"] for phase in spent["phases"]) > self.ledger.steps:
             self.ledger.load_state_dict(spent, check_key=False)  # what was released stays so
-        if set(state["tables"]) != {self._params[p] for p in self._tables}:
-            raise ValueError(f"privacy: state_dict has lazy noise of {sorted(state['tables'])}, expected the same as here")
         self.nonfinite = state["nonfinite"]
         if self.clipping == "quantile":
             self.max_grad_norm = self._norms[0] = state["max_grad_norm"]

@@ -193,8 +193,8 @@ class LazyTable:
             "momentum_buffer": None if self.momentum_buffer is None else self.momentum_buffer.clone(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`, with the weight of that time."""
+    def check_state(self, state: dict[str, Any]) -> None:
+        """ValueError unless `state` is one that `load_state_dict` takes."""
         if set(state) != set(self.state_dict()) or state["version"] != _VERSION:
             raise ValueError(f"LazyTable: the state is not one of LazyTable, version {_VERSION}")
         for name in ("mode", "momentum", "dampening", "nesterov"):
@@ -202,10 +202,16 @@ class LazyTable:
                 raise ValueError(f"LazyTable: the state has {name} {state[name]!r}, expected {getattr(self, name)!r}")
         steps, first, last, history = state["steps"], state["first"], state["last"], state["history"]
         expected = (2 * (steps - first), self._history.shape[1])
-        if last.shape != self._last.shape or tuple(history.shape) != expected:
+        m, own = state["momentum_buffer"], self.momentum_buffer
+        if last.shape != self._last.shape or tuple(history.shape) != expected or (own is not None and m.shape != own.shape):
             raise ValueError(f"LazyTable: the state is of {last.numel()} rows, expected {self._last.numel()}")
         if last.numel() and not (first <= int(last.min()) and int(last.max()) <= steps):
             raise ValueError("LazyTable: the state has rows outside its history")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`, with the weight of that time. What does not fit is refused, nothing changes."""
+        self.check_state(state)
+        steps, first, last, history = state["steps"], state["first"], state["last"], state["history"]
         if self.momentum_buffer is not None:
             self.momentum_buffer.copy_(state["momentum_buffer"])
         room = self._room(max(64, 1 << (steps - first).bit_length()))
