@@ -23,19 +23,18 @@ for epsilon in (None, 4.0, 1.0):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
     optimizer = dither.optim.AdamW(model.parameters(), lr=1e-2)
+    loader = privacy.poisson_loader(data, RATE, steps=STEPS)
     if epsilon:
         privacy.make_private_with_epsilon(
             model,
             optimizer,
             target_epsilon=epsilon,
             target_delta=DELTA,
-            sample_rate=RATE,
+            loader=loader,
             steps=STEPS,
             max_grad_norm=1.0,
-            expected_batch_size=RATE * len(data),
             loss_reduction="sum",
         )
-    loader = privacy.poisson_loader(data, RATE, steps=STEPS)
     for (x, y), is_last in privacy.split(loader, 128):
         nn.functional.cross_entropy(model(x), y, reduction="sum").backward()  # clips, and adds to what the batch has so far
         if is_last:

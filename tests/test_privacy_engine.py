@@ -687,8 +687,8 @@ def test_what_is_refused_changes_nothing(make, key):
     private.nonfinite = 5
 
     def present():
-        noise = (private._secret, private._noise, private.nonfinite)
-        return (private.ledger.phases, *noise, table._key, table.steps, table.pending)
+        draws = (private._secret, private._noise, private.nonfinite)
+        return (private.ledger.phases, *draws, table._key, table.steps, table.pending)
 
     before = present()
     for message, state_dict in wrong.items():
@@ -896,6 +896,34 @@ def test_epsilon_of_a_training():
     one_number_each(model(*inputs)).sum().backward()
     optimizer.step()
     assert 0 < privacy.get_epsilon(optimizer, 1e-5, "rdp") < 1
+
+
+def test_the_loader_says_rate_and_size():
+    data = torch.utils.data.TensorDataset(torch.zeros(200, 5))
+    loader = privacy.poisson_loader(data, 0.1)
+    sampler = privacy.PoissonSampler(200, 0.1)
+    for given in (loader, sampler, torch.utils.data.DataLoader(data, batch_sampler=sampler)):
+        optimizer = private(pair(), loader=given, expected_batch_size=None)
+        assert (optimizer.privacy.sample_rate, optimizer.privacy.expected_batch_size) == (0.1, 20.0)
+        assert optimizer.privacy.ledger.phases[-1].sample_rate == 0.1
+    optimizer = private(pair(), loader=loader, sample_rate=0.1, expected_batch_size=7)
+    assert optimizer.privacy.expected_batch_size == 7
+    with pytest.raises(ValueError, match=r"sample_rate is 0\.2, expected 0\.1 as in loader, or None"):
+        private(pair(), loader=loader, sample_rate=0.2)
+    shuffled = torch.utils.data.DataLoader(data, batch_size=20, shuffle=True)
+    with pytest.raises(TypeError, match="loader is DataLoader, expected one of poisson_loader"):
+        private(pair(), loader=shuffled)
+    with pytest.raises(TypeError, match="expected_batch_size and loader are None"):
+        private(pair(), expected_batch_size=None)
+    pytest.importorskip("dp_accounting")
+    target = {"target_epsilon": 2.0, "target_delta": 1e-5, "steps": 1000, "accountant": "rdp", "max_grad_norm": 1.0}
+    model = pair()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="make_private_with_epsilon: sample_rate and loader are None"):
+        privacy.make_private_with_epsilon(model, optimizer, **target)
+    privacy.make_private_with_epsilon(model, optimizer, loader=loader, **target)
+    want = privacy.noise_multiplier(2.0, 1e-5, 0.1, steps=1000, accountant="rdp")
+    assert optimizer.privacy.noise_multiplier == want and optimizer.privacy.expected_batch_size == 20
 
 
 # Integer sums and lazy tables

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from .. import noise
 from .._checks import instance
@@ -30,6 +31,7 @@ from .lazy import LazyTable
 from .ledger import Ledger
 from .modules import refused
 from .recording import Batch, Recorder, trace_back
+from .sampling import PoissonLoader, PoissonSampler, sampler_of
 
 Secure = Literal["key", "fast", "exact"]
 _ENGINES = {"key": "chacha20", "fast": "philox", "exact": "chacha20"}
@@ -738,8 +740,9 @@ def make_private(
     *,
     noise_multiplier: float,
     max_grad_norm: float | Mapping[str, float],
-    expected_batch_size: float,
+    expected_batch_size: float | None = None,
     sample_rate: float | None = None,
+    loader: PoissonLoader | PoissonSampler | DataLoader[Any] | None = None,
     clipping: Clipping = "flat",
     secure: Secure = "key",
     loss_reduction: Literal["mean", "sum"] = "mean",
@@ -752,10 +755,9 @@ def make_private(
 ) -> tuple[nn.Module, Optimizer]:
     """Make steps differentially private: DP-SGD (Abadi et al. 2016) with any optimizer, in one backward pass.
 
-        model, optimizer = make_private(
-            model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=256, sample_rate=256 / len(data)
-        )
-        for x, y in poisson_loader(data, sample_rate=256 / len(data)):
+        loader = poisson_loader(data, sample_rate=256 / len(data))
+        model, optimizer = make_private(model, optimizer, noise_multiplier=1.0, max_grad_norm=1.0, loader=loader)
+        for x, y in loader:
             optimizer.zero_grad()
             loss(model(x), y).backward()
             optimizer.step()
@@ -773,8 +775,9 @@ def make_private(
         max_grad_norm: C > 0, to which the gradient of each sample is clipped. With clipping="per_layer" it is divided evenly
             over modules, or a dict from patterns of module names to their norms C_k; then C^2 is the sum of C_k^2.
         expected_batch_size: what sums are divided by, of all processes together and of all backward passes of a step. Batches
-            may be smaller or larger; privacy does not depend on it.
-        sample_rate: the probability with which each sample is in a batch; for `get_epsilon`.
+            may be smaller or larger; privacy does not depend on it. By default that of `loader`.
+        sample_rate: the probability with which each sample is in a batch; for `get_epsilon`. By default that of `loader`.
+        loader: of `poisson_loader`, or a `PoissonSampler`; it is only asked for its sample_rate and the size of its batches.
         clipping: see `clip_factor`. With "quantile" C follows the target_quantile of norms by exp(-quantile_lr (fraction -
             target_quantile)) in each step (Andrew et al. 2021), where the fraction has noise of unclipped_num_std samples
             (default expected_batch_size / 20, at least noise_multiplier); the gradients' noise is raised so that both together
@@ -794,6 +797,13 @@ def make_private(
     second backward pass over a batch, 16-bit parameters, a checkpoint without ledger or of other settings. A sample whose
     gradient is not finite counts as 0 and in `privacy.nonfinite`.
     """
+    owner = "make_private"
+    sample_rate = _rate(owner, sample_rate, loader)
+    if loader is not None and expected_batch_size is None:
+        sampler = sampler_of(owner, loader)
+        expected_batch_size = sampler.num_samples * sampler.sample_rate
+    if expected_batch_size is None:
+        raise TypeError(f"{owner}: expected_batch_size and loader are None, expected one of them")
     optimizer.privacy = Privacy(  # type: ignore[attr-defined]
         model,
         optimizer,
@@ -820,7 +830,8 @@ def make_private_with_epsilon(
     *,
     target_epsilon: float,
     target_delta: float,
-    sample_rate: float,
+    sample_rate: float | None = None,
+    loader: PoissonLoader | PoissonSampler | DataLoader[Any] | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     accountant: accounting.Accountant = "pld",
@@ -830,12 +841,26 @@ def make_private_with_epsilon(
 
     Other arguments: as there. Needs dp-accounting.
     """
+    owner = "make_private_with_epsilon"
     if "noise_multiplier" in options:
-        raise TypeError("make_private_with_epsilon: unexpected keyword 'noise_multiplier', which follows from target_epsilon")
+        raise TypeError(f"{owner}: unexpected keyword 'noise_multiplier', which follows from target_epsilon")
+    sample_rate = _rate(owner, sample_rate, loader)
+    if sample_rate is None:
+        raise TypeError(f"{owner}: sample_rate and loader are None, expected one of them")
     sigma = accounting.noise_multiplier(
         target_epsilon, target_delta, sample_rate, steps=steps, epochs=epochs, accountant=accountant
     )
-    return make_private(model, optimizer, noise_multiplier=sigma, sample_rate=sample_rate, **options)
+    return make_private(model, optimizer, noise_multiplier=sigma, sample_rate=sample_rate, loader=loader, **options)
+
+
+def _rate(owner: str, sample_rate: float | None, loader: Any) -> float | None:
+    """The sample_rate of the loader, if there is one, else the given one."""
+    if loader is None:
+        return sample_rate
+    rate = sampler_of(owner, loader).sample_rate
+    if sample_rate not in (None, rate):
+        raise ValueError(f"{owner}: sample_rate is {sample_rate!r}, expected {rate!r} as in loader, or None")
+    return rate
 
 
 def get_epsilon(optimizer: Optimizer, delta: float, accountant: accounting.Accountant = "pld") -> float:

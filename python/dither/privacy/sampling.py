@@ -125,6 +125,16 @@ class PoissonSampler(Sampler[list[int]]):
 _AGREE = ("num_samples", "sample_rate", "steps")
 
 
+def sampler_of(owner: str, loader: Any) -> PoissonSampler:
+    """The sampler that draws the batches of a loader; TypeError where none does."""
+    for sampler in (loader, getattr(loader, "poisson", None), getattr(loader, "batch_sampler", None)):
+        if isinstance(sampler, PoissonSampler):
+            return sampler
+    raise TypeError(
+        f"{owner}: loader is {type(loader).__name__}, expected one of poisson_loader: epsilon holds for Poisson sampling alone"
+    )
+
+
 class PoissonLoader(DataLoader):
     """A DataLoader of Poisson batches, made by `poisson_loader`. step: the number of the next batch that it will give.
 
