@@ -288,7 +288,9 @@ def test_processes_share_the_batches_of_one(monkeypatch):
     whole = PoissonSampler(1000, 0.05, key=KEY)
     parts = [PoissonSampler(1000, 0.05, key=KEY, rank=r, world_size=3) for r in range(3)]
     for step in range(20):
+        sizes = [part.indices(step).numel() for part in parts]
         assert torch.equal(torch.cat([part.indices(step) for part in parts]), whole.indices(step))
+        assert [part.most(step) for part in parts] == [max(sizes)] * 3 and whole.most(step) == sum(sizes)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 2)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
@@ -358,6 +360,17 @@ def test_split_cuts_batches(workers):
         break  # the rest of the batch is given again
     start = loader.step
     assert len(next(iter(loader))["a"]) == len(PoissonSampler(50, 0.1, key=KEY).indices(start)), "whole again"
+
+
+def test_processes_get_as_many_pieces():
+    parts = [poisson_loader(range(60), 0.1, key=KEY, steps=30, rank=r, world_size=3) for r in range(3)]
+    pieces = [list(split(part, 2)) for part in parts]
+    ends = [[is_last for _, is_last in some] for some in pieces]
+    assert ends[0] == ends[1] == ends[2] and ends[0].count(True) == 30
+    assert any(not len(piece) and not is_last for some in pieces for piece, is_last in some), "some have nothing left"
+    for part, some in zip(parts, pieces):
+        drawn = [part.poisson.indices(step) for step in range(30)]
+        assert part.step == 30 and torch.equal(torch.cat([piece for piece, _ in some]), torch.cat(drawn))
 
 
 def test_a_dataloader_is_taken_over():

@@ -79,6 +79,54 @@ def shards_are_the_whole(mesh):
         torch.testing.assert_close(whole(got), want, rtol=1e-12, atol=1e-14)
 
 
+@check(CHECKS)
+def lots_are_those_of_one_key(mesh):
+    """Without a key the processes get the first one's; with it they draw what one process would."""
+    sampler = privacy.PoissonSampler(100, 0.3)
+    keys = [None, None]
+    torch.distributed.all_gather_object(keys, sampler._key)
+    assert keys[0] == keys[1]
+    sampler = privacy.PoissonSampler(100, 0.3, key=KEY)
+    parts = [None, None]
+    torch.distributed.all_gather_object(parts, sampler.indices(4).tolist())
+    assert parts[0] + parts[1] == privacy.PoissonSampler(100, 0.3, key=KEY, rank=0, world_size=1).indices(4).tolist()
+
+
+@check(CHECKS)
+def pieces_of_shards_are_the_whole(mesh):
+    """Processes make as many passes as the one with most samples needs; the sums are those of a process that has all."""
+    from torch.distributed.fsdp import fully_shard
+
+    first = mesh.get_rank() == 0
+    x, y = (t.repeat(4, *[1] * (t.dim() - 1)) for t in data(0))
+
+    def trained(model, loader, size, has_samples=True):
+        optimizer, passes = MAKERS["torch"](model.parameters()), 0
+        options = {"noise_multiplier": 0.7, "max_grad_norm": 0.5, "loss_reduction": "sum", "key": KEY}
+        privacy.make_private(model, optimizer, loader=loader, **options)
+        for (part, labels), is_last in privacy.split(loader, size):
+            if has_samples:
+                nn.functional.cross_entropy(model(part), labels, reduction="sum").backward()
+                passes += 1
+            if is_last:
+                optimizer.step()
+        return whole({name: p.detach() for name, p in model.named_parameters()}), passes
+
+    lots = torch.utils.data.TensorDataset(x, y)
+    key = bytes(reversed(KEY))
+    sharded = network()
+    for layer in (sharded[0], sharded[3], sharded):
+        fully_shard(layer, mesh=mesh)
+    got, passes = trained(sharded, privacy.poisson_loader(lots, 0.2, steps=8, key=key), 2)
+    counts, sizes = [None, None], [None, None]
+    torch.distributed.all_gather_object(counts, passes)
+    alone = [len(privacy.PoissonSampler(36, 0.2, key=key).indices(t)) for t in range(8)]
+    torch.distributed.all_gather_object(sizes, sum(max(1, -(-size // 2)) for size in alone))
+    assert counts[0] == counts[1] > max(sizes), "both had to wait for the other somewhere"
+    want, _ = trained(network(), privacy.poisson_loader(lots, 0.2, steps=8, key=key, rank=0, world_size=1), 100, first)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
 @needs_two_ranks
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks(two_ranks, name):

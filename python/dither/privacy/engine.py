@@ -31,7 +31,7 @@ from .lazy import LazyTable
 from .ledger import Ledger
 from .modules import refused
 from .recording import Batch, Recorder, trace_back
-from .sampling import PoissonLoader, PoissonSampler, sampler_of
+from .sampling import PoissonLoader, PoissonSampler, sampler_of, shared_key
 
 Secure = Literal["key", "fast", "exact"]
 _ENGINES = {"key": "chacha20", "fast": "philox", "exact": "chacha20"}
@@ -214,11 +214,7 @@ class Privacy:
         if key is not None and not (isinstance(key, bytes) and len(key) == 32):
             raise ValueError(f"{owner}: key is not 32 bytes, expected those of dither.privacy.new_key or load_key")
         secret = os.urandom(32) if key is None else key
-        if self._distributed:
-            words = torch.tensor(list(secret), dtype=torch.uint8, device=self._device)
-            torch.distributed.broadcast(words, 0)
-            secret = bytes(words.tolist())
-        self._secret = secret
+        self._secret = secret = shared_key(secret, self._device) if self._distributed else secret
         self._seed: bytes | int = secret if self.secure == "key" else int.from_bytes(secret[:8], "little")
         return PrivateNoise(self._seed, _ENGINES[self.secure])
 

@@ -42,7 +42,7 @@ class PoissonSampler(Sampler[list[int]]):
             cannot be resumed.
         rank, world_size: this process draws its part of the batches from examples rank * num_samples // world_size up to
             (rank + 1) * num_samples // world_size: all together draw the batches of one process. None: torch.distributed's
-            where it is initialised, else 0 and 1. The same key on all.
+            where it is initialised, and without a key all processes get the first one's; else 0 and 1. The same key on all.
 
     step: the number of the next batch, below 2**32; an epoch ends before a multiple of `steps`.
     """
@@ -67,6 +67,7 @@ class PoissonSampler(Sampler[list[int]]):
         if rank is None or world_size is None:
             joined = dist.is_available() and dist.is_initialized()
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+            key = shared_key(os.urandom(32)) if key is None and world_size > 1 else key
         self.world_size = integer(owner, "world_size", world_size, 1)
         self.rank = integer(owner, "rank", rank, 0)
         if self.rank >= self.world_size:
@@ -80,7 +81,19 @@ class PoissonSampler(Sampler[list[int]]):
 
     def indices(self, step: int) -> Tensor:
         """The examples of batch `step` that are this process's: int64, ascending."""
-        start, stop = (r * self.num_samples // self.world_size for r in (self.rank, self.rank + 1))
+        start, stop = self._edges()[self.rank : self.rank + 2]
+        return self._drawn(step, start, stop)
+
+    def most(self, step: int) -> int:
+        """How many examples of batch `step` are of the process that has most; every process draws all, and needs no other."""
+        edges = torch.tensor(self._edges())
+        return int(torch.searchsorted(self._drawn(step, 0, self.num_samples), edges).diff().max())
+
+    def _edges(self) -> list[int]:
+        """Process r has the examples from edge r up to edge r + 1."""
+        return [r * self.num_samples // self.world_size for r in range(self.world_size + 1)]
+
+    def _drawn(self, step: int, start: int, stop: int) -> Tensor:
         found = []
         for begin in range(start, stop, _CHUNK):
             size = min(_CHUNK, stop - begin)
@@ -123,6 +136,13 @@ class PoissonSampler(Sampler[list[int]]):
 
 
 _AGREE = ("num_samples", "sample_rate", "steps")
+
+
+def shared_key(key: bytes, device: torch.device | None = None) -> bytes:
+    """The key of the first process of torch.distributed, sent by way of `device`."""
+    keys = [key]
+    dist.broadcast_object_list(keys, device=device)
+    return keys[0]
 
 
 def sampler_of(owner: str, loader: Any) -> PoissonSampler:
@@ -236,7 +256,8 @@ def split(loader: PoissonLoader, max_physical_batch_size: int) -> Iterator[tuple
             if is_last:
                 optimizer.step()                    # adds the noise, once a batch
 
-    Pieces are cut before they are loaded; an empty batch is one empty piece.
+    Pieces are cut before they are loaded; an empty batch is one empty piece. All processes get the same number of pieces of a
+    batch, some of them empty: a model that is sharded needs all in every pass.
 
     max_physical_batch_size: at least 1, of examples on this process.
     """
@@ -256,7 +277,8 @@ class _Pieces(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for indices in self.sampler:
             size = self.size or max(1, len(indices))
-            count = max(1, math.ceil(len(indices) / size))
+            most = self.sampler.most(self.sampler.step - 1) if self.size and self.sampler.world_size > 1 else len(indices)
+            count = max(1, math.ceil(most / size))
             for i in range(count):
                 self.last.append(i == count - 1)
                 yield indices[i * size : (i + 1) * size]
