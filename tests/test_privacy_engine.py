@@ -554,6 +554,31 @@ def test_batches_without_samples_are_noise_alone(name):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD, optim.AdamW, optim.SGD], ids=lambda f: f.__module__)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_closures_run_once_before_the_release(make, by_name):
+    model, inputs = made("perceptron")
+    other = copy.deepcopy(model)
+    one, two = (private(m, make(m.parameters(), lr=0.01), noise_multiplier=1.0, key=KEY) for m in (model, other))
+    losses = []
+
+    def closure():
+        one.zero_grad()
+        losses.append(one_number_each(model(*inputs)).sum())
+        losses[-1].backward()
+        return losses[-1]
+
+    for t in range(3):
+        loss = one_number_each(other(*inputs)).sum()
+        loss.backward()
+        two.step()
+        told = one.step(closure=closure) if by_name else one.step(closure)
+        assert told is losses[t] and torch.equal(told, loss) and len(losses) == t + 1
+    assert one.privacy.ledger.steps == 3
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(p, q)
+
+
 def test_a_mean_counts_its_samples():
     model, inputs = made("perceptron")
     rows = alone(model, inputs)
@@ -801,8 +826,16 @@ def pair():
     return nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
 
 
+class Impatient(torch.optim.SGD):
+    """Evaluates its closure again, as a line search does."""
+
+    def step(self, closure):
+        closure()
+        return super().step(closure)
+
+
 def bad_step(model):
-    private(model).step(lambda: 0.0)
+    private(model, Impatient(model.parameters(), lr=0.1)).step(lambda: 0.0)
 
 
 def stranger(model):
@@ -827,7 +860,8 @@ BAD = {
     "'0.weight' is used and requires a gradient, expected parameters that did": lambda: thawed(pair()),
     "the gradient of '1.weight' was not made by private training": lambda: outside(pair()),
     "the gradient of '0.weight' was not made by private training": lambda: scaled(pair()),
-    "step has a closure": lambda: bad_step(pair()),
+    "the optimizer calls its closure again": lambda: bad_step(pair()),
+    "optimizer is LBFGS": lambda: private(*(lambda m: (m, torch.optim.LBFGS(m.parameters())))(pair())),
     "optimizer has a parameter of shape [3] that is not the model's": lambda: stranger(pair()),
     "optimizer lacks '1.weight'": lambda: lacking(pair()),
     "optimizer is private already": lambda: again(pair()),

@@ -73,6 +73,8 @@ class Privacy:
             raise TypeError(
                 f"{owner}: model is {type(model).__name__}, expected the model inside: steps add up over processes themselves"
             )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(f"{owner}: optimizer is LBFGS, expected one that needs the gradient of a step once")
         if hasattr(optimizer, "privacy"):
             raise ValueError(f"{owner}: optimizer is private already, expected one that is not")
         if not 0 <= noise_multiplier < math.inf:
@@ -499,10 +501,20 @@ class Privacy:
 
     # ---- the step
 
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A closure runs here, before the release; the optimizer is given one that only knows the loss."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._release(optimizer)
+            return None
+        with torch.enable_grad():
+            done = _Done(closure())
+        self._release(optimizer)
+        return ((args[0], done, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": done})
+
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(a is not None for a in (*args[1:], kwargs.get("closure"))):
-            raise ValueError("privacy: step has a closure, expected none: call it yourself, then step")
+    def _release(self, optimizer: Optimizer) -> None:
+        """Noised means in place of the sums of clipped gradients, or noise that the optimizer's step will add."""
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError("privacy: a GradScaler scales the loss, expected none: norms would be those of the scaled loss")
         for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -704,6 +716,19 @@ class _Backward:
         self._end(self.batches)
 
 
+class _Done:
+    """The loss of a closure that has run."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss, self.told = loss, False
+
+    def __call__(self) -> Any:
+        if self.told:
+            raise RuntimeError("privacy: the optimizer calls its closure again, expected once: a step is one release")
+        self.told = True
+        return self.loss
+
+
 class _Hook:
     """A method of a Privacy; of a model that was copied or saved it does nothing."""
 
@@ -711,9 +736,8 @@ class _Hook:
         self.method = method
 
     @torch.compiler.disable
-    def __call__(self, *args: Any) -> None:
-        if self.method is not None:
-            self.method(*args)
+    def __call__(self, *args: Any) -> Any:
+        return None if self.method is None else self.method(*args)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
@@ -789,9 +813,9 @@ def make_private(
             gradients, state_dict and `privacy.flush()` bring all rows to the present; read the parameter itself only after.
         key: 32 bytes, to continue a run with the same noise (`load_key`), which must then see the same data.
 
-    Errors: samples that do not stay apart (batch normalisation: see `fix_model`), a gradient that came another way, closures, a
-    second backward pass over a batch, 16-bit parameters, a checkpoint without ledger or of other settings. A sample whose
-    gradient is not finite counts as 0 and in `privacy.nonfinite`.
+    Errors: samples that do not stay apart (batch normalisation: see `fix_model`), a gradient that came another way, a second
+    backward pass over a batch, a closure that is called twice in a step, 16-bit parameters, a checkpoint without ledger or of
+    other settings. A sample whose gradient is not finite counts as 0 and in `privacy.nonfinite`.
     """
     owner = "make_private"
     sample_rate = _rate(owner, sample_rate, loader)
