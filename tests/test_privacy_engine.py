@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils import checkpoint
 
-from dither import noise, optim, privacy
+from dither import noise, optim, privacy, sparsity
 from dither.privacy.clipping import FACTORS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*batching rule")]
@@ -141,6 +141,52 @@ class Odd(nn.Module):
         return self.pair(x, x.tanh())
 
 
+class Cube(torch.autograd.Function):
+    """Without a rule for vmap."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return w**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * torch.from_numpy(g.numpy()) * ctx.saved_tensors[0] ** 2
+
+
+class Cubed(nn.Module):
+    def forward(self, w):
+        return Cube.apply(w)
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def sparse(recipe):
+    model = perceptron()
+    recipe(model)
+    return model
+
+
+def masked_at_once(model):
+    weights = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    sparsity.apply_masks(model, {name: sparsity.nm_mask(w, 2, 4) for name, w in weights.items()})
+
+
+def parametrized():
+    model = perceptron()
+    for made in (Doubled(), Cubed(), Doubled()):
+        parametrize.register_parametrization(model[0], "weight", made)
+    parametrize.register_parametrization(model[2], "weight", Cubed())
+    return model
+
+
 class Latents(nn.Module):
     def __init__(self):
         super().__init__()
@@ -231,6 +277,13 @@ MODELS = {
     "checkpoint": (lambda: Checkpointed(False), lambda: [draw(4, 5)]),
     "checkpoint, reentrant": (lambda: Checkpointed(True), lambda: [draw(4, 5)]),
     "lora": (Lora, lambda: [draw(5, 6)]),
+    "masks": (lambda: sparse(masked_at_once), lambda: [draw(5, 8)]),
+    "mask decay": (lambda: sparse(lambda m: sparsity.MaskDecay(m, end=4).step()), lambda: [draw(5, 3, 8)]),
+    "mask decay, masked": (
+        lambda: sparse(lambda m: sparsity.MaskDecay(m, end=4, grad="masked").step()),
+        lambda: [draw(5, 3, 8)],
+    ),
+    "autograd functions": (parametrized, lambda: [draw(5, 8)]),
     "half frozen": (half_frozen, lambda: [draw(5, 4, 5)]),
 }
 
@@ -330,6 +383,31 @@ def test_samples_folded_with_what_follows_them(samples):
     one_number_each(model(*inputs)).sum().backward()
     torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
     assert_sums(model, rows, (1 / norms_of(rows)).clamp(max=1))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [lambda m, o: sparsity.SRSTE(m, (2, 4), o), lambda m, o: sparsity.MaskDecay(m, (2, 4), end=3)],
+    ids=["srste", "mask decay"],
+)
+def test_sparse_models_train_privately(recipe):
+    """Gradients of samples go through the masks; what SR-STE adds is the optimizer's, after the noise."""
+    torch.manual_seed(0)
+    model, x = perceptron().to(F64), draw(6, 8)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    masks = recipe(model, optimizer)
+    private(model, optimizer, noise_multiplier=0.5, loss_reduction="mean")
+    for _ in range(5):
+        rows = alone(model, [x])
+        one_number_each(model(x)).mean().backward()
+        torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
+        optimizer.step()
+        masks.step()
+        assert model[0].weight.requires_grad, "weights may be read outside of the model's forward"
+    optimizer.privacy.remove()
+    masks.finish()
+    for layer in (model[0], model[2]):
+        assert (layer.weight.reshape(len(layer.weight), -1, 4) != 0).sum(2).eq(2).all()
 
 
 # Clipping
@@ -863,6 +941,7 @@ BAD = {
     "the optimizer calls its closure again": lambda: bad_step(pair()),
     "optimizer is LBFGS": lambda: private(*(lambda m: (m, torch.optim.LBFGS(m.parameters())))(pair())),
     "optimizer has a parameter of shape [3] that is not the model's": lambda: stranger(pair()),
+    "NM adds to gradients in its backward pass": lambda: trained(sparse(lambda m: sparsity.SRSTE(m)), torch.randn(4, 8)),
     "optimizer lacks '1.weight'": lambda: lacking(pair()),
     "optimizer is private already": lambda: again(pair()),
     "model has '1' (BatchNorm1d mixes samples)": lambda: private(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))),

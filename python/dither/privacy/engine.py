@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
@@ -119,6 +120,8 @@ class Privacy:
         self._recorder: Recorder | None = None  # of the call that runs
         self._entry: nn.Module | None = None  # the module that it began with
         self._apart: set[int] = set()  # numbers of samples for which samples were seen to stay apart
+        lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
+        self._makers = {m for each in lists for m in each.modules()}  # modules that make weights of parameters alone
         self._depth = self._outermost = 0  # of modules inside each other: now, and of the one that entered the recorder
         self._backward: Callable[[], _Backward | None] = lambda: None  # the pass that runs, if one does
         self._suspicious = True  # until the first backward pass with samples
@@ -269,7 +272,7 @@ class Privacy:
         if self._recorder is not None and module is self._entry:  # a call that was interrupted did not exit
             self._recorder.__exit__(None, None, None)
             self._recorder, self._depth = None, 1
-        if self._recorder is not None or not torch.is_grad_enabled():
+        if self._recorder is not None or not torch.is_grad_enabled() or module in self._makers:
             return
         if torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint runs a part again
             running = self._backward()
@@ -296,11 +299,11 @@ class Privacy:
             raise RuntimeError(f"privacy: {what} is used and requires a gradient, expected parameters that did at make_private")
         self._watched[p], self._sharded[p] = self._params[own], own
 
-    def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _exit(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._depth -= 1
         recorder = self._recorder
         if recorder is None or self._depth >= self._outermost:
-            return
+            return recorder.made_by(module, output) if recorder is not None and module in self._makers else None
         self._recorder = None
         recorder.__exit__(None, None, None)
         outputs = [t for t in _leaves(output) if isinstance(t, Tensor) and t.requires_grad]
@@ -310,6 +313,7 @@ class Privacy:
         taps, recorder.batch.taps = recorder.batch.taps, None
         if taps and (recorder.batch.coincides or not self._apart):
             self._check_apart(recorder.batch, taps, outputs)
+        return None
 
     def _check_apart(self, batch: Batch, taps: list[Tensor], outputs: list[Tensor]) -> None:
         """Refuse a model in which the output of one sample has a gradient in the rows of others."""

@@ -218,6 +218,20 @@ class Recorder(TorchFunctionMode):
             return handler(self, *args, **kwargs)
         return _any_function(self, func, name, args, kwargs)
 
+    def made_by(self, module: torch.nn.Module, made: Any) -> Any:
+        """What a parametrization made of parameters alone, by autograd functions perhaps, which no mode sees."""
+        if not isinstance(made, Tensor) or not made.requires_grad or self.param_of(made) is not None:
+            return made
+        leaves = [*self.params, *self.batch.derived]
+        with torch._C.DisableTorchFunction():
+            of_nothing = torch.autograd.grad(made, leaves, torch.zeros_like(made), retain_graph=True, allow_unused=True)
+        if any(bool(g.any()) for g in of_nothing if g is not None):
+            raise ValueError(
+                f"privacy: {type(module).__name__} adds to gradients in its backward pass, expected a linear one: what it adds "
+                "would count for every sample. Give SRSTE its optimizer, one of dither, which adds it in the step"
+            )
+        return _derived(self, made)
+
     # ---- what handlers need
 
     def view(self, tensor: Tensor | None) -> View | None:
@@ -840,9 +854,20 @@ def trace_back(batch: Batch, params: Mapping[Tensor, str]) -> list[Contribution]
                 uses.append(row)
                 continue
             leaves = [*params, *batch.derived]
-            gradients = torch.autograd.grad(
-                made, leaves, row.gradients, is_grads_batched=True, allow_unused=True, retain_graph=True
-            )
+            gradients = _taken_through(made, leaves, row.gradients)
             uses += [Rows(View.of(p, p), g) for p, g in zip(leaves, gradients) if g is not None]
     batch.derived.clear()
     return uses
+
+
+def _taken_through(made: Tensor, leaves: list[Tensor], rows: Tensor) -> list[Tensor | None]:
+    """Gradients [samples, ...] of leaves that `made` was computed of, of its own [samples, ...]."""
+
+    def back(g: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(made, leaves, g, is_grads_batched=batched, allow_unused=True, retain_graph=True)
+
+    try:
+        return [*back(rows, True)]
+    except RuntimeError:  # an autograd function without a rule for vmap
+        each = zip(*(back(g, False) for g in rows))
+        return [None if some[0] is None else torch.stack(some) for some in each]  # type: ignore[arg-type]
