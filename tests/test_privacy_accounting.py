@@ -110,10 +110,10 @@ def test_the_extra_is_named(monkeypatch):
         (lambda: epsilon(1, 0.1, 1.0, 1.0), "epsilon: delta is 1.0"),
         (lambda: epsilon(-1, 0.1, 1.0, 1e-5), "epsilon: steps is -1, expected at least 0"),
         (lambda: epsilon(1, 1.1, 1.0, 1e-5), "epsilon: sample_rate is 1.1, expected 0 <= sample_rate <= 1"),
-        (lambda: epsilon(1, 0.1, math.nan, 1e-5), "noise_multiplier is nan, expected at least 0"),
+        (lambda: epsilon(1, 0.1, math.nan, 1e-5), "noise_multiplier is nan, expected 0 <= noise_multiplier < inf"),
         (lambda: epsilon(1, 0.1, 1.0, 1e-5, "gdp"), "epsilon: accountant is 'gdp', expected 'pld' or 'rdp'"),
         (lambda: epsilon_of([(1.0, 0.1)], 1e-5), r"history has \(1.0, 0.1\), expected"),
-        (lambda: noise_multiplier(0.0, 1e-5, 0.1, steps=1), "target_epsilon is 0.0, expected more than 0"),
+        (lambda: noise_multiplier(0.0, 1e-5, 0.1, steps=1), "target_epsilon is 0.0, expected 0 < target_epsilon < inf"),
         (lambda: noise_multiplier(1.0, 1e-5, 0.0, steps=1), "sample_rate is 0.0, expected 0 < sample_rate <= 1"),
         (lambda: noise_multiplier(1.0, 1e-5, 0.1), "steps is None and epochs is None, expected one of them"),
         (lambda: noise_multiplier(1.0, 1e-5, 0.1, steps=0), "steps is 0, expected at least 1"),
@@ -219,10 +219,10 @@ def test_ledger_refuses_to_resume_otherwise(change, message):
 
 def test_refusals_of_the_ledger():
     for wrong, message in (
-        ({"noise_multiplier": -1}, "noise_multiplier is -1, expected at least 0"),
+        ({"noise_multiplier": -1}, "noise_multiplier is -1, expected 0 <= noise_multiplier < inf"),
         ({"sample_rate": 0}, "sample_rate is 0, expected 0 < sample_rate <= 1"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, expected more than 0"),
-        ({"expected_batch_size": -3}, "expected_batch_size is -3, expected more than 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, expected 0 < max_grad_norm < inf"),
+        ({"expected_batch_size": -3}, "expected_batch_size is -3, expected 0 < expected_batch_size < inf"),
         ({"mechanism": "laplace"}, "mechanism is 'laplace', expected 'gaussian'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -549,9 +549,9 @@ def test_private_search(stats):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: repetitions(1.0, 1.0, seed=1), "mean is 1.0, expected more than 1"),
-        (lambda: repetitions(0.5, math.inf, seed=1), "mean is 0.5, expected at least 1"),
-        (lambda: repetitions(5.0, -0.5, seed=1), "shape is -0.5, expected at least 0"),
+        (lambda: repetitions(1.0, 1.0, seed=1), "mean is 1.0, expected 1 < mean < inf"),
+        (lambda: repetitions(0.5, math.inf, seed=1), "mean is 0.5, expected 1 <= mean < inf"),
+        (lambda: repetitions(5.0, -0.5, seed=1), "shape is -0.5, expected 0 <= shape <= inf"),
         (lambda: search_epsilon([(1.0, 0.1, 5)], 0.0, 5.0), "delta is 0.0"),
         (lambda: private_search(lambda s, r: (0.0, None), [], 5.0, seed=1), "settings is empty"),
     ],

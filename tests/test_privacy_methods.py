@@ -151,20 +151,20 @@ def test_a_few_steps_forget():
 def test_refusals_of_unlearning():
     for wrong, message in (
         ({"lr": 0.7}, "lr is 0.7, expected 0 < lr <= 0.666667"),
-        ({"sigma": 0.0}, "sigma is 0.0, expected more than 0"),
-        ({"regularization": 0.0}, "regularization is 0.0, expected more than 0"),
-        ({"lipschitz": math.inf}, "lipschitz is inf, expected more than 0"),
-        ({"smoothness": -1.0}, "smoothness is -1.0, expected at least 0"),
+        ({"sigma": 0.0}, "sigma is 0.0, expected 0 < sigma < inf"),
+        ({"regularization": 0.0}, "regularization is 0.0, expected 0 < regularization < inf"),
+        ({"lipschitz": math.inf}, "lipschitz is inf, expected 0 < lipschitz < inf"),
+        ({"smoothness": -1.0}, "smoothness is -1.0, expected 0 <= smoothness < inf"),
     ):
         with pytest.raises(ValueError, match=message):
             quadratic(**wrong)
     learner = quadratic()
     for call, message in (
-        (lambda: learner.divergence(1.0, records=5, steps=1), "order is 1.0, expected more than 1"),
+        (lambda: learner.divergence(1.0, records=5, steps=1), "order is 1.0, expected 1 < order < inf"),
         (lambda: learner.divergence(2.0, records=1, steps=1), "records is 1, expected at least 2"),
         (lambda: learner.divergence(2.0, records=5, steps=-1), "steps is -1, expected at least 0"),
-        (lambda: learner.divergence(2.0, records=5, steps=1, training=0), "training is 0, expected at least 1"),
-        (lambda: learner.steps_needed(records=5, epsilon=0.0, delta=0.1), "epsilon is 0.0, expected more than 0"),
+        (lambda: learner.divergence(2.0, records=5, steps=1, training=0), "training is 0, expected 1 <= training <= inf"),
+        (lambda: learner.steps_needed(records=5, epsilon=0.0, delta=0.1), "epsilon is 0.0, expected 0 < epsilon < inf"),
         (lambda: learner.steps_needed(records=5, epsilon=1.0, delta=0.0), "delta is 0.0"),
         (lambda: learner.descend(torch.zeros(2), 0.0, -1), "steps is -1"),
         (lambda: learner.descend(torch.zeros(2), torch.zeros(3, 2), 1), r"gradient has shape \[3, 2\], expected \[2\]"),
@@ -286,8 +286,8 @@ def test_refusals_of_sketches():
         (lambda: sketch.sketch(torch.zeros(5)), r"Sketch.sketch: input is torch.float32 of \[5\], expected .* \[..., 6\]"),
         (lambda: sketch.desketch(torch.zeros(3).int()), "Sketch.desketch: input is torch.int32"),
         (lambda: private_sketch(g[0], sketch, 1.0, 1.0, seed=2), r"gradients is torch.float32 of shape \[6\]"),
-        (lambda: private_sketch(g, sketch, 0.0, 1.0, seed=2), "max_norm is 0.0, expected more than 0"),
-        (lambda: private_sketch(g, sketch, 1.0, -1.0, seed=2), "noise_multiplier is -1.0, expected at least 0"),
+        (lambda: private_sketch(g, sketch, 0.0, 1.0, seed=2), "max_norm is 0.0, expected 0 < max_norm < inf"),
+        (lambda: private_sketch(g, sketch, 1.0, -1.0, seed=2), "noise_multiplier is -1.0, expected 0 <= noise_multiplier"),
         (lambda: private_sketch(g, sketch, 1.0, 1.0, seed=1), "seed is that of the sketch"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -383,11 +383,11 @@ def test_geometric_median():
 def test_refusals_of_medians():
     x, g = [torch.zeros(2)], [torch.ones(2)]
     for call, message in (
-        (lambda: median_step(x, g, 0.0), "median_step: tau is 0.0, expected more than 0"),
+        (lambda: median_step(x, g, 0.0), "median_step: tau is 0.0, expected 0 < tau < inf"),
         (lambda: median_step(x, g, 1.0, norm="l3"), "norm is 'l3', expected 'l2' or 'l1'"),
-        (lambda: median_step(x, g, 1.0, huber=-1.0), "huber is -1.0, expected at least 0"),
-        (lambda: MedianSGD(x, lr=0.0, tau=1.0), "MedianSGD: lr is 0.0, expected more than 0"),
-        (lambda: MedianSGD(x, lr=1.0, tau=1.0, weight_decay=-1.0), "weight_decay is -1.0, expected at least 0"),
+        (lambda: median_step(x, g, 1.0, huber=-1.0), "huber is -1.0, expected 0 <= huber < inf"),
+        (lambda: MedianSGD(x, lr=0.0, tau=1.0), "MedianSGD: lr is 0.0, expected 0 < lr < inf"),
+        (lambda: MedianSGD(x, lr=1.0, tau=1.0, weight_decay=-1.0), "weight_decay is -1.0, expected 0 <= weight_decay < inf"),
         (lambda: geometric_median(torch.zeros(3)), r"samples is torch.float32 of shape \[3\], expected"),
         (lambda: geometric_median(torch.full((2, 2), math.nan)), "samples has NaN or infinity, expected finite"),
         (lambda: geometric_median(torch.zeros(3, 2), iterations=0), "iterations is 0, expected at least 1"),
@@ -443,12 +443,12 @@ def test_refusals_of_the_diagnostic():
     for call, message in (
         (lambda: clipping_bias(torch.zeros(3), 1.0), r"gradients is torch.float32 of shape \[3\]"),
         (lambda: clipping_bias(torch.zeros(0, 3), 1.0), r"of shape \[0, 3\], expected .* rows >= 1"),
-        (lambda: clipping_bias(torch.zeros(2, 3), 0.0), "max_norm is 0.0, expected more than 0"),
+        (lambda: clipping_bias(torch.zeros(2, 3), 0.0), "max_norm is 0.0, expected 0 < max_norm < inf"),
         (lambda: clipping_bias(torch.full((2, 3), math.inf), 1.0), "gradients has NaN or infinity"),
-        (lambda: flip_probability(torch.zeros(3), 0.0, 0.0), "epsilon is 0.0, expected more than 0"),
+        (lambda: flip_probability(torch.zeros(3), 0.0, 0.0), "epsilon is 0.0, expected 0 < epsilon <= inf"),
         (lambda: sequential_learning(0, 1.0, seed=1), "agents is 0, expected at least 1"),
         (lambda: sequential_learning(1, 1.0, state=0, seed=1), "state is 0, expected 1 or -1"),
-        (lambda: sequential_learning(1, 1.0, sigma=0.0, seed=1), "sigma is 0.0, expected more than 0"),
+        (lambda: sequential_learning(1, 1.0, sigma=0.0, seed=1), "sigma is 0.0, expected 0 < sigma < inf"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

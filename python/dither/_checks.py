@@ -1,5 +1,6 @@
 """What arguments of several functions are held to."""
 
+import math
 import numbers
 import operator
 from typing import Any
@@ -38,8 +39,24 @@ def is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float | None = None,
+) -> float:
+    """`value` as a float of an interval: `above` < value or `least` <= value, value <= `most` or value < `below`; no NaN."""
+    low, high = (least if above is None else above), (below if most is None else most)
+    if not (is_real(value) and low <= value <= high) or value == above or (most is None and value == below):
+        signs = "<=" if above is None else "<", "<" if most is None else "<="
+        raise ValueError(f"{owner}: {name} is {value!r}, expected {low:g} {signs[0]} {name} {signs[1]} {high:g}")
+    return float(value)
+
+
 def share(owner: str, name: str, value: Any) -> float:
     """`value` as a float in (0, 1]."""
-    if not (is_real(value) and 0 < value <= 1):
-        raise ValueError(f"{owner}: {name} is {value!r}, expected 0 < {name} <= 1")
-    return float(value)
+    return number(owner, name, value, above=0, most=1)

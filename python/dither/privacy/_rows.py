@@ -1,7 +1,5 @@
 """Clipping of each row of a matrix."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -14,13 +12,6 @@ def matrix(owner: str, name: str, value: Tensor, least: int = 1) -> Tensor:
     if value.dim() != 2 or len(value) < least or not value.is_floating_point():
         given = f"{value.dtype} of shape {list(value.shape)}"
         raise ValueError(f"{owner}: {name} is {given}, expected floating point of shape [rows, columns], rows >= {least}")
-    return value
-
-
-def positive(owner: str, name: str, value: float) -> float:
-    """ValueError unless 0 < value < inf."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{owner}: {name} is {value}, expected more than 0")
     return value
 
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from .._checks import integer
+from .._checks import integer, number, share
 from .._extras import require
 
 Accountant = Literal["pld", "rdp"]
@@ -61,7 +61,7 @@ def epsilon_of(history: Iterable[Sequence[float]], delta: float, accountant: Acc
     history: (noise_multiplier, sample_rate, steps) each, as of `epsilon`.
     """
     owner = "epsilon"
-    between(owner, "delta", delta, open_end=True)
+    number(owner, "delta", delta, above=0, below=1)
     event = composed(owner, history)
     if accountant not in get_args(Accountant):
         raise ValueError(f"{owner}: accountant is {accountant!r}, expected 'pld' or 'rdp'")
@@ -99,13 +99,13 @@ def noise_multiplier(
     ValueError where no noise is enough: `history` has spent the budget, or the count of adaptive clipping has too little noise.
     """
     owner = "noise_multiplier"
-    if not 0 < target_epsilon < math.inf:
-        raise ValueError(f"{owner}: target_epsilon is {target_epsilon}, expected more than 0")
-    between(owner, "target_delta", target_delta, open_end=True)
-    between(owner, "sample_rate", sample_rate)
+    number(owner, "target_epsilon", target_epsilon, above=0)
+    number(owner, "target_delta", target_delta, above=0, below=1)
+    share(owner, "sample_rate", sample_rate)
     if (steps is None) == (epochs is None):
         raise ValueError(f"{owner}: steps is {steps} and epochs is {epochs}, expected one of them")
     if epochs is not None:
+        number(owner, "epochs", epochs, above=0)
         steps = math.floor(epochs / sample_rate * (1 + 1e-12))  # 3 / 0.1 is 30, not 29
     steps = integer(owner, "steps" if epochs is None else "epochs / sample_rate", steps, 1)
     history = list(history)
@@ -146,10 +146,10 @@ def effective_noise_multiplier(noise_multiplier: float, unclipped_num_std: float
     noise_multiplier: z, at least 0. unclipped_num_std: at least 0; None: no such query.
     """
     owner = "effective_noise_multiplier"
-    at_least_0(owner, "noise_multiplier", noise_multiplier)
+    number(owner, "noise_multiplier", noise_multiplier, least=0)
     if unclipped_num_std is None:
         return float(noise_multiplier)
-    at_least_0(owner, "unclipped_num_std", unclipped_num_std)
+    number(owner, "unclipped_num_std", unclipped_num_std, least=0)
     if noise_multiplier == 0 or unclipped_num_std == 0:
         return 0.0
     return (noise_multiplier**-2 + (2 * unclipped_num_std) ** -2) ** -0.5
@@ -163,8 +163,8 @@ def composed(owner: str, history: Iterable[Sequence[float]]) -> Any:
         if len(entry) != 3:
             raise ValueError(f"{owner}: history has {entry!r}, expected (noise_multiplier, sample_rate, steps)")
         sigma, rate, count = entry
-        at_least_0(owner, "noise_multiplier", sigma)
-        between(owner, "sample_rate", rate, zero=True)
+        number(owner, "noise_multiplier", sigma, least=0)
+        number(owner, "sample_rate", rate, least=0, most=1)
         count = integer(owner, "steps", count, 0)
         if not count or not rate:
             continue
@@ -199,15 +199,3 @@ def _least(gap: Any, guess: float) -> float:
     optimize = require("scipy.optimize", extra="privacy")
     root = float(optimize.brentq(gap, low, high, xtol=tolerance / 4))
     return next(x for x in (root, root + tolerance / 2, high) if gap(x) <= 0)
-
-
-def at_least_0(owner: str, name: str, value: float) -> None:
-    """ValueError unless 0 <= value < inf."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{owner}: {name} is {value}, expected at least 0")
-
-
-def between(owner: str, name: str, value: float, *, zero: bool = False, open_end: bool = False) -> None:
-    """ValueError unless 0 < value <= 1, 0 <= value if `zero`, value < 1 if `open_end`."""
-    if not (0 < value < 1 or (zero and value == 0) or (not open_end and value == 1)):
-        raise ValueError(f"{owner}: {name} is {value}, expected 0 {'<=' if zero else '<'} {name} {'<' if open_end else '<='} 1")

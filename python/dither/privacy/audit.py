@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .._checks import integer
+from .._checks import integer, number
 from .._extras import require
-from .accounting import between
 
 Scores = Any  # a sequence, array or tensor of numbers
 
@@ -42,8 +41,8 @@ def two_worlds_epsilon(
     The bound, at least 0, holds with probability `confidence`. Needs scipy.
     """
     owner = "two_worlds_epsilon"
-    between(owner, "delta", delta, zero=True, open_end=True)
-    between(owner, "confidence", confidence, open_end=True)
+    number(owner, "delta", delta, least=0, below=1)
+    number(owner, "confidence", confidence, above=0, below=1)
     least = 4 if threshold is None else 1
     inside, outside = _scores(owner, "scores_in", scores_in, least), _scores(owner, "scores_out", scores_out, least)
     alpha = (1 - confidence) / 2
@@ -77,7 +76,7 @@ def one_run_epsilon(
     The bound, at least 0, holds with probability `confidence`. Needs scipy.
     """
     owner = "one_run_epsilon"
-    between(owner, "confidence", confidence, open_end=True)
+    number(owner, "confidence", confidence, above=0, below=1)
     values, coins = _scores(owner, "scores", scores, 1), _array(included)
     if coins.dtype != np.bool_ or coins.shape != values.shape:
         raise ValueError(f"{owner}: included is {coins.dtype} of {list(coins.shape)}, expected bool of {list(values.shape)}")
@@ -109,8 +108,8 @@ def guesses_epsilon(correct: int, guesses: int, canaries: int, delta: float, *, 
     if not correct <= guesses <= canaries:
         given = f"correct, guesses and canaries are {correct}, {guesses} and {canaries}"
         raise ValueError(f"{owner}: {given}, expected correct <= guesses <= canaries")
-    between(owner, "delta", delta, zero=True, open_end=True)
-    between(owner, "confidence", confidence, open_end=True)
+    number(owner, "delta", delta, least=0, below=1)
+    number(owner, "confidence", confidence, above=0, below=1)
     binom = require("scipy.stats", extra="privacy").binom
     shifts = np.arange(1, correct + 1)
 

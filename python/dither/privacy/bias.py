@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._rows import clip_rows, matrix, positive
+from .._checks import number
+from ._rows import clip_rows, matrix
 
 
 class ClippingBias(NamedTuple):
@@ -38,7 +39,7 @@ def clipping_bias(gradients: Tensor, max_norm: float) -> ClippingBias:
     for a larger max_norm, or for larger batches where batches are clipped. Computed in float64.
     """
     rows = matrix("clipping_bias", "gradients", gradients).double()
-    c = positive("clipping_bias", "max_norm", max_norm)
+    c = number("clipping_bias", "max_norm", max_norm, above=0)
     if not bool(rows.isfinite().all()):
         raise ValueError("clipping_bias: gradients has NaN or infinity, expected finite numbers")
     mean = rows.mean(0)

@@ -30,15 +30,9 @@ _MOST_STD = 2.0**40
 _LEAST_GRID = 2.0**-45  # of the clipping norm
 
 
-def _positive(owner: str, name: str, value: float) -> float:
-    if not (_checks.is_real(value) and 0 < value < math.inf):
-        raise ValueError(f"{owner}: {name} is {value!r}, expected 0 < {name}, finite")
-    return float(value)
-
-
 def grid_for(clip: float, dimension: int) -> float:
     """A power of 2 for the grid: at most clip 2^-20, and so small that rounding costs at most clip 2^-12 of the norm."""
-    clip = _positive("grid_for", "clip", clip)
+    clip = _checks.number("grid_for", "clip", clip, above=0)
     dimension = _checks.integer("grid_for", "dimension", dimension, least=1)
     return 2.0 ** math.floor(math.log2(clip * min(2.0**-20, 2.0**-11 / math.sqrt(dimension))))
 
@@ -62,9 +56,7 @@ def sampler_delta(std: float, draws: int) -> float:
       of 2^-125 of the direction move std z by std r 2^-126. What lies beyond r = 13.3 is part of a cell of probability 2^-126.
     """
     draws = _checks.integer("sampler_delta", "draws", draws, least=0)
-    if not (_checks.is_real(std) and 0 <= std <= _MOST_STD):
-        raise ValueError(f"sampler_delta: std is {std!r}, expected 0 <= std <= 2^40")
-    return draws * (float(std) + 1) * 2.0**-92
+    return draws * (_checks.number("sampler_delta", "std", std, least=0, most=_MOST_STD) + 1) * 2.0**-92
 
 
 class ExactSum:
@@ -86,8 +78,8 @@ class ExactSum:
 
     def __init__(self, dimension: int, clip: float, *, grid: float | None = None, device: torch.device | str | None = None):
         self.dimension = _checks.integer("ExactSum", "dimension", dimension, least=1)
-        self.clip = _positive("ExactSum", "clip", clip)
-        self.grid = grid_for(clip, dimension) if grid is None else _positive("ExactSum", "grid", grid)
+        self.clip = _checks.number("ExactSum", "clip", clip, above=0)
+        self.grid = grid_for(clip, dimension) if grid is None else _checks.number("ExactSum", "grid", grid, above=0)
         if math.frexp(self.grid)[0] != 0.5 or self.grid < self.clip * _LEAST_GRID:
             raise ValueError(f"ExactSum: grid is {grid}, expected a power of 2, at least clip 2^-45")
         loss = math.sqrt(self.dimension) * self.grid / 2
@@ -141,9 +133,7 @@ class ExactSum:
 
     def std_of(self, noise_multiplier: float) -> float:
         """The standard deviation of the noise in units of the grid."""
-        if not (_checks.is_real(noise_multiplier) and 0 <= noise_multiplier < math.inf):
-            raise ValueError(f"release: noise_multiplier is {noise_multiplier!r}, expected 0 <= noise_multiplier, finite")
-        std = noise_multiplier * self.clip / self.grid
+        std = _checks.number("release", "noise_multiplier", noise_multiplier, least=0) * self.clip / self.grid
         if std > _MOST_STD:
             raise ValueError(f"release: the noise is {std} units of the grid, expected at most 2^40: take a coarser grid")
         return std

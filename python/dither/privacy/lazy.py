@@ -67,9 +67,10 @@ class LazyTable:
             raise TypeError(f"LazyTable: weight is {weight.dtype}, expected float32 or float64")
         if weight.dim() != 2 or not weight.is_contiguous():
             raise ValueError(f"LazyTable: weight has shape {tuple(weight.shape)}, expected contiguous [rows, columns]")
-        self._number("momentum", momentum, 1)
-        self._number("dampening", dampening, 1)
-        self._number("weight_decay", weight_decay)
+        self.momentum = _checks.number("LazyTable", "momentum", momentum, least=0, most=1)
+        self.dampening = _checks.number("LazyTable", "dampening", dampening, least=0, most=1)
+        self.weight_decay = _checks.number("LazyTable", "weight_decay", weight_decay, least=0)
+        self.nesterov = bool(nesterov)
         if nesterov and (momentum == 0 or dampening != 0):
             raise ValueError("LazyTable: nesterov needs momentum, and dampening 0")
         if mode not in _MODES:
@@ -77,8 +78,6 @@ class LazyTable:
         if not 0 <= _checks.integer("LazyTable", "stream", stream) < 2**32:
             raise ValueError(f"LazyTable: stream is {stream}, expected 0 <= stream < 2^32")
         self.weight = weight.detach()
-        self.momentum, self.weight_decay = float(momentum), float(weight_decay)
-        self.dampening, self.nesterov = float(dampening), bool(nesterov)
         self.mode = mode
         self.momentum_buffer = torch.zeros_like(self.weight) if momentum else None
         self.steps = 0
@@ -87,13 +86,6 @@ class LazyTable:
         self._last = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)  # steps that each row has made
         self._first = 0  # the step that history begins with
         self._history = self._room(64)
-
-    @staticmethod
-    def _number(name: str, value: Any, most: float = math.inf) -> float:
-        if not (_checks.is_real(value) and math.isfinite(value) and 0 <= value <= most):
-            bound = f"0 <= {name}" + (f" <= {most}" if math.isfinite(most) else ", finite")
-            raise ValueError(f"LazyTable: {name} is {value!r}, expected {bound}")
-        return float(value)
 
     def _room(self, steps: int) -> Tensor:
         return torch.zeros(2 * steps, 7 if self.momentum else 2, dtype=torch.float64, device=self.weight.device)
@@ -141,8 +133,9 @@ class LazyTable:
         if gradients.shape != (ids.numel(), self.weight.shape[1]):
             expected = [ids.numel(), self.weight.shape[1]]
             raise ValueError(f"step: gradients has shape {list(gradients.shape)}, expected {expected}")
-        decay = self.weight_decay if weight_decay is None else self._number("weight_decay", weight_decay)
-        run, pull = self._step(self._number("lr", lr), self._number("std", std), decay)
+        decay = self.weight_decay if weight_decay is None else weight_decay
+        settings = (("lr", lr), ("std", std), ("weight_decay", decay))
+        run, pull = self._step(*(_checks.number("step", name, value, least=0) for name, value in settings))
         if not all(map(math.isfinite, run)):
             raise ValueError(f"LazyTable: lr, std, weight_decay are {lr}, {std}, {decay}: their products overflow")
         gradients = gradients.to(self.weight.device, self.weight.dtype).contiguous()

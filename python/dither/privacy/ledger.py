@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .. import noise
-from .._checks import integer
+from .._checks import integer, number, share
 from .._extras import require
-from .accounting import Accountant, Steps, at_least_0, between, effective_noise_multiplier, epsilon_of
+from .accounting import Accountant, Steps, effective_noise_multiplier, epsilon_of
 
 
 @dataclass(frozen=True)
@@ -183,14 +182,14 @@ _HEADERS = ["steps", *(name.replace("_", " ") for name in _COLUMNS)]
 
 def _checked(phase: Phase) -> Phase:
     owner = "Ledger"
-    at_least_0(owner, "noise_multiplier", phase.noise_multiplier)
-    between(owner, "sample_rate", phase.sample_rate)
+    number(owner, "noise_multiplier", phase.noise_multiplier, least=0)
+    share(owner, "sample_rate", phase.sample_rate)
     for name in ("max_grad_norm", "expected_batch_size"):
         value = getattr(phase, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{owner}: {name} is {value}, expected more than 0")
+        if value is not None:
+            number(owner, name, value, above=0)
     if phase.unclipped_num_std is not None:
-        at_least_0(owner, "unclipped_num_std", phase.unclipped_num_std)
+        number(owner, "unclipped_num_std", phase.unclipped_num_std, least=0)
     if phase.mechanism != "gaussian":
         raise ValueError(f"{owner}: mechanism is {phase.mechanism!r}, expected 'gaussian'")
     integer(owner, "steps", phase.steps, 0)

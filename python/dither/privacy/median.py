@@ -5,7 +5,6 @@ Robust to gradients of any size; private only with noise, see the engine.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from .._checks import integer
-from ._rows import matrix, positive
+from .._checks import integer, number
+from ._rows import matrix
 
 Norm = Literal["l2", "l1"]
 
@@ -71,10 +70,9 @@ class MedianSGD(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         owner = type(self).__name__
-        positive(owner, "lr", lr)
+        number(owner, "lr", lr, above=0)
         _check(owner, tau, norm, huber)
-        if not weight_decay >= 0:
-            raise ValueError(f"{owner}: weight_decay is {weight_decay}, expected at least 0")
+        number(owner, "weight_decay", weight_decay, least=0)
         super().__init__(params, {"lr": lr, "tau": tau, "norm": norm, "huber": huber, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -130,8 +128,7 @@ def geometric_median(samples: Tensor, *, iterations: int = 100, tolerance: float
 
 
 def _check(owner: str, tau: float, norm: str, huber: float) -> None:
-    positive(owner, "tau", tau)
+    number(owner, "tau", tau, above=0)
+    number(owner, "huber", huber, least=0)
     if norm not in ("l2", "l1"):
         raise ValueError(f"{owner}: norm is {norm!r}, expected 'l2' or 'l1'")
-    if not 0 <= huber < math.inf:
-        raise ValueError(f"{owner}: huber is {huber}, expected at least 0")

@@ -10,15 +10,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import noise
-from .._checks import integer, tensor
+from .._checks import integer, number, tensor
 from ..noise import Address
-from ._rows import positive
 
 
 def flip_probability(signals: Tensor, threshold: Tensor | float, epsilon: float) -> Tensor:
     """exp(-epsilon |signal - threshold|) / 2, the probability that `smooth_response` tells the opposite. Any shape."""
     tensor("flip_probability", "signals", signals)
-    _check("flip_probability", epsilon)
+    number("flip_probability", "epsilon", epsilon, above=0, most=math.inf)
     distance = (signals - threshold).abs()
     # inf * 0 at the threshold itself
     return torch.zeros_like(distance) if math.isinf(epsilon) else 0.5 * torch.exp(-epsilon * distance)
@@ -68,8 +67,8 @@ def sequential_learning(
     """
     owner = "sequential_learning"
     agents, runs = integer(owner, "agents", agents, 1), integer(owner, "runs", runs, 1)
-    _check(owner, epsilon)
-    positive(owner, "sigma", sigma)
+    number(owner, "epsilon", epsilon, above=0, most=math.inf)
+    number(owner, "sigma", sigma, above=0)
     if state not in (1, -1):
         raise ValueError(f"{owner}: state is {state}, expected 1 or -1")
     belief = torch.zeros(runs, dtype=torch.float64)
@@ -98,8 +97,3 @@ def _log_below(threshold: Tensor, mean: Tensor, epsilon: float, sigma: float) ->
     flipped_down = half + shift * z + torch.special.log_ndtr(-z - shift)  # above, and told otherwise
     flipped_up = half - shift * z + torch.special.log_ndtr(z - shift)  # below, and told otherwise: at most half of below
     return torch.logaddexp(below + torch.log1p(-torch.exp(flipped_up - below)), flipped_down)
-
-
-def _check(owner: str, epsilon: float) -> None:
-    if not epsilon > 0:
-        raise ValueError(f"{owner}: epsilon is {epsilon}, expected more than 0")

@@ -18,8 +18,7 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
 from .. import noise
-from .._checks import integer
-from .accounting import between
+from .._checks import integer, share
 from .ledger import check_fingerprint, digest, fingerprint
 
 STREAM = 2**32 - 1
@@ -59,8 +58,7 @@ class PoissonSampler(Sampler[list[int]]):
     ) -> None:
         owner = type(self).__name__
         self.num_samples = integer(owner, "num_samples", num_samples, 1)
-        between(owner, "sample_rate", sample_rate)
-        self.sample_rate = float(sample_rate)
+        self.sample_rate = share(owner, "sample_rate", sample_rate)
         self.steps = max(1, round(1 / sample_rate)) if steps is None else integer(owner, "steps", steps, 1)
         if (rank is None) != (world_size is None):
             raise ValueError(f"{owner}: rank is {rank} and world_size is {world_size}, expected both or none")

@@ -13,10 +13,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import noise
-from .._checks import integer, tensor
+from .._checks import integer, number, tensor
 from ..noise import Address
-from ._rows import clip_rows, matrix, positive
-from .accounting import at_least_0
+from ._rows import clip_rows, matrix
 
 Kind = Literal["count", "srht", "gaussian"]
 _CHUNK = 1 << 20
@@ -130,8 +129,8 @@ def private_sketch(
     """
     owner = "private_sketch"
     matrix(owner, "gradients", gradients, 0)
-    positive(owner, "max_norm", max_norm)
-    at_least_0(owner, "noise_multiplier", noise_multiplier)
+    number(owner, "max_norm", max_norm, above=0)
+    number(owner, "noise_multiplier", noise_multiplier, least=0)
     if "seed" in address and address["seed"] == sketch.address.get("seed"):
         raise ValueError(f"{owner}: seed is that of the sketch, expected another, secret one")
     total = clip_rows(sketch.sketch(gradients), max_norm).sum(0)

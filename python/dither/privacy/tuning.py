@@ -14,9 +14,10 @@ import torch
 from typing_extensions import Unpack
 
 from .. import noise
+from .._checks import number
 from .._extras import require
 from ..noise import Address
-from .accounting import _quiet, between, composed
+from .accounting import _quiet, composed
 
 Setting = TypeVar("Setting")
 Result = TypeVar("Result")
@@ -66,7 +67,7 @@ def search_epsilon(history: Iterable[Sequence[float]], delta: float, mean: float
         mean, shape: see `repetitions`.
     """
     owner = "search_epsilon"
-    between(owner, "delta", delta, open_end=True)
+    number(owner, "delta", delta, above=0, below=1)
     _check(owner, mean, shape)
     run = composed(owner, history)
     events, rdp = (require(f"dp_accounting.{name}", extra="privacy") for name in ("dp_event", "rdp"))
@@ -107,10 +108,10 @@ def private_search(
 
 
 def _check(owner: str, mean: float, shape: float) -> None:
-    if not shape >= 0:
-        raise ValueError(f"{owner}: shape is {shape}, expected at least 0")
-    if not 1 <= mean < math.inf or (mean == 1 and not math.isinf(shape)):
-        raise ValueError(f"{owner}: mean is {mean}, expected {'at least' if math.isinf(shape) else 'more than'} 1")
+    if math.isinf(number(owner, "shape", shape, least=0, most=math.inf)):
+        number(owner, "mean", mean, least=1)
+    else:
+        number(owner, "mean", mean, above=1)
 
 
 def _gamma(mean: float, shape: float) -> float:

@@ -15,10 +15,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import noise
-from .._checks import integer, tensor
+from .._checks import integer, number, tensor
 from ..noise import Address
-from ._rows import positive
-from .accounting import between
 
 Data = TypeVar("Data")
 
@@ -57,11 +55,9 @@ class NoisyGD(Generic[Data]):
     ) -> None:
         owner = type(self).__name__
         for name, value in (("sigma", sigma), ("regularization", regularization), ("lipschitz", lipschitz)):
-            positive(owner, name, value)
-        if not 0 <= smoothness < math.inf:
-            raise ValueError(f"{owner}: smoothness is {smoothness}, expected at least 0")
-        if not 0 < lr <= 1 / (regularization + smoothness):
-            raise ValueError(f"{owner}: lr is {lr}, expected 0 < lr <= {1 / (regularization + smoothness):g}")
+            number(owner, name, value, above=0)
+        number(owner, "smoothness", smoothness, least=0)
+        number(owner, "lr", lr, above=0, most=1 / (regularization + smoothness))
         self.gradient, self.lr, self.sigma = gradient, lr, sigma
         self.regularization, self.lipschitz, self.smoothness = regularization, lipschitz, smoothness
         self._address = address
@@ -98,8 +94,7 @@ class NoisyGD(Generic[Data]):
             steps: after the deletion, at least 0; with 0 this is the privacy of any record in the model.
             training: steps before it, in which the record took part; inf covers any number and other deletions among them.
         """
-        if not order > 1:
-            raise ValueError(f"{type(self).__name__}.divergence: order is {order}, expected more than 1")
+        number(f"{type(self).__name__}.divergence", "order", order, above=1)
         return order * self._rho("divergence", records, steps, training)
 
     def steps_needed(self, *, records: int, epsilon: float, delta: float, training: float = math.inf) -> int:
@@ -109,8 +104,8 @@ class NoisyGD(Generic[Data]):
         epsilon: more than 0. delta: 0 < delta < 1.
         """
         owner = f"{type(self).__name__}.steps_needed"
-        positive(owner, "epsilon", epsilon)
-        between(owner, "delta", delta, open_end=True)
+        number(owner, "epsilon", epsilon, above=0)
+        number(owner, "delta", delta, above=0, below=1)
         log = math.log(1 / delta)
         budget = (math.sqrt(log + epsilon) - math.sqrt(log)) ** 2
         high = 1
@@ -125,8 +120,7 @@ class NoisyGD(Generic[Data]):
     def _rho(self, name: str, records: int, steps: int, training: float) -> float:
         owner = f"{type(self).__name__}.{name}"
         records, steps = integer(owner, "records", records, 2), integer(owner, "steps", steps, 0)
-        if not training >= 1:
-            raise ValueError(f"{owner}: training is {training}, expected at least 1")
+        number(owner, "training", training, least=1, most=math.inf)
         log_c = math.log1p(-self.lr * self.regularization) if self.lr * self.regularization < 1 else -math.inf
         c = math.exp(log_c)
 
