@@ -47,6 +47,23 @@ def test_known_values(dp, accountant, expected, sigma):
     assert 2 * (1 - 1e-3) < epsilon(1000, 0.01, found, 1e-5, accountant) <= 2
 
 
+@pytest.mark.parametrize(
+    ("rate", "sigma", "steps", "delta", "rdp", "pld"),
+    [
+        (0.01, 1.0, 1000, 1e-5, 2.1014, 1.8282),  # prv-accountant 0.2.0: 1.8182 to 1.8384; Opacus 1.6.0: 2.1014, 1.8384 (PRV)
+        (0.001, 0.7, 10_000, 1e-6, 2.4730, 1.6370),
+        (0.1, 2.0, 500, 1e-5, 6.0346, 5.5555),
+        (0.004, 1.1, 15_000, 1e-5, 2.5029, 2.2955),
+        (0.5, 10.0, 200, 1e-7, 3.9064, 3.6746),
+        (1.0, 5.0, 20, 1e-5, 4.1616, 3.8486),
+    ],
+)
+def test_epsilons_of_dp_accounting(dp, rate, sigma, steps, delta, rdp, pld):
+    """Of dp-accounting 0.6.0 itself, with intervals of 1e-4."""
+    found = [epsilon(steps, rate, sigma, delta, accountant) for accountant in ("rdp", "pld")]
+    assert found == pytest.approx([rdp, pld], rel=1e-4)
+
+
 def gaussian_delta(stats, epsilon, sigma):
     """Of one Gaussian mechanism of sensitivity 1 (Balle & Wang 2018)."""
     a, b = 1 / (2 * sigma), epsilon * sigma
