@@ -212,10 +212,77 @@ class Recurrent(nn.Module):
         super().__init__()
         self.rnn = kind(4, 6, batch_first=batch_first, **options)
 
-    def forward(self, x):
-        out, state = self.rnn(x)
+    def forward(self, x, *states):
+        out, state = self.rnn(x if self.rnn.batch_first else x.transpose(0, 1), *states)
+        out = out if self.rnn.batch_first else out.transpose(0, 1)
         states = torch.cat([*state], -1) if isinstance(state, tuple) else state
         return torch.cat([out.flatten(1), states.transpose(0, 1).flatten(1)], 1)
+
+
+class Cells(nn.Module):
+    """One after another, each fed with what it said."""
+
+    def __init__(self, **options):
+        super().__init__()
+        cells = nn.LSTMCell, nn.GRUCell, nn.RNNCell, lambda *sizes, **kw: nn.RNNCell(*sizes, nonlinearity="relu", **kw)
+        self.cells, self.begin = nn.ModuleList([cell(6, 6, **options) for cell in cells]), nn.Linear(6, 6)
+
+    def forward(self, x):
+        outs = []
+        for cell in self.cells:
+            state = None if isinstance(cell, nn.LSTMCell) else self.begin(x[:, 0])
+            for step in x.unbind(1):
+                state = cell(step, state)
+                outs.append(state[0] if isinstance(state, tuple) else state)
+            x = torch.stack(outs[-x.shape[1] :], 1)
+        return torch.cat(outs, 1)
+
+
+class States(nn.Module):
+    """Initial states that are learned, or made of the sample; a result that is written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.h, self.c = nn.Parameter(draw(2, 1, 6)), nn.Parameter(draw(2, 1, 6))
+        self.lstm, self.gru = nn.LSTM(6, 6, 2, batch_first=True), nn.GRU(6, 6, batch_first=True)
+        self.make = nn.Linear(6, 6)
+
+    def forward(self, x):
+        out, (h, _) = self.lstm(x, tuple(s.expand(-1, len(x), -1) for s in (self.h, self.c)))
+        out += x
+        return torch.cat([self.gru(out, self.make(h[0]).tanh()[None])[0].flatten(1), h[1]], 1)
+
+
+class SharedSteps(nn.Module):
+    """Layers with the same weights, weights that are parts of a matrix, computed, or used by others too; words of sentences."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.rnn = nn.GRU(6, 6, 2, batch_first=True), nn.RNN(6, 6)
+        self.gru.weight_hh_l1 = self.gru.weight_hh_l0
+        self.gru.weight_ih_l1 = self.gru.weight_ih_l0
+        self.rnn.weight_hh_l0 = self.rnn.weight_ih_l0
+        self.matrix = nn.Parameter(draw(30, 6) / 3)
+
+    def forward(self, x):
+        words = self.gru(x.flatten(0, 1))[0][:, -1].view(*x.shape[:2], 6)
+        hx = (torch.zeros(1, len(x), 6, dtype=x.dtype),) * 2
+        weights = self.matrix[:24], self.matrix[6:], self.matrix[:24, 0], F.normalize(self.matrix[6:])[:, 0]
+        y, *_ = torch.lstm(F.linear(words, self.rnn.weight_hh_l0), hx, weights, True, 1, 0.0, True, False, True)
+        return self.rnn(y.transpose(0, 1))[0].transpose(0, 1)
+
+
+class HalfFrozenSteps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Recurrent(kind, num_layers=2) for kind in (nn.LSTM, nn.GRU, nn.RNN)])
+        frozen = ["weight_ih_l0", "bias_hh_l1"], ["weight_hh_l0", "bias_ih_l0"], ["weight_ih_l1"]
+        for layer, names in zip(self.layers, frozen):
+            for name in names:
+                layer.rnn.get_parameter(name).requires_grad_(False)
+
+    def forward(self, x):
+        return torch.cat([layer(x) for layer in self.layers], 1)
 
 
 class Lora(nn.Module):
@@ -269,6 +336,12 @@ MODELS = {
     "lstm": (lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), lambda: [draw(5, 7, 4)]),
     "gru": (lambda: Recurrent(nn.GRU, bias=False), lambda: [draw(5, 7, 4)]),
     "rnn": (lambda: Recurrent(nn.RNN, nonlinearity="relu"), lambda: [draw(5, 7, 4)]),
+    "rnn, one unit of one sample": (lambda: nn.RNN(4, 1, batch_first=True), lambda: [draw(1, 7, 4)]),
+    "cells": (Cells, lambda: [draw(5, 3, 6)]),
+    "cells, no bias": (lambda: Cells(bias=False), lambda: [draw(5, 3, 6)]),
+    "states": (States, lambda: [draw(5, 3, 6)]),
+    "shared steps": (SharedSteps, lambda: [draw(5, 2, 3, 6)]),
+    "half frozen steps": (HalfFrozenSteps, lambda: [draw(5, 3, 4)]),
     "language": (Language, lambda: [words(11, 5, 6)]),
     "language, no bias": (lambda: Language(bias=False), lambda: [words(11, 5, 6)]),
     "reused": (Reused, lambda: [draw(5, 3, 6)]),
@@ -333,6 +406,39 @@ def test_single_precision_and_autocast(name, dtype):
     for key, p in model.named_parameters():
         want = torch.einsum("b,b...->...", factor.float(), rows[key])
         assert (p.grad - want).norm() <= tolerance * rows[key].norm(), key
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("kind", ["lstm", "lstm, projected", "gru", "tanh", "relu"])
+def test_recurrence(kind, bidirectional, num_layers, bias, batch_first):
+    torch.manual_seed(0)
+    made = {"lstm": (nn.LSTM, {}), "lstm, projected": (nn.LSTM, {"proj_size": 3}), "gru": (nn.GRU, {})}
+    make, more = made.get(kind, (nn.RNN, {"nonlinearity": kind}))
+    options = {"bidirectional": bidirectional, "num_layers": num_layers, "bias": bias, **more}
+    model, x = nn.Sequential(nn.Linear(4, 4), Recurrent(make, batch_first, **options)).to(F64), draw(4, 3, 4)
+    rows = alone(model, [x])
+    optimizer = private(model, max_grad_norm=float(norms_of(rows).median()))
+    one_number_each(model(x)).sum().backward()
+    torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
+    assert_sums(model, rows, (optimizer.privacy.max_grad_norm / norms_of(rows)).clamp(max=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*below max_grad_norm")
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_drop_what_torch_drops(make):
+    torch.manual_seed(0)
+    plain, x = Recurrent(make, num_layers=3, dropout=0.4, bidirectional=True).to(F64), draw(4, 3, 4).requires_grad_()
+    model, y = copy.deepcopy(plain), x.detach().clone().requires_grad_()
+    private(model, max_grad_norm=1e9)
+    for m, z in ((plain, x), (model, y)):
+        torch.manual_seed(1)
+        one_number_each(m(z)).sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-12, atol=1e-12)
+    for p, q in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_samples_along_dimension_1():
@@ -858,6 +964,26 @@ class Sly(nn.Module):
         return F.linear(self.other(x), Hidden.apply(self.linear.weight))
 
 
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 5, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(nn.utils.rnn.pack_padded_sequence(x, [3, 3, 2, 1], batch_first=True))[0].data
+
+
+class StateOfEach(nn.Module):
+    """Initial states of samples by their place in the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.h = nn.GRU(5, 5, batch_first=True), nn.Parameter(torch.zeros(1, 4, 5))
+
+    def forward(self, x):
+        return self.gru(x, self.h)[0]
+
+
 X = torch.randn(4, 3, 5)
 
 
@@ -940,6 +1066,10 @@ BAD = {
     "the gradient of '0.weight' was not made by private training": lambda: scaled(pair()),
     "the optimizer calls its closure again": lambda: bad_step(pair()),
     "optimizer is LBFGS": lambda: private(*(lambda m: (m, torch.optim.LBFGS(m.parameters())))(pair())),
+    "lstm sees a PackedSequence, expected a padded tensor": lambda: trained(Packed()),
+    "gru has a parameter as input or state": lambda: trained(StateOfEach()),
+    "gru sees 3 samples, expected 4": lambda: trained(nn.GRU(5, 5)),
+    "rnn_tanh sees a sequence of 0 steps": lambda: trained(nn.RNN(5, 5, batch_first=True), X[:, :0]),
     "optimizer has a parameter of shape [3] that is not the model's": lambda: stranger(pair()),
     "NM adds to gradients in its backward pass": lambda: trained(sparse(lambda m: sparsity.SRSTE(m)), torch.randn(4, 8)),
     "optimizer lacks '1.weight'": lambda: lacking(pair()),
@@ -1445,6 +1575,7 @@ def gappy():
 
 FOUND = {
     "the output of one sample depends on other samples": lambda: trained(Centred(), X[:, 0]),
+    "samples do not lie along dimension 0 of what parameters": lambda: trained(nn.GRU(5, 5), X[:, [0, 1, 2, 2]]),
     "batch_norm mixes samples": lambda: trained(Functional(), X[:, 0]),
     "a tensor that was computed of parameters alone got a gradient": lambda: penalised(Penalty()),
     "optimizer has a parameter of shape [1, 5] that was not there": lambda: joined(pair()),

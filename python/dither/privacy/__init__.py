@@ -1,5 +1,6 @@
 """Differentially private training and what is around it."""
 
+from . import recurrent  # noqa: F401  its handlers register themselves
 from .accounting import Steps, effective_noise_multiplier, epsilon, epsilon_of, noise_multiplier
 from .audit import guesses_epsilon, one_run_epsilon, two_worlds_epsilon
 from .bias import ClippingBias, clipping_bias

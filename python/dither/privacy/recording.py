@@ -533,7 +533,7 @@ def _batch_norm(watch: Recorder, *args: Any, **kwargs: Any) -> Tensor:
     raise ValueError("privacy: batch_norm mixes samples, expected group_norm; see dither.privacy.fix_model")
 
 
-# ---- attention and recurrence
+# ---- attention
 
 
 @handles(F.multi_head_attention_forward)
@@ -593,79 +593,6 @@ def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
         out = F.scaled_dot_product_attention(q, k, v, total, dropout, causal)
     out = linear(out.transpose(1, 2).reshape(size, length, width), o["out_proj_weight"], o["out_proj_bias"])
     return out.transpose(0, 1), shares
-
-
-def _gates(kind: str) -> Callable[..., tuple[Tensor, ...]]:
-    """One step: (x W_ih^T + b_ih, h W_hh^T + b_hh, state) -> the next state, hidden first; as torch documents them."""
-
-    def lstm(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        i, f, g, o = (x + h).chunk(4, -1)
-        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
-
-    def gru(x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), h.chunk(3, -1)
-        z, n = (xz + hz).sigmoid(), (xn + (xr + hr).sigmoid() * hn).tanh()
-        return (n + z * (state[0] - n),)
-
-    plain = {"rnn_tanh": torch.tanh, "rnn_relu": torch.relu}
-    return {"lstm": lstm, "gru": gru}.get(kind) or (lambda x, h, state: (plain[kind](x + h),))
-
-
-def _recurrence(kind: str) -> None:
-    step = _gates(kind)
-
-    @handles(getattr(torch, kind))
-    def run(
-        watch: Recorder,
-        input: Tensor,
-        hx: Any,
-        flat_weights: Any,
-        has_biases: Any,
-        num_layers: Any,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool | None = None,
-    ) -> tuple[Tensor, ...]:
-        if not isinstance(has_biases, bool):
-            raise ValueError(f"privacy: {kind} sees a PackedSequence, expected a padded tensor [batch, time, features]")
-        x = input if batch_first else input.transpose(0, 1)
-        if len(x) != watch.batch.size:
-            raise ValueError(
-                f"privacy: {kind} sees {len(x)} samples, expected {watch.batch.size} as in the model's input; see batch_first"
-            )
-        first = Recorder(watch.params, watch.batch, True, watch.watcher)
-        states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
-        directions = 2 if bidirectional else 1
-        projected = kind == "lstm" and len(flat_weights) == num_layers * directions * (5 if has_biases else 3)
-        if projected:
-            raise ValueError("privacy: lstm has proj_size, expected 0")
-        each = 4 if has_biases else 2
-        last: list[tuple[Tensor, ...]] = []
-        for layer in range(num_layers):
-            outputs = []
-            for direction in range(directions):
-                which = layer * directions + direction
-                w_ih, w_hh, *biases = flat_weights[which * each : (which + 1) * each]
-                b_ih, b_hh = biases or (None, None)
-                gates = first._used(F.linear, (x, w_ih, b_ih), {})
-                state = tuple(s[which] for s in states)
-                hidden: list[Tensor] = []
-                order = range(x.shape[1]) if direction == 0 else range(x.shape[1] - 1, -1, -1)
-                for t in order:
-                    state = step(gates[:, t], first._used(F.linear, (state[0], w_hh, b_hh), {}), state)
-                    hidden.append(state[0])
-                outputs.append(torch.stack(hidden if direction == 0 else hidden[::-1], 1))
-                last.append(state)
-            x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
-            if dropout and train and layer + 1 < num_layers:
-                x = F.dropout(x, dropout)
-        return (x if batch_first else x.transpose(0, 1), *(torch.stack(s) for s in zip(*last)))
-
-
-for _kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-    _recurrence(_kind)
 
 
 # ---- anything else
