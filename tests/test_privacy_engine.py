@@ -804,6 +804,16 @@ def test_what_is_not_private_stays_as_it_was():
     assert not hasattr(optimizer, "privacy") and "privacy" not in optimizer.state_dict()
 
 
+def test_autograd_sees_no_writes_to_views():
+    """It would copy every gradient thrice."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    private(model)
+    nodes = [model(draw(8, 5, 4)).grad_fn]
+    for node in nodes:
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    assert not {"CopySlices", "AsStridedBackward0"} & {node.name() for node in nodes}
+
+
 def test_gradients_of_inputs_are_as_ever():
     model, (x,) = made("encoder")
     plain, a, b = copy.deepcopy(model), x.clone().requires_grad_(), x.clone().requires_grad_()

@@ -310,9 +310,10 @@ class Privacy:
         for t in outputs:
             if not isinstance(t, nn.Parameter):
                 t.register_hook(lambda _: self._begin(recorder.batch))
-        taps, recorder.batch.taps = recorder.batch.taps, None
+        taps = recorder.batch.taps
         if taps and (recorder.batch.coincides or not self._apart):
             self._check_apart(recorder.batch, taps, outputs)
+        recorder.batch.taps = None
         return None
 
     def _check_apart(self, batch: Batch, taps: list[Tensor], outputs: list[Tensor]) -> None:
@@ -324,27 +325,34 @@ class Privacy:
         wanted = [torch.zeros_like(t) for t in outputs]
         for t in wanted:
             t[one] = torch.linspace(0.5, 1.5, t[one].numel(), device=t.device).view(t[one].shape).to(t.dtype)
+        finite = apart = True
+
+        def look(row: Tensor) -> None:
+            nonlocal finite, apart
+            finite = finite and bool(row.isfinite().all())
+            row = row if self.batch_first or row.dim() < 3 else row.transpose(0, 1)
+            each, more = divmod(len(row), size)
+            apart = apart and not more and not row[: one * each].any() and not row[(one + 1) * each :].any()
+
+        hooks = [t.register_hook(look) for t in taps if t.requires_grad]
         try:
-            rows = torch.autograd.grad(
-                outputs, [t for t in taps if t.requires_grad], wanted, retain_graph=True, allow_unused=True
-            )
+            torch.autograd.grad(outputs, batch.token, wanted, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise
             batch.spent = False  # the reentrant one has no gradients but those of backward
             batch.contributions.clear()
             return
-        given = [row for row in rows if row is not None]
-        if not all(bool(row.isfinite().all()) for row in given):  # 0 times infinity says nothing
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not finite:  # 0 times infinity says nothing
             return
-        for row in given:
-            row = row if self.batch_first or row.dim() < 3 else row.transpose(0, 1)
-            others = row.reshape(len(row), -1).count_nonzero(1).nonzero().flatten()
-            if len(row) % size or any(int(b) // (len(row) // size) != one for b in others):
-                raise ValueError(
-                    "privacy: the output of one sample depends on other samples, or samples do not lie along dimension "
-                    f"{0 if self.batch_first else 1} of what parameters are applied to, expected samples that stay apart"
-                )
+        if not apart:
+            raise ValueError(
+                "privacy: the output of one sample depends on other samples, or samples do not lie along dimension "
+                f"{0 if self.batch_first else 1} of what parameters are applied to, expected samples that stay apart"
+            )
         self._apart.add(size)
 
     def _constants(self) -> list[Tensor]:

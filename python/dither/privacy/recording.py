@@ -254,6 +254,8 @@ class Recorder(TorchFunctionMode):
 
     def tap(self, y: Tensor, record: Callable[..., None], *saved: Tensor, like: Tensor | None = None) -> Tensor:
         """y, whose gradient will be recorded; that of no samples is not. like: whose rows are those of y."""
+        if y._is_view():  # of which nobody has the rest; autograd would copy gradients thrice where a view is written to
+            y = torch.ops.aten._unsafe_view(y, y.shape)
         y = _Tap.apply(y, self.batch.token, record if self.batch.size else _nothing, *saved)
         self.batch.coincides = self.batch.coincides or self.batch.size in y.shape[1:]
         if self.batch.taps is not None:
@@ -264,7 +266,8 @@ class Recorder(TorchFunctionMode):
 
     def add(self, *uses: Contribution) -> None:
         self.watcher._begin(self.batch)
-        self.batch.contributions += uses
+        if self.batch.taps is None:
+            self.batch.contributions += uses
 
 
 Handler = Callable[..., Any]
