@@ -16,7 +16,7 @@ from torch.utils import checkpoint
 from dither import noise, optim, privacy, sparsity
 from dither.privacy.clipping import FACTORS
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*batching rule")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*(batching rule|nested_tensor)")]
 F64 = torch.float64
 KEY = bytes(range(32))
 
@@ -514,6 +514,142 @@ def test_sparse_models_train_privately(recipe):
     masks.finish()
     for layer in (model[0], model[2]):
         assert (layer.weight.reshape(len(layer.weight), -1, 4) != 0).sum(2).eq(2).all()
+
+
+# How models use parameters of their own
+
+
+class Does(nn.Module):
+    """A forward pass that is given, with some parameters and modules to use."""
+
+    def __init__(self, forward, width=6):
+        super().__init__()
+        self.does = forward
+        shapes = {"p": (width,), "token": (1, 1, width), "places": (9, width), "late": (9, 1, width), "kernel": (1, 1, 3)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(draw(*shape)))
+        self.linear, self.kinds, self.table = nn.Linear(width, width), nn.Embedding(4, width), nn.Embedding(11, width)
+        self.bag, self.slope, self.pair = nn.EmbeddingBag(11, width), nn.PReLU(), nn.Bilinear(width, width, 3)
+        self.attention, self.encoder = nn.MultiheadAttention(width, 1), nn.TransformerEncoderLayer(width, 1, 8, 0.0)
+        self.both = nn.Transformer(width, 1, 1, 1, 8, 0.0)
+        self.turned = nn.ConvTranspose1d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.does(self, x)
+
+
+def put(x, index, value):
+    x[index] = value
+    return x
+
+
+def after(m, tokens, x):
+    return m.linear(torch.cat([tokens, x], 1))
+
+
+ROWS_FIRST = {
+    "repeat": lambda m, x: after(m, m.token.repeat(len(x), 1, 1), x),
+    "repeat, twice": lambda m, x: after(m, m.token.repeat(len(x), 2, 1), x),
+    "tile": lambda m, x: after(m, m.token.tile((len(x), 1, 1)), x),
+    "repeat_interleave": lambda m, x: after(m, m.token.repeat_interleave(len(x), 0), x),
+    "expand": lambda m, x: after(m, m.token.expand(x.shape[0], -1, -1).clone(), x),
+    "expand the sum": lambda m, x: after(m, m.token.expand(len(x), -1, -1) + m.places[:1], x + m.places[1 : 1 + x.shape[1]]),
+    "expand places": lambda m, x: m.linear(x + m.p.expand(x.shape[1], -1)),
+    "repeat places": lambda m, x: m.linear(x + m.places[:1].repeat(x.shape[1], 1)),
+    "expand weights": lambda m, x: F.linear(x, m.places[:1].expand(3, -1), m.p[:1].expand(3)),
+    "expand kernels": lambda m, x: F.conv1d(x.mT, m.kernel.expand(6, 1, 3), groups=6),
+    "kinds": lambda m, x: m.linear(x + m.kinds(torch.zeros(x.shape[:2], dtype=torch.int64))),
+    "kinds, expanded": lambda m, x: m.linear(x + m.kinds(torch.arange(4)[None, : x.shape[1]].expand(len(x), -1) % 4)[:, :1]),
+    "rows by index": lambda m, x: m.linear(x + m.places[x[..., 0].sign().long()]),
+    "index by hand": lambda m, x: m.linear(x + m.places[x[..., 0].sign().long(), :]),
+    "set": lambda m, x: m.linear(put(m.linear(x), (slice(None), 0), m.p)),
+    "set a slice": lambda m, x: m.linear(put(x.clone(), (slice(None), slice(1, 3)), m.places[:2])),
+    "set the end": lambda m, x: m.linear(put(x.clone(), (..., 0), m.p[0])),
+    "set where": lambda m, x: m.linear(put(m.linear(x), x[..., 0] > 0, m.p)),
+    "set in zeros": lambda m, x: m.linear(put(torch.zeros(len(x), 2, 6, dtype=F64), (slice(None), 0), m.p) + x[:, :2]),
+    "copy": lambda m, x: (put(y := x.clone(), (slice(None), 1), 0)[:, 0].copy_(m.p), m.linear(y.add_(m.places[:4])))[1],
+    "where": lambda m, x: m.linear(torch.where(x[..., :1] > 0, x, m.p)),
+    "einsum": lambda m, x: torch.einsum("btd,de->bte", x, m.places[:6]),
+    "bmm": lambda m, x: torch.bmm(x, m.places[None, :6].expand(len(x), -1, -1)),
+    "baddbmm": lambda m, x: torch.baddbmm(m.token.expand(len(x), x.shape[1], 6), x, m.places[None, :6].expand(len(x), -1, -1)),
+    "bilinear": lambda m, x: m.pair(x, x.tanh()),
+    "slope": lambda m, x: m.slope(m.linear(x)),
+    "transposed convolution": lambda m, x: m.turned(x.mT),
+    "bag": lambda m, x: m.linear(m.bag(x.flatten(1).sign().long() + 1)),
+}
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6), (4, 4, 6), (1, 4, 6), (0, 4, 6)], ids=str)
+@pytest.mark.parametrize("does", ROWS_FIRST)
+def test_parameters_in_functions(does, shape):
+    torch.manual_seed(0)
+    assert_private(Does(ROWS_FIRST[does]).to(F64), draw(*shape))
+
+
+def assert_private(model, x, along=0):
+    """Norms and sums are those of samples alone. along: the dimension along which samples lie."""
+    size = x.shape[along]
+    rows = alone(Moved(model, along), [x.movedim(along, 0)]) if size else {}
+    optimizer = private(model, batch_first=along == 0)
+    one_number_each(model(x).movedim(along, 0)).sum().backward()
+    if size:
+        rows = {name.removeprefix("inner."): g for name, g in rows.items()}
+        torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-10, atol=0)
+        assert_sums(model, rows, (1 / norms_of(rows)).clamp(max=1))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("does", ["repeat", "expand the sum", "einsum", "bilinear", "slope", "transposed convolution", "bag"])
+def test_parameters_in_functions_under_autocast(does):
+    """Against gradients of autocast too: norms differ by up to 0.25 % over 20 seeds."""
+    torch.manual_seed(0)
+    model, x = Does(ROWS_FIRST[does]).float(), draw(5, 4, 6).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = alone(model, [x])
+    optimizer = private(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = one_number_each(model(x)).sum()
+    loss.backward()
+    torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows).double(), rtol=1e-2, atol=0)
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+class Moved(nn.Module):
+    """A model whose samples are along another dimension, as one whose samples come first."""
+
+    def __init__(self, inner, along):
+        super().__init__()
+        self.inner, self.along = inner, along
+
+    def forward(self, x):
+        return self.inner(x.movedim(0, self.along)).movedim(self.along, 0)
+
+
+def embedded(then):
+    return lambda m, ids: m.linear(then(m, m.table(ids)))
+
+
+TIME_FIRST = {
+    "tokens": embedded(lambda m, x: x),
+    "places": embedded(lambda m, x: x * m.p + m.late[: len(x)]),
+    "places by number": lambda m, ids: m.table(ids) + m.kinds(torch.arange(len(ids)) % 4)[:, None],
+    "places, expanded": lambda m, ids: m.table(ids) + m.kinds(torch.arange(len(ids))[:, None].expand(-1, ids.shape[1]) % 4),
+    "first token": embedded(lambda m, x: torch.cat([m.token.expand(1, x.shape[1], -1), x])),
+    "first token, repeated": embedded(lambda m, x: torch.cat([m.token.repeat(1, x.shape[1], 1), x])),
+    "slope": embedded(lambda m, x: m.slope(x)),
+    "einsum": embedded(lambda m, x: torch.einsum("tbd,de->tbe", x, m.places[:6])),
+    "attention": embedded(lambda m, x: m.attention(x, x, x)[0]),
+    "queries": embedded(lambda m, x: m.attention(m.token.expand(-1, x.shape[1], -1), x, x)[0]),
+    "encoder": embedded(lambda m, x: m.encoder(x)),
+    "transformer": embedded(lambda m, x: m.both(x, x[1:])),
+}
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 4), (4, 1), (4, 0)], ids=str)
+@pytest.mark.parametrize("does", TIME_FIRST)
+def test_parameters_in_functions_of_time_first(does, shape):
+    torch.manual_seed(0)
+    assert_private(Does(TIME_FIRST[does]).to(F64), words(4, *shape), along=1)
 
 
 # Clipping
@@ -1081,6 +1217,10 @@ BAD = {
     "gru sees 3 samples, expected 4": lambda: trained(nn.GRU(5, 5)),
     "rnn_tanh sees a sequence of 0 steps": lambda: trained(nn.RNN(5, 5, batch_first=True), X[:, :0]),
     "optimizer has a parameter of shape [3] that is not the model's": lambda: stranger(pair()),
+    "fill_ uses parameter 'p' in place": lambda: trained(Does(lambda m, x: (y := x.clone(), y[:, 0].fill_(m.p[0]))[0], 5), X),
+    "__setitem__ writes parameter 'p', expected x[:, ...] = p": lambda: trained(
+        Does(lambda m, x: m.linear(put(x.clone(), torch.arange(4), m.p)), 5), X
+    ),
     "NM adds to gradients in its backward pass": lambda: trained(sparse(lambda m: sparsity.SRSTE(m)), torch.randn(4, 8)),
     "optimizer lacks '1.weight'": lambda: lacking(pair()),
     "optimizer is private already": lambda: again(pair()),

@@ -281,7 +281,8 @@ class Privacy:
             tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
             if not tensors:
                 raise ValueError(f"privacy: {type(module).__name__} is called without a tensor, expected a batch of samples")
-            size = tensors[0].shape[1 if not self.batch_first and tensors[0].dim() > 1 else 0]
+            ids = not tensors[0].is_floating_point()  # an embedding will give them one dimension more
+            size = tensors[0].shape[0 if self.batch_first or tensors[0].dim() + ids < 3 else 1]
             batch = Batch(size, self._constants(), self._device)
             if size > 1 and (size not in self._apart or not self._apart):
                 batch.taps = []
@@ -316,25 +317,26 @@ class Privacy:
         recorder.batch.taps = None
         return None
 
-    def _check_apart(self, batch: Batch, taps: list[Tensor], outputs: list[Tensor]) -> None:
+    def _check_apart(self, batch: Batch, taps: list[tuple[Tensor, int]], outputs: list[Tensor]) -> None:
         """Refuse a model in which the output of one sample has a gradient in the rows of others."""
-        outputs = [t for t in outputs if t.dim() and len(t) == batch.size]
+        size, one = batch.size, batch.size // 2
+        outputs = [t for t in outputs if t.dim() and t.shape[self._along(t)] == size]
         if not outputs:
             return
-        size, one = batch.size, batch.size // 2
         wanted = [torch.zeros_like(t) for t in outputs]
         for t in wanted:
-            t[one] = torch.linspace(0.5, 1.5, t[one].numel(), device=t.device).view(t[one].shape).to(t.dtype)
+            alone = t.select(self._along(t), one)
+            alone.copy_(torch.linspace(0.5, 1.5, alone.numel(), device=t.device).view(alone.shape))
         finite = apart = True
 
-        def look(row: Tensor) -> None:
+        def look(row: Tensor, dim: int) -> None:
             nonlocal finite, apart
             finite = finite and bool(row.isfinite().all())
-            row = row if self.batch_first or row.dim() < 3 else row.transpose(0, 1)
+            row = row.movedim(dim, 0)
             each, more = divmod(len(row), size)
             apart = apart and not more and not row[: one * each].any() and not row[(one + 1) * each :].any()
 
-        hooks = [t.register_hook(look) for t in taps if t.requires_grad]
+        hooks = [t.register_hook(lambda row, dim=dim: look(row, dim)) for t, dim in taps if t.requires_grad]
         try:
             torch.autograd.grad(outputs, batch.token, wanted, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
@@ -354,6 +356,10 @@ class Privacy:
                 f"{0 if self.batch_first else 1} of what parameters are applied to, expected samples that stay apart"
             )
         self._apart.add(size)
+
+    def _along(self, t: Tensor) -> int:
+        """The dimension along which samples lie."""
+        return 0 if self.batch_first or t.dim() < 3 else 1
 
     def _constants(self) -> list[Tensor]:
         """Tensors that do not depend on samples: buffers, frozen parameters, and attributes of modules."""
@@ -819,7 +825,7 @@ def make_private(
             every sample's gradient, some at a time.
         loss_reduction: of the loss over the samples that the model is given. A mean over something else (tokens that are not
             padding, weights of classes) lets samples set each other's scale, which is not private: sum, divide by a constant.
-        batch_first: False where samples lie along dimension 1 of tensors with more than two.
+        batch_first: False where samples lie along dimension 1 of tensors with more than two, and of token ids.
         lazy: patterns of names of embedding tables whose rows get their noise when they are next read (`LazyTable`): steps
             cost what they read, not what the table holds. SGD alone, with or without momentum. A forward pass without
             gradients, state_dict and `privacy.flush()` bring all rows to the present; read the parameter itself only after.

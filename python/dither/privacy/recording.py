@@ -31,7 +31,7 @@ class Batch:
         self.constants = {id(t): t for t in buffers}  # and what the model makes without data
         self.contributions: list[Contribution] = []
         self.folded: dict[int, tuple[Tensor, tuple[int, ...]]] = {}  # tensors whose rows are samples times these sizes
-        self.taps: list[Tensor] | None = None  # results of watched functions, where they are asked for
+        self.taps: list[tuple[Tensor, int]] | None = None  # what watched functions made, and where its samples lie, if asked
         self.derived: dict[Tensor, Tensor] = {}  # what stands for a tensor that was computed of parameters alone: that tensor
         self.spent = False
         self.coincides = False  # whether the number of samples is that of something else too
@@ -188,29 +188,52 @@ class Recorder(TorchFunctionMode):
                 return t
         return None
 
+    def along(self, tensor: Tensor) -> int:
+        """The dimension along which samples lie."""
+        return 1 if not self.batch_first and tensor.dim() > 2 else 0
+
+    def first(self) -> Recorder:
+        """Of tensors whose samples lie along dimension 0 whatever the model's do."""
+        return self if self.batch_first else Recorder(self.params, self.batch, True, self.watcher)
+
     def activation(self, tensor: Any) -> Any:
         """A parameter that the model expanded over samples becomes an activation; other things stay."""
         param = self.param_of(tensor)
         size = self.batch.size
-        if param is None or tensor.dim() == 0 or len(tensor) != size or (tensor.stride(0) and size != 1):
+        if param is None or tensor.dim() == 0:
             return tensor
-        if not size:
-            return _Source.apply(self.batch.token, tensor.detach(), _nothing)
-        return _source(self, tensor, tensor[0])
+        at = self.along(tensor)
+        if tensor.shape[at] == size and (not tensor.stride(at) or size == 1):
+            return _spread(self, tensor, tensor) if size else _Source.apply(self.batch.token, tensor.detach(), _nothing)
+        return tensor
+
+    def operand(self, tensor: Any) -> Any:
+        """An activation, or a parameter whose elements all have a place of their own."""
+        tensor = self.activation(tensor)
+        expanded = isinstance(tensor, Tensor) and any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride()))
+        return _derived(self, tensor.contiguous()) if expanded and self.param_of(tensor) is not None else tensor
 
     @torch.compiler.disable
     def _used(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
-        if name in _VIEWS:
+        if name in _VIEWS and not (name == "__getitem__" and any(map(self.is_data, pytree.tree_leaves(args[1])))):
             result = func(*args, **kwargs)
             parts = result if isinstance(result, (tuple, list)) else [result]
             return result if all(self.param_of(t) is not None for t in parts) else _derived(self, result)
+        taken = self.activation if func is F.multi_head_attention_forward else self.operand  # it turns what it is given
         if any(type(a) in (list, tuple) and any(isinstance(t, Tensor) for t in a) for a in (*args, *kwargs.values())):
-            args, kwargs = pytree.tree_map(self.activation, (args, kwargs))
+            given = pytree.tree_leaves((args, kwargs))
+            args, kwargs = pytree.tree_map(taken, (args, kwargs))
             tensors = pytree.tree_leaves((args, kwargs))
+        elif name in _ELEMENTWISE and any(map(self.is_data, args)):  # broadcasting says what lies along samples
+            given = tensors = [*args, *kwargs.values()]
         else:  # most calls, and pytree takes its time
-            args, kwargs = tuple(map(self.activation, args)), {name: self.activation(a) for name, a in kwargs.items()}
+            given = [*args, *kwargs.values()]
+            args, kwargs = tuple(map(taken, args)), {key: taken(a) for key, a in kwargs.items()}
             tensors = [*args, *kwargs.values()]
+        if any(a is not b for a, b in zip(given, tensors)):  # samples, or something else of which there are as many
+            others = [t for t in given if self.is_data(t)]
+            self.batch.coincides |= not others or any(self.batch.size in t.shape[1:] for t in others)
         if not any(self.param_of(t) is not None for t in tensors):
             return func(*args, **kwargs)
         handler = HANDLERS.get(func)
@@ -242,8 +265,7 @@ class Recorder(TorchFunctionMode):
     def samples_first(self, func: str, x: Tensor) -> Tensor:
         """x with its samples along dimension 0, checked."""
         size = self.batch.size
-        if not self.batch_first and x.dim() > 2:
-            x = x.transpose(0, 1)
+        x = x.transpose(0, self.along(x)) if x.dim() else x
         if x.dim() == 0 or len(x) != size:
             where = "1" if not self.batch_first else "0"
             raise ValueError(
@@ -259,7 +281,7 @@ class Recorder(TorchFunctionMode):
         y = _Tap.apply(y, self.batch.token, record if self.batch.size else _nothing, *saved)
         self.batch.coincides = self.batch.coincides or self.batch.size in y.shape[1:]
         if self.batch.taps is not None:
-            self.batch.taps.append(y)
+            self.batch.taps.append((y, self.along(y)))
         if id(like) in self.batch.folded:
             self.batch.folded[id(y)] = (y, self.batch.folded[id(like)][1])
         return y
@@ -347,6 +369,7 @@ def _convolution(function: Any, places: int) -> None:
         if isinstance(padding, str):
             padding = 0 if padding == "valid" else tuple(d * (k - 1) // 2 for d, k in zip(dilation, size))
         padding = (padding,) * places if isinstance(padding, int) else tuple(padding)
+        watch = watch.first()
         y = function(input, weight.detach(), _detached(bias), stride, padding, dilation, groups)
         if input.dim() != places + 2:
             raise ValueError(
@@ -391,12 +414,17 @@ def _embedding(
         what = "max_norm" if max_norm is not None else "scale_grad_by_freq" if scale_grad_by_freq else "sparse"
         raise ValueError(f"privacy: embedding has {what}, expected none: its gradients are not those of samples alone")
     w = watch.view(weight)
+    at = 1 if not watch.batch_first and input.dim() > 1 else 0  # samples lie as in the result, which has a dimension more
     if w is None or not watch.is_data(input):
-        return _any_function(watch, F.embedding, "embedding", (input, weight, padding_idx), {})
+        many = input.dim() > 1 and input.shape[at] == watch.batch.size > 1
+        one = input.narrow(at, 0, 1) if many and bool((input == input.narrow(at, 0, 1)).all()) else input
+        watch.batch.constants[id(one)] = one
+        y = _any_function(watch, F.embedding, "embedding", (one, weight, padding_idx), {})
+        return y if one is input else y.expand(*input.shape, -1)  # positions or kinds, the same for every sample
     watch.watcher._read(w.param, input)
     padding = -1 if padding_idx is None else padding_idx % len(weight)
     y = F.embedding(input, weight.detach(), padding)
-    ids = watch.samples_first("embedding", input)
+    ids = watch.first().samples_first("embedding", input.transpose(0, at) if at else input)
 
     def record(g: Tensor, ids: Tensor) -> None:
         g = watch.samples_first("embedding", g)
@@ -473,6 +501,7 @@ def _group_norm(
 ) -> Tensor:
     if not watch.is_data(input):
         return _any_function(watch, F.group_norm, "group_norm", (input, num_groups, weight, bias, eps), {})
+    watch = watch.first()
     watch.rows_of("group_norm", input)
     rows, channels, places = len(input), input.shape[1], math.prod(input.shape[2:])
     x, w, b = input.contiguous(), watch.view(weight), watch.view(bias)
@@ -536,6 +565,59 @@ def _batch_norm(watch: Recorder, *args: Any, **kwargs: Any) -> Tensor:
     raise ValueError("privacy: batch_norm mixes samples, expected group_norm; see dither.privacy.fix_model")
 
 
+# ---- indices and copies
+
+
+@handles(Tensor.__getitem__)
+def _getitem(watch: Recorder, input: Tensor, index: Any) -> Tensor:
+    """A table that samples choose rows of."""
+    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool and input.dim() == 2:
+        return _embedding(watch, torch.where(index < 0, index + len(input), index), input)
+    return _any_function(watch, Tensor.__getitem__, "__getitem__", (input, index), {})  # type: ignore[no-any-return]
+
+
+@handles(Tensor.__setitem__)
+def _setitem(watch: Recorder, input: Tensor, index: Any, value: Any) -> None:
+    """x[:, 0] = p and x[mask] = p, where every sample is written to alike, or by a mask of its own."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    masked = isinstance(index, Tensor) and index.dtype == torch.bool
+    region = input if masked else input[index]
+    spread = None
+    if torch.is_grad_enabled() and watch.param_of(value) is not None and watch.param_of(input) is None:
+        samples = region.dim() > 0 and region.shape[watch.along(region)] == watch.batch.size
+        if samples and (masked or first is Ellipsis or (isinstance(first, slice) and first == slice(None))):
+            spread = _spread(watch, value, region)
+        if spread is None:
+            raise NotImplementedError(
+                f"privacy: __setitem__ writes parameter {_names(watch, [value], [0])}, expected x[:, ...] = p with all samples"
+            )
+        watch._written(input)
+    value = value if spread is None else spread
+    input[index] = value.expand(input.shape)[index] if masked and spread is not None else value
+
+
+@handles(Tensor.repeat, Tensor.tile, torch.tile)
+def _repeat(watch: Recorder, input: Tensor, *sizes: Any, **kwargs: Any) -> Tensor:
+    """Copies for samples are expanded, so that each has a gradient of its own."""
+    given = (*sizes, *kwargs.values())
+    times = [int(n) for n in (given[0] if isinstance(given[0], (tuple, list)) else given)]
+    times = [1] * (input.dim() - len(times)) + times
+    input = input.expand([1] * (len(times) - input.dim()) + [*input.shape])
+    at = 1 if not watch.batch_first and len(times) > 2 else 0
+    copied = input.shape[at] == 1 and times[at] == watch.batch.size
+    rest = [1 if copied and d == at else n for d, n in enumerate(times)]
+    single = _derived(watch, input.repeat(rest)) if any(n != 1 for n in rest) else input
+    return single.expand([times[at] if copied and d == at else n for d, n in enumerate(single.shape)])
+
+
+@handles(torch.repeat_interleave, Tensor.repeat_interleave)
+def _repeat_interleave(watch: Recorder, input: Tensor, repeats: Any, dim: int | None = None, **kwargs: Any) -> Tensor:
+    if isinstance(repeats, int) and dim is not None and input.shape[dim] == 1:
+        return _repeat(watch, input, [repeats if d == dim % input.dim() else 1 for d in range(input.dim())])
+    name = "repeat_interleave"
+    return _any_function(watch, torch.repeat_interleave, name, (input, repeats, dim), kwargs)  # type: ignore[no-any-return]
+
+
 # ---- attention
 
 
@@ -553,7 +635,7 @@ def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
         raise ValueError(f"privacy: attention sees a query of shape {list(query.shape)}, expected a batch, 3 dimensions")
     weights = [o[f"{n}_proj_weight"] for n in "qkv"] if o["use_separate_proj_weight"] else o["in_proj_weight"].split(width)
     biases = [None] * 3 if o["in_proj_bias"] is None else o["in_proj_bias"].split(width)
-    first = Recorder(watch.params, watch.batch, True, watch.watcher)
+    first = watch.first()
 
     def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return (
@@ -562,7 +644,7 @@ def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
             else F.linear(x, w, b)
         )
 
-    q, k, v = (watch.activation(x.transpose(0, 1)) for x in (query, key, value))  # samples first
+    q, k, v = (first.activation(x.transpose(0, 1)) for x in (query, key, value))  # samples first
     if query is key and key is value and not o["use_separate_proj_weight"]:
         q, k, v = linear(q, o["in_proj_weight"], o["in_proj_bias"]).chunk(3, -1)
     else:
@@ -655,7 +737,7 @@ _VIEWS = {
 _ELEMENTWISE = {
     *("add", "sub", "mul", "div", "true_divide", "rsub", "add_", "sub_", "mul_", "div_"),
     *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__", "__truediv__"),
-    *("__rtruediv__", "__itruediv__"),
+    *("__rtruediv__", "__itruediv__", "copy_"),
 }
 
 
@@ -667,10 +749,6 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
     leaves, spec = pytree.tree_flatten((args, kwargs))
     ours = [i for i, a in enumerate(leaves) if watch.param_of(a) is not None]
     batched = [i for i, a in enumerate(leaves) if watch.is_data(a)]
-    for i in batched:
-        watch.rows_of(name, leaves[i])
-    rows = len(leaves[batched[0]]) if batched and watch.batch_first else size
-    dims = max((leaves[i].dim() for i in batched), default=0)
 
     def call(at: list[int], tensors: Sequence[Tensor]) -> Any:
         new = [*leaves]
@@ -679,36 +757,49 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
         arguments, keywords = pytree.tree_unflatten(new, spec)
         return func(*arguments, **keywords)
 
-    if not batched:
-        return _derived(watch, func(*args, **kwargs))
-    if name in _ELEMENTWISE and all(leaves[i].dim() < dims or len(leaves[i]) == 1 for i in ours):
-        wide = [
-            leaves[i].view(*[1] * (dims - leaves[i].dim()), *leaves[i].shape).expand(rows, *[-1] * (dims - 1)) for i in ours
-        ]
-        result = call(ours, [_source(watch, v, leaves[i]) for i, v in zip(ours, wide)])
-        if isinstance(result, Tensor) and id(leaves[batched[0]]) in watch.batch.folded:
-            watch.batch.folded[id(result)] = (result, watch.batch.folded[id(leaves[batched[0]])][1])
-        return result
-    y = call(ours, [leaves[i].detach() for i in ours])
     what = f"privacy: {name} uses parameter {_names(watch, leaves, ours)}"
-    if not isinstance(y, Tensor) or y.dim() == 0 or len(y) != size:
+    if not torch.is_grad_enabled():
+        return func(*args, **kwargs) if batched else _derived(watch, func(*args, **kwargs))
+    writes = _writes(name) or isinstance(kwargs.get("out"), Tensor)
+    if not batched and not writes:
+        return _derived(watch, func(*args, **kwargs))
+    for i in batched:
+        watch.rows_of(name, leaves[i])
+    if name in _ELEMENTWISE and 0 not in ours[: int(writes)]:
+        widest = max((leaves[i] for i in batched or [0]), key=Tensor.dim)
+        spread = [_spread(watch, leaves[i], widest) for i in ours]
+        if all(t is not None for t in spread):
+            if writes:
+                watch._written(leaves[0])
+            result = call(ours, spread)  # type: ignore[arg-type]
+            if isinstance(result, Tensor) and id(widest) in watch.batch.folded:
+                watch.batch.folded[id(result)] = (result, watch.batch.folded[id(widest)][1])
+            return result
+    if writes:
+        raise NotImplementedError(f"{what} in place, expected a function that returns its result")
+    y = call(ours, [leaves[i].detach() for i in ours])
+    if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[watch.along(y)] != size:
         raise NotImplementedError(f"{what}, expected a result [samples, ...]")
+    dims = [watch.along(leaves[i]) for i in batched]
 
     def one(g: Tensor | None, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
         """The result for a sample alone; with its gradient, those of the weights."""
 
         def f(*weights: Tensor) -> Tensor:
-            return call([*ours, *batched], [*weights, *(x[None] for x in inputs)])[0]  # type: ignore[no-any-return]
+            alone = call([*ours, *batched], [*weights, *map(torch.unsqueeze, inputs, dims)])
+            return alone.select(watch.along(y), 0)  # type: ignore[no-any-return]
 
         return f(*weights) if g is None else torch.func.vjp(f, *weights)[1](g)  # type: ignore[misc]
 
     if size:
-        _refuse_mixing(what, call, one, [*ours, *batched], [leaves[i].detach() for i in (*ours, *batched)], len(ours))
+        known = [leaves[i].detach() for i in (*ours, *batched)]
+        _refuse_mixing(what, call, one, [*ours, *batched], known, dims, watch.along(y))
 
     def record(g: Tensor, *inputs: Tensor) -> None:
         weights = [leaves[i].detach() for i in ours]
         with torch.autocast(g.device.type, enabled=False):
-            gradients = torch.vmap(lambda g, inputs: one(g, weights, inputs))(g.to(y_type), tuple(inputs))
+            each = torch.vmap(lambda g, inputs: one(g, weights, inputs), (watch.along(g), tuple(dims)))
+            gradients = each(g.to(y_type), tuple(inputs))
         for i, gradient in zip(ours, gradients):
             watch.add(Rows(watch.view(leaves[i]), gradient))  # type: ignore[arg-type]
 
@@ -721,7 +812,13 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _refuse_mixing(
-    what: str, call: Callable[..., Any], one: Callable[..., Any], at: list[int], tensors: list[Tensor], weights: int
+    what: str,
+    call: Callable[..., Any],
+    one: Callable[..., Any],
+    at: list[int],
+    tensors: list[Tensor],
+    dims: list[int],
+    dim: int,
 ) -> None:
     """Compare a function of all samples with that of each alone, at numbers that are not those of the model, which may be 0."""
     generator = torch.Generator(tensors[0].device).manual_seed(0)
@@ -734,8 +831,9 @@ def _refuse_mixing(
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         some = [positive(_like(t, wide)) for t in tensors]
-        together = call(at, some)
-        apart = torch.stack([one(None, some[:weights], [x[b] for x in some[weights:]]) for b in range(len(together))])
+        together, weights = call(at, some), len(some) - len(dims)
+        samples = zip(*(x.unbind(d) for x, d in zip(some[weights:], dims)))
+        apart = torch.stack([one(None, some[:weights], inputs) for inputs in samples], dim)
     if not torch.allclose(together, apart, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise NotImplementedError(f"{what}, expected a function that treats a sample as it does among others")
 
@@ -744,22 +842,46 @@ def _names(watch: Recorder, leaves: list[Any], ours: list[int]) -> str:
     return ", ".join(repr(watch.params.get(watch.param_of(leaves[i]), "of others")) for i in ours)  # type: ignore[arg-type]
 
 
-def _source(watch: Recorder, wide: Tensor, one: Tensor) -> Tensor:
-    """`wide`, [samples, ...], of which each sample reads `one`."""
+def _source(watch: Recorder, wide: Tensor, one: Tensor, at: int) -> Tensor:
+    """`wide`, with samples along dimension `at`, of which each reads `one`."""
     view = watch.view(one)
     assert view is not None
 
     def record(g: Tensor) -> None:
+        g = g.movedim(at, 0)
         watch.add(_summed(watch, view, g.reshape(len(g), *view.size)))
 
-    return _Source.apply(watch.batch.token, wide.detach(), record)  # type: ignore[no-any-return]
+    result: Tensor = _Source.apply(watch.batch.token, wide.detach(), record)
+    if watch.batch.taps is not None:
+        watch.batch.taps.append((result, at))
+    return result
+
+
+def _spread(watch: Recorder, tensor: Tensor, like: Tensor) -> Tensor | None:
+    """A parameter that is broadcast to the samples of `like`, given to each of them; None where it differs between them."""
+    at, more = watch.along(like), like.dim() - tensor.dim()
+    samples = like.shape[at] if like.dim() else 0
+    if more < 0 or not like.dim() or (samples != watch.batch.size and id(like) not in watch.batch.folded):
+        return None
+    shape = [1] * more + [*tensor.shape]
+    one = tensor.view(shape) if more else tensor
+    for d in range(more, like.dim()):
+        one = one.narrow(d, 0, 1) if one.stride(d) == 0 and one.shape[d] > 1 else one
+    if one.shape[at] != 1:
+        return None
+    shape[at] = samples
+    wide = one.expand([samples if d == at else n for d, n in enumerate(one.shape)])
+    return _source(watch, wide, one.select(at, 0), at).expand(shape)
 
 
 def _derived(watch: Recorder, result: Any) -> Any:
     """Parameters in place of tensors that were computed of parameters alone."""
 
     def replace(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.requires_grad:
+        if not isinstance(t, Tensor):
+            return t
+        if not t.requires_grad:
+            watch.batch.constants[id(t)] = t
             return t
         stand_in = t.detach().requires_grad_()
         watch.batch.derived[stand_in] = t
