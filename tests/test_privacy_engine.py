@@ -386,7 +386,7 @@ def test_sums_are_those_of_samples_alone(name):
         assert p.grad is None
 
 
-@pytest.mark.parametrize("name", ["perceptron", "convolutions", "language", "lstm", "attention"])
+@pytest.mark.parametrize("name", ["perceptron", "convolutions", "language", "lstm", "cells", "attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_single_precision_and_autocast(name, dtype):
     """Norms are those of the gradients that autograd has; sums are of single precision."""
@@ -1122,12 +1122,12 @@ class Packed(nn.Module):
 class StateOfEach(nn.Module):
     """Initial states of samples by their place in the batch."""
 
-    def __init__(self):
+    def __init__(self, samples):
         super().__init__()
-        self.gru, self.h = nn.GRU(5, 5, batch_first=True), nn.Parameter(torch.zeros(1, 4, 5))
+        self.gru, self.h = nn.GRUCell(5, 5), nn.Parameter(torch.zeros(samples, 5))
 
     def forward(self, x):
-        return self.gru(x, self.h)[0]
+        return self.gru(x[:, 0], self.h)
 
 
 X = torch.randn(4, 3, 5)
@@ -1213,7 +1213,8 @@ BAD = {
     "the optimizer calls its closure again": lambda: bad_step(pair()),
     "optimizer is LBFGS": lambda: private(*(lambda m: (m, torch.optim.LBFGS(m.parameters())))(pair())),
     "lstm sees a PackedSequence, expected a padded tensor": lambda: trained(Packed()),
-    "gru has a parameter as input or state": lambda: trained(StateOfEach()),
+    "gru has a parameter as input or state": lambda: trained(StateOfEach(4)),
+    "gru has a state of 1 samples, expected 4": lambda: trained(StateOfEach(1)),
     "gru sees 3 samples, expected 4": lambda: trained(nn.GRU(5, 5)),
     "rnn_tanh sees a sequence of 0 steps": lambda: trained(nn.RNN(5, 5, batch_first=True), X[:, :0]),
     "optimizer has a parameter of shape [3] that is not the model's": lambda: stranger(pair()),
@@ -1322,7 +1323,7 @@ def test_the_loader_says_rate_and_size():
 # Integer sums and lazy tables
 
 
-@pytest.mark.parametrize("name", ["perceptron", "tokens", "convolutions", "language", "reused", "odd", "lora"])
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "convolutions", "language", "reused", "odd", "lora", "shared steps"])
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "auto-s"])
 def test_exact_sums(name, clipping):
     """Without noise: the clipped sum, rounded to the grid; each step is over integers."""

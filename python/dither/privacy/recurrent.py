@@ -165,8 +165,8 @@ def _backward(ctx: Any, dy: Tensor, last: Tensors) -> tuple[Any, ...]:
     old, _, order = _directed(states, ctx.reverse)
     dy = dy.transpose(0, 1) if watch.batch_first else dy
     d = [g.clone() for g in last]
-    da = torch.empty_like(a)
-    db = da if kind.joined else torch.empty_like(a)
+    da, g_a = torch.empty_like(a[0]), a.new_empty(a.shape[1], len(a), a.shape[2])  # of one step, in cache; of all [B, T, K H]
+    db, g_b = (da, g_a) if kind.joined else (torch.empty_like(da), torch.empty_like(g_a))
     dh = None if raw is None else torch.empty_like(old[0])
     for t in reversed(order):
         d[0] += dy[t]
@@ -174,17 +174,16 @@ def _backward(ctx: Any, dy: Tensor, last: Tensors) -> tuple[Any, ...]:
         if dh is not None:
             dh[t] = d[0]
             inner = [d[0] @ w_hr, *d[1:]]
-        kind.backward(a[t], [s[t] for s in old], kept[t], inner, da[t], db[t])
-        d[0].addmm_(db[t], w_hh, beta=0 if kind.joined else 1)
-    g = _samples_first(da)
-    uses: list[tuple[int, int | None, Tensor, Tensor]] = [
-        (0, 2, x, g),
-        (1, 3, _samples_first(old[0]), g if db is da else _samples_first(db)),
-    ]
+        kind.backward(a[t], [s[t] for s in old], kept[t], inner, da, db)
+        d[0].addmm_(db, w_hh, beta=0 if kind.joined else 1)
+        g_a[:, t] = da
+        if g_b is not g_a:
+            g_b[:, t] = db
+    uses: list[tuple[int, int | None, Tensor, Tensor]] = [(0, 2, x, g_a), (1, 3, _samples_first(old[0]), g_b)]
     if dh is not None:
         uses.append((4, None, _samples_first(raw), _samples_first(dh)))
     needs_x, *needed = ctx.needs_input_grad[5:11]
-    dx = g @ w_ih if needs_x else None
+    dx = g_a @ w_ih if needs_x else None
     weights: list[Tensor | None] = [None] * 5  # gradients of those that are not watched
     for w, bias, inputs, g in uses:
         if watch.batch.size:
@@ -213,6 +212,9 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """x [B, T, D] -> (y [B, T, P], *last states), of one layer in one direction; weights: W_ih, W_hh, b_ih, b_hh, W_hr."""
     x, *first = (watch.activation(t) for t in (x, *first))
+    for state in first:
+        if len(state) != len(x):
+            raise ValueError(f"privacy: {name} has a state of {len(state)} samples, expected {len(x)}")
     if any(watch.param_of(t) is not None for t in (x, *first)):
         raise ValueError(f"privacy: {name} has a parameter as input or state, expected it to be expanded over samples")
     views = [watch.view(w) for w in weights]
