@@ -47,11 +47,7 @@ struct ExactNoise {
 // 62 binary digits of U and 61 of T; a second block of the same element, of its own kind, has 64 more of each. A double is
 // enough to round std z unless that is close to half an integer: then all digits are used, with 106 bits of precision.
 //
-// How far the double std z may be from the true one: std (kAngle + (kRadius + kDigits / u) / r), from
-//   u:     one rounding, 2^-53 u, and half a cell, 2^-63; so ln u moves by 2^-53 + 2^-63 / u and r by twice that over 2 r
-//   ln:    below 1 ulp (fdlibm); square root, products: 1/2 ulp each
-//   angle: 3 roundings of a number below 1 and the cell, 2^-51 together; sine and cosine: 1 ulp each (Cephes); r <= 9.36
-// which add up to r-free terms of 9.36 x 5 x 2^-52 < 2^-46 and (2^-52 + 2^-62 / u) / r. Each constant is 4 times as large.
+// The double std z is std (kAngle + (kRadius + kDigits / u) / r) / 8 off at most: docs/privacy.md, Rounded normals.
 constexpr double kAngle = 0x1p-44, kRadius = 0x1p-50, kDigits = 0x1p-60;
 constexpr double kLeastUniform = 0x1p-40;  // below, cells are not small: all digits
 
@@ -65,7 +61,8 @@ DITHER_HD int64_t round_pair(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3,
   const double safe = 0.5 - std * (kAngle + (kRadius + kDigits / u) / r);
   q0 = nearest_integer(x);
   q1 = nearest_integer(y);
-  const bool sure = (absolute(x - nearest(x)) < safe) & (absolute(y - nearest(y)) < safe) & (u > kLeastUniform);
+  const bool usual = (u > kLeastUniform) & (u < 1.0);  // at 1 the radius is -0, and so 1 / r no bound
+  const bool sure = (absolute(x - nearest(x)) < safe) & (absolute(y - nearest(y)) < safe) & usual;
   return sure ? 0 : 1;
 }
 

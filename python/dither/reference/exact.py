@@ -64,7 +64,7 @@ def rounded_normals(n: int, std: float, key: Sequence[int], stream: int, step: i
     value = np.rint(x)
     with np.errstate(divide="ignore", invalid="ignore"):
         error = std * (2.0**-44 + (2.0**-50 + 2.0**-60 / u) / np.sqrt(-2 * np.log(u)))
-    unsure = np.flatnonzero(~((np.abs(x - value) < 0.5 - error) & (u > 2.0**-40)))
+    unsure = np.flatnonzero(~((np.abs(x - value) < 0.5 - error) & (u > 2.0**-40) & (u < 1)))
     value = value.astype(np.int64)
     for i in unsure:
         v = noise.element_words(key, stream, step, DIGITS_KIND, start + int(i), 1, 2)[0]
