@@ -40,20 +40,8 @@ def grid_for(clip: float, dimension: int) -> float:
 def sampler_delta(std: float, draws: int) -> float:
     """Bound on the total variation distance between that many rounded draws and round(N(0, std^2)): to be added to delta.
 
-    It is draws (std + 1) 2^-92, for a std in units of the grid. ChaCha20 is taken to be uniform. The parts:
-
-    - Rounding errs only where std z lies closer to half an integer than the error e of what is computed: with probability at
-      most 2 e (1 + 0.4 / std), since the density of std z is unimodal and at most 0.4 / std.
-    - Doubles round z where that is safe, and decide nothing else. How far they may be off is derived in csrc/privacy/exact.h
-      from the bounds that are published for the logarithm (fdlibm: 1 ulp), sine and cosine (Cephes: 1 ulp), and taken four
-      times. Not proven here: those bounds. Measured: the error stays 8 times below what is called safe.
-    - The other draws have 126 binary digits of a uniform and of a direction, and 106 bits of precision. Not proven line by
-      line: their error. Measured, on 150 000 draws with extreme ones among them: below std 2^-101 / min(r, 1), where r is the
-      radius of the pair. e = std 2^-97 / min(r, 1) is used. Radii between 2^-j-1 and 2^-j have a density of at most
-      2^-j / (pi std) along each axis, and reach half an integer at no more than 2 std 2^-j + 1 places; summed over j, and with
-      the radii above 1, errors have a probability below 20 (std + 1) 2^-97 < (std + 1) 2^-92.6.
-    - Digits end: cells of 2^-126 of the uniform move r by 2^-127 / (u r), over all radii 2^-127 times the largest, 13.3; cells
-      of 2^-125 of the direction move std z by std r 2^-126. What lies beyond r = 13.3 is part of a cell of probability 2^-126.
+    It is draws (std + 1) 2^-92, for a std in units of the grid; docs/privacy.md derives less than a sixth of it. ChaCha20 is
+    taken to be uniform.
     """
     draws = _checks.integer("sampler_delta", "draws", draws, least=0)
     return draws * (_checks.number("sampler_delta", "std", std, least=0, most=_MOST_STD) + 1) * 2.0**-92
