@@ -266,9 +266,9 @@ def test_demo_refuses_a_file_as_folder(demo, capsys, tmp_path):
 # examples
 
 
-def numbers_of(example: str, pattern: str) -> list[tuple[str, ...]]:
+def numbers_of(example: str, pattern: str, *options: str) -> list[tuple[str, ...]]:
     pytest.importorskip("sklearn")
-    run = subprocess.run([sys.executable, EXAMPLES / example], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, EXAMPLES / example, *options], capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == "", run.stderr
     return re.findall(pattern, run.stdout)
 
@@ -295,12 +295,14 @@ def test_sparse_training():
     assert dense > 95 and cut < 80 and repaired > 94 and decayed > 94
 
 
-def test_private_training():
-    """Measured, with fresh keys in each run: 98 to 99, 95 to 97, 91 to 94 %."""
+@pytest.mark.parametrize(("data", "least"), [("digits", (95, 90, 82)), ("breast_cancer", (87, 86, 83))])
+def test_private_training(data, least):
+    """Measured, with fresh keys in each run: 98 to 99, 95 to 97, 91 to 94 %; of 11 runs 91 to 95, 91 to 94, 90 to 94 %."""
     pytest.importorskip("dp_accounting")
-    ((_, plain), *private) = numbers_of("private_training.py", r"(?:epsilon ([\d.]+) at|without).*accuracy ([\d.]+) %")
-    assert [epsilon for epsilon, _ in private] == ["4.00", "1.00"]
-    assert float(plain) > 95 and float(private[0][1]) > 90 and float(private[1][1]) > 82
+    pattern = r"(?:epsilon ([\d.]+) at|without).*accuracy ([\d.]+) %"
+    runs = numbers_of("private_training.py", pattern, "--data", data)
+    assert [epsilon for epsilon, _ in runs] == ["", "4.00", "1.00"]
+    assert all(float(accuracy) > bound for (_, accuracy), bound in zip(runs, least))
 
 
 def test_resume():
