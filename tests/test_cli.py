@@ -297,7 +297,7 @@ def test_sparse_training():
 
 @pytest.mark.parametrize(("data", "least"), [("digits", (95, 90, 82)), ("breast_cancer", (87, 86, 83))])
 def test_private_training(data, least):
-    """Measured, with fresh keys in each run: 98 to 99, 95 to 97, 91 to 94 %; of 11 runs 91 to 95, 91 to 94, 90 to 94 %."""
+    """Measured, with fresh keys in each run: 98 to 99, 95 to 97, 91 to 94 %; and in 8 runs 91 to 96, 91 to 94, 89 to 94 %."""
     pytest.importorskip("dp_accounting")
     pattern = r"(?:epsilon ([\d.]+) at|without).*accuracy ([\d.]+) %"
     runs = numbers_of("private_training.py", pattern, "--data", data)

@@ -610,6 +610,22 @@ def test_audits_are_right_as_often_as_they_say(stats):
     assert min(np.mean(found, 0)) > 0.6
 
 
+def test_ties_tell_nothing(stats):
+    """Canaries that come sorted by their coins, and scores that are all the same."""
+    coins = np.arange(1000) >= 500
+    assert one_run_epsilon(np.zeros(1000), coins, 0.0) == one_run_epsilon(np.zeros(1000), ~coins, 0.0) == 0
+    assert one_run_epsilon(torch.zeros(1000, dtype=torch.bfloat16), coins, 0.0) == 0
+
+
+def test_epsilon_where_dp_accounting_overflows(dp):
+    """What one accountant cannot compute the other bounds; neither is an error in words."""
+    assert epsilon(10, 0.1, 1e-5, 1e-5) >= 1e9
+    assert epsilon(10**12, 0.01, 1.0, 1e-5) == epsilon(10**12, 0.01, 1.0, 1e-5, "rdp")
+    with pytest.raises(ValueError, match="expected what dp-accounting can compute"):
+        epsilon(10, 0.1, 1e-200, 1e-5)
+    assert effective_noise_multiplier(1e-200, 1e-200) == pytest.approx(1e-200 / math.sqrt(1.25))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_one_run_finds_half_the_noise(dp, seed):
     """20 seeds, the claim is 2.25: 2.39 to 2.73 with half the noise, 1.04 to 1.34 with the right one."""
@@ -645,6 +661,8 @@ def test_two_worlds_find_mistakes(dp, mistake):
     [
         (lambda: two_worlds_epsilon([1.0], [0.0] * 9, 0.0), r"scores_in is of shape \[1\], expected at least 4 numbers"),
         (lambda: two_worlds_epsilon([1.0] * 4, [math.nan] * 4, 0.0), "scores_out is of shape .* with NaN"),
+        (lambda: two_worlds_epsilon([1j] * 4, [0.0] * 4, 0.0), "scores_in is complex128, expected numbers"),
+        (lambda: two_worlds_epsilon([1.0], [0.0], 0.0, threshold=math.nan), "threshold is nan, expected -inf <= threshold"),
         (lambda: two_worlds_epsilon([1.0] * 4, [0.0] * 4, 1.0), "delta is 1.0"),
         (lambda: two_worlds_epsilon([1.0] * 4, [0.0] * 4, 0.0, confidence=1.0), "confidence is 1.0"),
         (lambda: one_run_epsilon([1.0, 2.0], [True], 0.0), r"included is bool of \[1\], expected bool of \[2\]"),

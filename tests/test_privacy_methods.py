@@ -59,6 +59,23 @@ def test_beliefs_are_likelihood_ratios(epsilon):
     assert (torch.exp(other).mean(0) - 1).abs().max() < 0.1
 
 
+def test_answers_in_16_bits_are_not_certain(monkeypatch):
+    """The flip probability 8e-9 at a distance of 12 is 0 in float16; a draw below it flips all the same."""
+    signals = torch.full((3,), 12.0, dtype=torch.float16)
+    assert not flip_probability(signals, 0.0, 1.5).any()
+    with monkeypatch.context() as patch:
+        patch.setattr(noise, "uniform", lambda shape, **_: torch.full(shape, 1e-9, dtype=torch.float64))
+        assert not smooth_response(signals, 0.0, 1.5, seed=1).any()
+    for wrong, threshold, message in (
+        (torch.tensor([math.nan]), 0.0, "signals has NaN, expected floating point"),
+        (torch.tensor([1]), 0.0, "signals is torch.int64, expected floating point"),
+        (torch.zeros(2), torch.zeros(3, 1), r"threshold has shape \[3, 1\], expected one that fits \[2\]"),
+        (torch.zeros(2), math.nan, "threshold has NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            smooth_response(wrong, threshold, 1.0, seed=1)
+
+
 def test_privacy_speeds_learning_up():
     """Beliefs grow like 2 / (epsilon sigma^2) log(agents), else slower; slopes over 20 seeds: 0.95 to 1.03 of it, 0.70."""
     final = {}
@@ -120,6 +137,24 @@ def test_divergence_bounds_curved_losses():
         difference = c * difference + (0.2 * 2 * 3.0 / 50 if step < 100 else 0)
         variance = c**2 * variance + 2 * 0.2 * 0.4**2
     assert 2.0 * difference**2 / (2 * variance) < learner.divergence(2.0, records=50, steps=20, training=100)
+
+
+def test_unlearning_at_the_edges():
+    """Weak regularization contracts next to nothing; a gradient may use autograd; small budgets do not cancel."""
+    weak = quadratic(regularization=1e-18, smoothness=0.0)
+    assert weak.divergence(2.0, records=50, steps=3, training=5) == pytest.approx(
+        2 * (0.2 * 0.12 * 5) ** 2 / (4 * 0.2 * 0.16 * 8)
+    )
+    assert math.isinf(quadratic(regularization=1e-300).divergence(2.0, records=50, steps=3))
+    few, more = (quadratic().steps_needed(records=50, epsilon=e, delta=1e-5) for e in (1e-14, 1e-17))
+    assert more - few == pytest.approx(math.log(1000) / -math.log(1 - 0.2 * 0.5), abs=2)
+    by_autograd = quadratic()
+    by_autograd.gradient = lambda theta, mean: torch.autograd.grad(((theta.requires_grad_() - mean) ** 2).sum() / 2, theta)[0]
+    found = by_autograd.descend(torch.zeros(3), 2.0, 4)
+    torch.testing.assert_close(found, quadratic().descend(torch.zeros(3), 2.0, 4))
+    assert not found.requires_grad
+    with pytest.raises(ValueError, match=r"theta is torch\.int64, expected floating point"):
+        quadratic().descend(torch.zeros(3, dtype=torch.int64), 2.0, 4)
 
 
 def test_a_few_steps_forget():
@@ -248,6 +283,17 @@ def test_one_sample_moves_a_private_sum_by_max_norm_at_most(kind):
     )
     alone = torch.stack([private_sketch(gradients[:0], sketch, 1.5, 2.0, step=t, **SECRET) for t in range(1000)])
     assert abs(float(alone.std()) / 3 - 1) < 5 / math.sqrt(2 * 12_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sample_in_16_bits_is_clipped_as_any(dtype):
+    """2,000 samples along one direction and one more: sums of bfloat16 would round it away, and others up by 8."""
+    sketch = Sketch(4, 4, "gaussian", seed=1)
+    rows = torch.ones(2000, 4, dtype=dtype, requires_grad=True)
+    total = private_sketch(rows, sketch, 1.0, 0.0, seed=2)
+    assert total.dtype == dtype and not total.requires_grad
+    assert abs(float(total.double().norm()) / 2000 - 1) < 2e-3
+    assert float(private_sketch(torch.full((1, 4), 6e4, dtype=torch.float16), sketch, 1.0, 0.0, seed=2).norm()) > 0.99
 
 
 def test_a_sketch_leaks_inputs_and_noise_hides_them():
@@ -388,6 +434,12 @@ def test_refusals_of_medians():
         (lambda: median_step(x, g, 1.0, huber=-1.0), "huber is -1.0, expected 0 <= huber < inf"),
         (lambda: MedianSGD(x, lr=0.0, tau=1.0), "MedianSGD: lr is 0.0, expected 0 < lr < inf"),
         (lambda: MedianSGD(x, lr=1.0, tau=1.0, weight_decay=-1.0), "weight_decay is -1.0, expected 0 <= weight_decay < inf"),
+        (lambda: median_step([], [], 1.0), "expected those of estimates, at least one"),
+        (
+            lambda: median_step(x, [torch.ones(1)], 1.0),
+            r"gradients have shapes \[\[1\]\], expected those of estimates, \[\[2\]\]",
+        ),
+        (lambda: geometric_median(torch.zeros(3, 2), tolerance=math.nan), "tolerance is nan, expected 0 <= tolerance < inf"),
         (lambda: geometric_median(torch.zeros(3)), r"samples is torch.float32 of shape \[3\], expected"),
         (lambda: geometric_median(torch.full((2, 2), math.nan)), "samples has NaN or infinity, expected finite"),
         (lambda: geometric_median(torch.zeros(3, 2), iterations=0), "iterations is 0, expected at least 1"),

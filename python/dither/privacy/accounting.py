@@ -62,16 +62,25 @@ def epsilon_of(history: Iterable[Sequence[float]], delta: float, accountant: Acc
     """
     owner = "epsilon"
     number(owner, "delta", delta, above=0, below=1)
+    history = list(history)
     event = composed(owner, history)
     if accountant not in get_args(Accountant):
         raise ValueError(f"{owner}: accountant is {accountant!r}, expected 'pld' or 'rdp'")
     with _quiet():
-        renyi = require("dp_accounting.rdp", extra="privacy").RdpAccountant().compose(event).get_epsilon(delta)
+        try:
+            renyi = require("dp_accounting.rdp", extra="privacy").RdpAccountant().compose(event).get_epsilon(delta)
+        except ArithmeticError as error:
+            raise ValueError(
+                f"{owner}: noise_multiplier and steps are {history}, expected what dp-accounting can compute"
+            ) from error
         if accountant == "rdp" or not 0 < renyi < math.inf:
             return float(renyi)
         interval = 1e-4 * max(1.0, renyi / 10)  # a bound at any interval; a fine one takes minutes where epsilon is large
         losses = require("dp_accounting.pld", extra="privacy").PLDAccountant(value_discretization_interval=interval)
-        return float(min(renyi, losses.compose(event).get_epsilon(delta)))
+        try:
+            return float(min(renyi, losses.compose(event).get_epsilon(delta)))
+        except ArithmeticError:  # too many steps for it; the other bound holds as well
+            return float(renyi)
 
 
 def noise_multiplier(
@@ -152,7 +161,7 @@ def effective_noise_multiplier(noise_multiplier: float, unclipped_num_std: float
     number(owner, "unclipped_num_std", unclipped_num_std, least=0)
     if noise_multiplier == 0 or unclipped_num_std == 0:
         return 0.0
-    return (noise_multiplier**-2 + (2 * unclipped_num_std) ** -2) ** -0.5
+    return 1 / math.hypot(1 / noise_multiplier, 0.5 / unclipped_num_std)
 
 
 def composed(owner: str, history: Iterable[Sequence[float]]) -> Any:
@@ -160,7 +169,7 @@ def composed(owner: str, history: Iterable[Sequence[float]]) -> Any:
     event = require("dp_accounting", extra="privacy").dp_event
     parts = []
     for entry in history:
-        if len(entry) != 3:
+        if not isinstance(entry, Sequence) or len(entry) != 3:
             raise ValueError(f"{owner}: history has {entry!r}, expected (noise_multiplier, sample_rate, steps)")
         sigma, rate, count = entry
         number(owner, "noise_multiplier", sigma, least=0)

@@ -47,6 +47,7 @@ def two_worlds_epsilon(
     inside, outside = _scores(owner, "scores_in", scores_in, least), _scores(owner, "scores_out", scores_out, least)
     alpha = (1 - confidence) / 2
     if threshold is not None:
+        number(owner, "threshold", threshold, most=math.inf)
         return float(_two_worlds(inside, outside, np.array([threshold]), delta, alpha)[0])
     halves = [(s[: len(s) // 2], s[len(s) // 2 :]) for s in (inside, outside)]
     candidates = np.unique(np.concatenate([halves[0][0], halves[1][0]]))
@@ -87,7 +88,8 @@ def one_run_epsilon(
         counts = [integer(owner, "guesses", g, 1) for g in (guesses if isinstance(guesses, Sequence) else [guesses])]
     if not counts or max(counts) > m:
         raise ValueError(f"{owner}: guesses is {guesses}, expected 1 to {m}, the number of canaries")
-    order = np.argsort(values, kind="stable")
+    mixed = np.random.default_rng(0).permutation(m)  # canaries may come sorted by their coins: ties must not tell
+    order = mixed[np.argsort(values[mixed], kind="stable")]
     alpha = (1 - confidence) / len(counts)
     bounds = []
     for count in counts:
@@ -151,11 +153,17 @@ def _largest(refuted: Callable[[float], bool]) -> float:
 
 
 def _array(values: Scores) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)
 
 
 def _scores(owner: str, name: str, values: Scores, least: int) -> np.ndarray:
-    array = _array(values).astype(np.float64)
+    array = _array(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{owner}: {name} is {array.dtype}, expected numbers")
+    array = array.astype(np.float64)
     if array.ndim != 1 or len(array) < least or np.isnan(array).any():
         given = f"of shape {list(array.shape)}" + (" with NaN" if np.isnan(array).any() else "")
         raise ValueError(f"{owner}: {name} is {given}, expected at least {least} numbers in one dimension")

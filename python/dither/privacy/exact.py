@@ -81,7 +81,7 @@ class ExactSum:
     def factors(self, norms: Tensor) -> Tensor:
         """What each gradient is multiplied by: min(1, bound / norm), and 0 where the norm is no finite number. float64."""
         norms = _checks.tensor("factors", "norms", norms).detach().double()
-        return torch.where(norms.isfinite(), (self.bound / norms).clamp(max=1.0), 0.0)
+        return torch.where(norms.isfinite() & (norms >= 0), (self.bound / norms).clamp(max=1.0), 0.0)
 
     @torch.no_grad()
     def add(self, rows: Tensor, factors: Tensor, start: int = 0) -> None:

@@ -36,6 +36,11 @@ def median_step(
     """
     owner = "median_step"
     _check(owner, tau, norm, huber)
+    shapes = [[list(t.shape) for t in tensors] for tensors in (estimates, gradients)]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise ValueError(
+            f"{owner}: gradients have shapes {shapes[1]}, expected those of estimates, {shapes[0] or 'at least one'}"
+        )
     differences = torch._foreach_sub(list(gradients), list(estimates))
     least = tau + huber
     if norm == "l1":
@@ -111,6 +116,7 @@ def geometric_median(samples: Tensor, *, iterations: int = 100, tolerance: float
     if not bool(rows.isfinite().all()):
         raise ValueError(f"{owner}: samples has NaN or infinity, expected finite numbers")
     iterations = integer(owner, "iterations", iterations, 1)
+    number(owner, "tolerance", tolerance, least=0)
     centre = rows.median(0).values  # nearer than the mean where rows are far out
     spread = (rows - centre).norm(dim=1).median()
     for _ in range(iterations):

@@ -34,6 +34,16 @@ def smooth_response(signals: Tensor, threshold: Tensor | float, epsilon: float, 
         epsilon: more than 0; inf tells the truth.
         address: of one uniform number for each signal, see `dither.noise`; a secret key and engine="chacha20" hide it.
     """
+    owner = "smooth_response"
+    if not tensor(owner, "signals", signals).is_floating_point() or bool(signals.isnan().any()):
+        given = "has NaN" if signals.is_floating_point() else f"is {signals.dtype}"
+        raise ValueError(f"{owner}: signals {given}, expected floating point numbers")
+    threshold = torch.as_tensor(threshold, dtype=torch.float64, device=signals.device)
+    if torch.broadcast_shapes(threshold.shape, signals.shape) != signals.shape:  # answers would share a draw
+        raise ValueError(f"{owner}: threshold has shape {list(threshold.shape)}, expected one that fits {list(signals.shape)}")
+    if bool(threshold.isnan().any()):
+        raise ValueError(f"{owner}: threshold has NaN, expected numbers")
+    signals = signals.detach().double()  # in 16 bits small probabilities are 0, and an answer is certain
     flips = flip_probability(signals, threshold, epsilon)
     draws = noise.uniform(signals.shape, dtype=torch.float64, device=signals.device, **address)
     return (signals > threshold) ^ (draws < flips)

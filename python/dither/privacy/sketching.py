@@ -111,14 +111,14 @@ class Sketch:
         return ((start, min(start + rows, self.size)) for start in range(0, self.size, rows))
 
 
+@torch.no_grad()
 def private_sketch(
     gradients: Tensor, sketch: Sketch, max_norm: float, noise_multiplier: float, **address: Unpack[Address]
 ) -> Tensor:
     """The sum of the sketches of per-sample gradients, each clipped, with noise: (samples, dim) to (size,).
 
     Sketches are clipped, not gradients, as R may lengthen them: one sample moves the sum by at most max_norm whatever R is, and
-        a
-    step of this is accounted for like one of DP-SGD. `sketch.desketch` of the result is post-processing.
+    a step of this is accounted for like one of DP-SGD. `sketch.desketch` of the result is post-processing.
 
     Args:
         gradients: floating point; 0 samples give the noise alone. A row that is not finite counts as 0.
@@ -133,8 +133,9 @@ def private_sketch(
     number(owner, "noise_multiplier", noise_multiplier, least=0)
     if "seed" in address and address["seed"] == sketch.address.get("seed"):
         raise ValueError(f"{owner}: seed is that of the sketch, expected another, secret one")
-    total = clip_rows(sketch.sketch(gradients), max_norm).sum(0)
-    return noise.add_normal_(total, noise_multiplier * max_norm, **address)
+    wide = gradients.to(torch.promote_types(gradients.dtype, torch.float32))  # sums of 16 bits move by more than max_norm
+    total = clip_rows(sketch.sketch(wide), max_norm).sum(0)
+    return noise.add_normal_(total, noise_multiplier * max_norm, **address).to(gradients.dtype)
 
 
 def _hadamard(x: Tensor) -> Tensor:

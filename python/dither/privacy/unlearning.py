@@ -68,10 +68,14 @@ class NoisyGD(Generic[Data]):
         """theta after `steps` steps, at least 0, on `data`; a new tensor. To train, and to forget what `data` has no more."""
         owner = f"{type(self).__name__}.descend"
         steps = integer(owner, "steps", steps, 0)
-        theta = tensor(owner, "theta", theta).detach().clone()
+        if not tensor(owner, "theta", theta).is_floating_point():
+            raise ValueError(f"{owner}: theta is {theta.dtype}, expected floating point")
+        theta = theta.detach().clone()
         scale = math.sqrt(2 * self.lr) * self.sigma
         for _ in range(steps):
-            gradient = self.gradient(theta, data)
+            with torch.enable_grad():
+                gradient = self.gradient(theta.detach(), data)
+            gradient = tensor(owner, "gradient", gradient).detach()
             if gradient.shape != theta.shape:
                 raise ValueError(f"{owner}: gradient has shape {list(gradient.shape)}, expected {list(theta.shape)}")
             theta.mul_(1 - self.lr * self.regularization).sub_(gradient, alpha=self.lr)
@@ -107,7 +111,7 @@ class NoisyGD(Generic[Data]):
         number(owner, "epsilon", epsilon, above=0)
         number(owner, "delta", delta, above=0, below=1)
         log = math.log(1 / delta)
-        budget = (math.sqrt(log + epsilon) - math.sqrt(log)) ** 2
+        budget = (epsilon / (math.sqrt(log + epsilon) + math.sqrt(log))) ** 2
         high = 1
         while self._rho("steps_needed", records, high, training) > budget:
             high *= 2
@@ -122,14 +126,13 @@ class NoisyGD(Generic[Data]):
         records, steps = integer(owner, "records", records, 2), integer(owner, "steps", steps, 0)
         number(owner, "training", training, least=1, most=math.inf)
         log_c = math.log1p(-self.lr * self.regularization) if self.lr * self.regularization < 1 else -math.inf
-        c = math.exp(log_c)
 
         def lost(n: float) -> float:  # 1 - c^n
             return -math.expm1(n * log_c) if n else 0.0
 
         kept = math.exp(steps * log_c) if steps else 1.0
-        shift = self.lr * 2 * self.lipschitz / records * kept * lost(training) / (1 - c)
-        return shift**2 * (1 - c**2) / (4 * self.lr * self.sigma**2 * lost(2 * (training + steps)))
+        shift = self.lr * 2 * self.lipschitz / records * kept * lost(training) / lost(1)
+        return shift * shift * lost(2) / (4 * self.lr * self.sigma**2 * lost(2 * (training + steps)))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the next step, which noise of the same key may not use twice. The model is the caller's."""
