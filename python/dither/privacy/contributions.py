@@ -135,11 +135,12 @@ class Dense(Contribution):
         kernels.add_ghost_norm(out, self.a, self.g, self.bias is not None)
 
     def add_sum(self, sums: Sums, factor: Tensor) -> None:
-        g = kernels.scaled(self.g, factor).flatten(0, 1)
-        a = kernels.kept(self.a, factor).flatten(0, 1)
+        scale_a = self.a.shape[2] < self.g.shape[2]  # the smaller of the two is copied
+        a = (kernels.scaled if scale_a else kernels.kept)(self.a, factor).flatten(0, 1)
+        g = (kernels.kept if scale_a else kernels.scaled)(self.g, factor).flatten(0, 1)
         _add(sums, self.weight, g.T @ a)
         if self.bias is not None:
-            _add(sums, self.bias, g.sum(0))
+            _add(sums, self.bias, g.T @ factor.to(g.dtype).repeat_interleave(self.g.shape[1]) if scale_a else g.sum(0))
 
     def rows(self) -> list[Rows]:
         weight = Rows(self.weight, torch.bmm(self.g.transpose(1, 2), self.a))

@@ -407,8 +407,8 @@ class Privacy:
                 "privacy: a tensor that was computed of parameters alone got a gradient that tells of no sample, expected it "
                 "to be used in functions of samples: a penalty on parameters belongs into weight_decay"
             )
-        uses = independent(trace_back(batch, self._watched))
-        sums = {self._sharded.get(whole, whole): new for whole, new in self._clipped(batch.size, uses).items()}
+        clipped = self._clipped(batch.size, independent(trace_back(batch, self._watched)))
+        sums = {self._sharded.get(whole, whole): new for whole, new in clipped.items()}
         for p in self._params:
             if is_sharded(p):  # every process takes part, with samples or without
                 new = sums.get(p)
@@ -425,9 +425,10 @@ class Privacy:
             self._sums[p] = (p.grad, p.grad._version, _probe(p.grad))
 
     def _clipped(self, size: int, uses: list[Contribution]) -> Sums:
-        """The sums of clipped gradients of a batch."""
+        """The sums of clipped gradients of a batch. Empties `uses`."""
         groups: list[list[Contribution]] = [[] for _ in self._norms]
-        for use in uses:
+        while uses:
+            use = uses.pop(0)
             numbers = [self._group_of[self._sharded.get(view.param, view.param)] for view in use.views]
             if len({*numbers}) > 1:
                 for number, row in zip(numbers, use.rows()):
@@ -449,7 +450,9 @@ class Privacy:
             bound = self._exact[k].bound if self._exact else self._norms[k]
             factor = torch.where(finite, clip_factor(square.sqrt() * scale, bound, self.clipping) * scale, 0)
             factor = torch.where(factor < torch.finfo(torch.float32).tiny, 0, factor)  # would be rounded by up to itself
-            for use in group:
+            group.reverse()
+            while group:  # what is added is not kept
+                use = group.pop()
                 if self._exact:
                     self._add_exactly(k, use, factor)
                 elif any(view.param in self._tables for view in use.views):
