@@ -17,7 +17,7 @@ from machines import machine
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
 CPU = Backend("cpu", torch.ops.dither, "cpu")
-OPERATORS = ("ghost_norm_", "sample_squares_", "embedding_norm_", "scale_rows_", "conv_sample_grads_")
+OPERATORS = ("ghost_norm_", "sample_squares_", "embedding_norm_", "scale_rows_", "affine_sample_grads_", "conv_sample_grads_")
 WRITTEN = {name: "x" if name == "scale_rows_" else "out" for name in OPERATORS}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -256,6 +256,34 @@ def test_scaling_of_any_dense_samples(backend):
     assert torch.equal(run(backend, "scale_rows_", x, torch.tensor([2.0, 7, 0.5, 7, 0.0])[::2]), want)
 
 
+# Norms
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 1, 1), (2, 5, 31), (2, 3, 64), (2, 4, 65), (1, 40, 200), (2, 2, 257), (0, 3, 4), (2, 0, 4), (2, 3, 0)],
+    ids=str,
+)
+def test_gradients_of_norms(backend, shape, dtype):
+    x, g = normal(*shape, dtype=dtype, mean=3.0), normal(*shape, dtype=dtype, seed=1)
+    scale = normal(*shape[:2], dtype=F64, seed=2).exp()
+    for mean, count in ((x.double().mean(2).nan_to_num(), 2), (None, 2), (None, 1)):
+        out, want = (torch.full((count, shape[0], shape[2]), 7.0, dtype=F64 if dtype == F64 else F32) for _ in range(2))
+        got = everywhere(backend, "affine_sample_grads_", x, g, mean, scale, out)
+        reference.privacy.affine_sample_grads_(x, g, mean, scale, want)
+        torch.testing.assert_close(got, want, rtol=2 * torch.finfo(out.dtype).eps, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [5, 64, 70])
+def test_a_norm_of_a_sample_that_is_not_finite_is_alone(backend, columns):
+    x, g, scale = normal(3, 4, columns), normal(3, 4, columns, seed=1), torch.ones(3, 4, dtype=F64)
+    want = run(backend, "affine_sample_grads_", x, g, None, scale, torch.empty(2, 3, columns))
+    x[1, 2, 1], g[1, 3, 2] = math.inf, math.nan
+    got = everywhere(backend, "affine_sample_grads_", x, g, None, scale, torch.empty(2, 3, columns))
+    assert got[0, 1, 1].isinf() and got[:, 1, 2].isnan().all() and torch.equal(got[:, ::2], want[:, ::2])
+
+
 # Convolutions
 
 CONVOLUTIONS = [  # batch, channels, outputs, size, kernel, stride, padding, dilation, groups
@@ -368,6 +396,17 @@ def test_norms_of_embeddings(backend, padding):
     close(got, squared(*sample_grads(layer, ids, g).values()))
 
 
+@pytest.mark.parametrize("rms", [False, True])
+def test_grads_of_norms(backend, rms):
+    layer = (nn.RMSNorm(13, eps=1e-6) if rms else nn.LayerNorm(13, eps=1e-6)).double()
+    x, g = normal(4, 6, 13, dtype=F64, mean=2.0), normal(4, 6, 13, dtype=F64, seed=1)
+    mean = None if rms else x.mean(2)
+    scale = ((x if rms else x - mean[..., None]).square().mean(2) + 1e-6).rsqrt()
+    want = torch.stack([*sample_grads(layer, x, g).values()])
+    got = run(backend, "affine_sample_grads_", x, g, mean, scale, torch.empty_like(want))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "case", [c for c in CONVOLUTIONS if c[0] == 2 and c[3][1] < 20] + [CONVOLUTIONS[6], CONVOLUTIONS[8]], ids=str
 )
@@ -395,10 +434,12 @@ def arguments(operator, device="cpu"):
         "sample_squares_": {"x": normal(3, 4, 5)},
         "embedding_norm_": {"ids": IDS["few"](3, 4), "g": normal(3, 4, 7), "padding_idx": 2},
         "scale_rows_": {"x": normal(3, 4, 5), "factor": torch.tensor([0.5, 0.0, 2.0])},
+        "affine_sample_grads_": dict(zip(("x", "g"), (normal(3, 4, 5), normal(3, 4, 5, seed=1))))
+        | {"mean": normal(3, 4, dtype=F64), "scale": normal(3, 4, dtype=F64, seed=1), "out": torch.full((2, 3, 5), 7.0)},
         "conv_sample_grads_": dict(zip(("x", "g", "stride", "padding", "dilation", "groups"), (x, g, *settings)))
         | {"out": torch.full((3, 16, 1, 3, 3), 7.0)},
     }[operator]
-    given = given if operator in ("scale_rows_", "conv_sample_grads_") else given | {"out": torch.full((3,), 7.0, dtype=F64)}
+    given = given if "out" in given or operator == "scale_rows_" else given | {"out": torch.full((3,), 7.0, dtype=F64)}
     return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
 
 
@@ -450,6 +491,15 @@ MISUSED = [  # operator, argument, what it becomes, message
     ("scale_rows_", "x", lambda t: t[:, :1, :1].expand(3, 4, 5), "x has strides of another order or with gaps"),
     ("scale_rows_", "factor", torch.Tensor.half, "factor is float16 of shape [3], expected float32 or float64 of shape [3]"),
     ("scale_rows_", "factor", first, "factor is float32 of shape [2], expected float32 or float64 of shape [3]"),
+    ("affine_sample_grads_", "x", torch.Tensor.int, f"x is int32, expected {KERNELS}"),
+    ("affine_sample_grads_", "x", lambda t: t[0], "x has shape [4, 5], expected [batch, steps, columns]"),
+    ("affine_sample_grads_", "g", torch.Tensor.double, "g is float64, expected float32 like x"),
+    ("affine_sample_grads_", "g", lambda t: t[:, :2], "g has shape [3, 2, 5], expected [3, 4, 5] like x"),
+    ("affine_sample_grads_", "mean", torch.Tensor.float, "mean is float32 of shape [3, 4], expected float64 of shape [3, 4]"),
+    ("affine_sample_grads_", "scale", first, "scale is float64 of shape [2, 4], expected float64 of shape [3, 4]"),
+    ("affine_sample_grads_", "out", torch.Tensor.double, "out is float64, expected float32"),
+    ("affine_sample_grads_", "out", lambda t: t.repeat(2, 1, 1), "out has shape [4, 3, 5], expected contiguous [1 or 2, 3, 5]"),
+    ("affine_sample_grads_", "out", lambda t: t.mT.contiguous().mT, "out has shape [2, 3, 5] and is not contiguous, expected"),
     ("conv_sample_grads_", "x", torch.Tensor.int, f"x is int32, expected {KERNELS}"),
     ("conv_sample_grads_", "x", lambda t: t[0], "x has shape [1, 9, 9], expected [batch, channels, height, width]"),
     ("conv_sample_grads_", "g", torch.Tensor.double, "g is float64, expected float32 like x"),
@@ -501,6 +551,10 @@ def test_devices_must_agree(backend):
         ("embedding_norm_", "g", "ids"),
         ("embedding_norm_", "out", "ids"),
         ("scale_rows_", "factor", "x"),
+        ("affine_sample_grads_", "g", "x"),
+        ("affine_sample_grads_", "mean", "x"),
+        ("affine_sample_grads_", "scale", "x"),
+        ("affine_sample_grads_", "out", "x"),
         ("conv_sample_grads_", "g", "x"),
         ("conv_sample_grads_", "out", "x"),
     ):

@@ -233,6 +233,53 @@ static void scale_rows_(const Tensor& x, const Tensor& factor) {
     DITHER_CUDA_OK(op, scale_rows_cuda(s, current_stream(x)));
   }
 }
+
+template <Device device>
+static void affine_sample_grads_(const Tensor& x, const Tensor& g, const std::optional<Tensor>& mean, const Tensor& scale,
+                                 const Tensor& out) {
+  const char* op = "affine_sample_grads_";
+  const DType type = checked_type(op, "x", x);
+  DITHER_CHECK(x.dim() == 3, op, ": x has shape ", shape_of(x), ", expected [batch, steps, columns]");
+  DITHER_CHECK(g.scalar_type() == x.scalar_type(), op, ": g is ", name_of(g.scalar_type()), ", expected ",
+               name_of(x.scalar_type()), " like x");
+  DITHER_CHECK(g.dim() == 3 && g.size(0) == x.size(0) && g.size(1) == x.size(1) && g.size(2) == x.size(2), op, ": g has shape ",
+               shape_of(g), ", expected ", shape_of(x), " like x");
+  const auto check_steps = [&](const char* name, const Tensor& t) {
+    DITHER_CHECK(t.scalar_type() == ScalarType::Double && t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(1), op,
+                 ": ", name, " is ", name_of(t.scalar_type()), " of shape ", shape_of(t), ", expected float64 of shape [",
+                 x.size(0), ", ", x.size(1), "]");
+    check_device(op, name, t, "x", x);
+  };
+  if (mean) check_steps("mean", *mean);
+  check_steps("scale", scale);
+  const ScalarType wide = type == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  DITHER_CHECK(out.scalar_type() == wide, op, ": out is ", name_of(out.scalar_type()), ", expected ", name_of(wide));
+  DITHER_CHECK(out.dim() == 3 && (out.size(0) == 1 || out.size(0) == 2) && out.size(1) == x.size(0) &&
+                   out.size(2) == x.size(2) && out.is_contiguous(),
+               op, ": out has shape ", shape_of(out), out.is_contiguous() ? "" : " and is not contiguous",
+               ", expected contiguous [1 or 2, ", x.size(0), ", ", x.size(2), "]");
+  check_device(op, "g", g, "x", x);
+  check_device(op, "out", out, "x", x);
+  if (out.numel() == 0) return;
+  const Tensor inputs = in_order(x), grads = in_order(g), scales = in_order(scale), means = in_order(mean ? *mean : scale);
+  const AffineGrads s{inputs.const_data_ptr(),
+                      grads.const_data_ptr(),
+                      mean ? static_cast<const double*>(means.const_data_ptr()) : nullptr,
+                      static_cast<const double*>(scales.const_data_ptr()),
+                      out.mutable_data_ptr(),
+                      x.size(0),
+                      x.size(1),
+                      x.size(2),
+                      type,
+                      out.size(0) == 2};
+  if constexpr (device == Device::cpu) {
+    const auto run = DITHER_PICK_ISA(affine_samples);
+    parallel(s.batch, grain(s.steps * s.columns), [&](int64_t lo, int64_t hi) { run(s, lo, hi); });
+  } else {
+    const auto guard = device_guard(x);
+    DITHER_CUDA_OK(op, affine_grads_cuda(s, current_stream(x)));
+  }
+}
 }  // namespace dither
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
@@ -240,6 +287,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
   m.def("sample_squares_(Tensor x, Tensor(a!) out) -> ()");
   m.def("embedding_norm_(Tensor ids, Tensor g, int padding_idx, Tensor(a!) out) -> ()");
   m.def("scale_rows_(Tensor(a!) x, Tensor factor) -> ()");
+  m.def("affine_sample_grads_(Tensor x, Tensor g, Tensor? mean, Tensor scale, Tensor(a!) out) -> ()");
 }
 #if !defined(DITHER_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {
@@ -247,6 +295,7 @@ STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {
   m.impl("sample_squares_", TORCH_BOX(&dither::sample_squares_<dither::Device::cpu>));
   m.impl("embedding_norm_", TORCH_BOX(&dither::embedding_norm_<dither::Device::cpu>));
   m.impl("scale_rows_", TORCH_BOX(&dither::scale_rows_<dither::Device::cpu>));
+  m.impl("affine_sample_grads_", TORCH_BOX(&dither::affine_sample_grads_<dither::Device::cpu>));
 }
 #endif
 #if defined(DITHER_CUDA) || defined(DITHER_EMULATE)
@@ -255,5 +304,6 @@ STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, DITHER_CUDA_KEY, m) {
   m.impl("sample_squares_", TORCH_BOX(&dither::sample_squares_<dither::Device::cuda>));
   m.impl("embedding_norm_", TORCH_BOX(&dither::embedding_norm_<dither::Device::cuda>));
   m.impl("scale_rows_", TORCH_BOX(&dither::scale_rows_<dither::Device::cuda>));
+  m.impl("affine_sample_grads_", TORCH_BOX(&dither::affine_sample_grads_<dither::Device::cuda>));
 }
 #endif

@@ -158,6 +158,34 @@ int ghost_norm_cuda(const GhostNorm& s, double* partial, double* out, Stream str
   return launch(add_blocks_kernel, blocks_for(s.batch, kThreads), kThreads, 0, stream)(partial, s.blocks(), out, s.batch);
 }
 
+// ---- norms' weights and biases
+
+// A thread a column of a sample.
+template <class S>
+__global__ void __launch_bounds__(kThreads) affine_kernel(const __grid_constant__ AffineGrads s) {
+  const int64_t blocks = (s.columns + kThreads - 1) / kThreads, sample = blockIdx.x / blocks;
+  const int64_t column = blockIdx.x % blocks * kThreads + threadIdx.x;
+  if (column >= s.columns) return;
+  double weight = 0.0, bias = 0.0;
+#pragma unroll 4
+  for (int64_t row = sample * s.steps; row < (sample + 1) * s.steps; ++row) {
+    const double x = double(widen(static_cast<const S*>(s.x)[row * s.columns + column]));
+    const double g = double(widen(static_cast<const S*>(s.g)[row * s.columns + column]));
+    weight += affine_product(g, x, s.mean_of(row), s.scale[row]);
+    bias += g;
+  }
+  auto* to = static_cast<decltype(widen(S{}))*>(s.out) + sample * s.columns + column;
+  narrow(weight, *to);
+  if (s.bias) narrow(bias, to[s.batch * s.columns]);
+}
+
+int affine_grads_cuda(const AffineGrads& s, Stream stream) {
+  const unsigned blocks = unsigned(s.batch) * blocks_for(s.columns, kThreads);
+  int error = 0;
+  with_type(s.type, [&](auto tag) { error = launch(affine_kernel<decltype(tag)>, blocks, kThreads, 0, stream)(s); });
+  return error;
+}
+
 // ---- embeddings and scaling
 
 // A warp a step: the norm of the sum of the rows with its id if it is the first of them, else 0.

@@ -1,4 +1,4 @@
-// Norms of what each sample adds to a gradient, without the gradient of a sample, and the scaling of samples.
+// Norms of what each sample adds to a gradient, without the gradient of a sample; the scaling of samples; gradients of norms.
 //
 // Sums are taken in double and in a fixed order, the same on every device, instruction set and number of threads:
 // - A row is cut into chunks of kNormChunk elements. Element k of a chunk goes to lane k mod 32, the lanes fold by halves; the
@@ -63,6 +63,22 @@ struct ScaleRows {
   }
 };
 
+// The gradients of weight and bias of a norm, one of each for a sample: sums over its steps, one by one and in double, of
+// g (x - mean) scale and of g.
+struct AffineGrads {
+  const void *x, *g;           // [batch][steps][columns]
+  const double *mean, *scale;  // [batch][steps]; no mean: 0
+  void* out;                   // float, or double of doubles: [batch][columns] of the weight, then, if `bias`, of the bias
+  int64_t batch, steps, columns;
+  DType type;
+  bool bias;
+  DITHER_HD double mean_of(int64_t row) const { return mean ? mean[row] : 0.0; }
+};
+template <class V>  // double, or a vector of them
+DITHER_HD V affine_product(const V& g, const V& x, const V& mean, const V& scale) {
+  return g * ((x - mean) * scale);
+}
+
 // n <= kNormChunk elements
 DITHER_PER_ISA(double square_chunk(const void* x, int64_t n, DType type))
 DITHER_PER_ISA(double sum_lanes(const double* x, int64_t n))
@@ -73,6 +89,7 @@ inline int64_t ghost_scratch(const GhostNorm& s) { return 2 * kGhostBlock * (s.a
 // The norm of the sum of `count` rows of a sample; `ahead` more steps follow in the list, whose rows are fetched.
 DITHER_PER_ISA(double norm_of_rows(const EmbeddingNorm&, int64_t sample, const int32_t* steps, int64_t count, int64_t ahead))
 DITHER_PER_ISA(void scale_range(void* x, int64_t n, double factor, DType type))
+DITHER_PER_ISA(void affine_samples(const AffineGrads&, int64_t lo, int64_t hi))
 
 // CUDA. partial: a number for every chunk of every row (and likewise for a, or nullptr); out[row] += g (a + bias), or g.
 int row_squares_cuda(const SampleRows& g, double* g_partial, const SampleRows& a, double* a_partial, double bias, double* out,
@@ -80,4 +97,5 @@ int row_squares_cuda(const SampleRows& g, double* g_partial, const SampleRows& a
 int ghost_norm_cuda(const GhostNorm&, double* partial, double* out, Stream);          // partial: batch * blocks()
 int embedding_norm_cuda(const EmbeddingNorm&, double* partial, double* out, Stream);  // partial: batch * steps
 int scale_rows_cuda(const ScaleRows&, Stream);
+int affine_grads_cuda(const AffineGrads&, Stream);
 }  // namespace dither

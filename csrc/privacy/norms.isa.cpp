@@ -188,6 +188,50 @@ void ghost_blocks(const GhostNorm& s, int64_t lo, int64_t hi, double* scratch, d
   }
 }
 
+// ---- norms' weights and biases
+
+template <class S>
+static void affine_sample(const AffineGrads& s, int64_t sample) {
+  constexpr int kVectors = kRegisters / 4, kColumns = kVectors * L;  // whose two sums take half of the registers
+  using T = Wide<S>;
+  for (int64_t column = 0; column < s.columns; column += kColumns) {
+    const int64_t n = smaller<int64_t>(kColumns, s.columns - column);
+    V weights[kVectors] = {}, biases[kVectors] = {};
+    S last_x[kColumns] = {}, last_g[kColumns] = {};
+    T wide_x[kColumns], wide_g[kColumns];
+    for (int64_t row = sample * s.steps; row < (sample + 1) * s.steps; ++row) {
+      const S* x = static_cast<const S*>(s.x) + row * s.columns + column;
+      const S* g = static_cast<const S*>(s.g) + row * s.columns + column;
+      if (n < kColumns) {
+        for (int64_t k = 0; k < n; ++k) last_x[k] = x[k], last_g[k] = g[k];
+        x = last_x, g = last_g;
+      }
+      const T *u = widened<kColumns>(x, wide_x), *v = widened<kColumns>(g, wide_g);
+      const V mean = V{} + s.mean_of(row), scale = V{} + s.scale[row];
+#pragma GCC unroll 8
+      for (int p = 0; p < kVectors; ++p) {
+        const V grad = load(v + p * L);
+        weights[p] += affine_product(grad, load(u + p * L), mean, scale);
+        biases[p] += grad;
+      }
+    }
+    T* const to = static_cast<T*>(s.out) + sample * s.columns + column;
+    const auto store = [&](const V* sums, T* to) {
+      double numbers[kColumns];
+      __builtin_memcpy(numbers, sums, sizeof numbers);
+      for (int64_t k = 0; k < n; ++k) narrow(numbers[k], to[k]);
+    };
+    store(weights, to);
+    if (s.bias) store(biases, to + s.batch * s.columns);
+  }
+}
+
+void affine_samples(const AffineGrads& s, int64_t lo, int64_t hi) {
+  with_type(s.type, [&]<class S>(S) {
+    for (int64_t sample = lo; sample < hi; ++sample) affine_sample<S>(s, sample);
+  });
+}
+
 // ---- embeddings and scaling
 
 double norm_of_rows(const EmbeddingNorm& s, int64_t sample, const int32_t* steps, int64_t count, int64_t ahead) {

@@ -35,6 +35,7 @@ _OPS = {
     "sample_squares_": reference.privacy.sample_squares_,
     "embedding_norm_": reference.privacy.embedding_norm_,
     "scale_rows_": reference.privacy.scale_rows_,
+    "affine_sample_grads_": reference.privacy.affine_sample_grads_,
     "conv_sample_grads_": reference.privacy.conv_sample_grads_,
     "lazy_rows_": reference.lazy.lazy_rows_,
     "lazy_append_": reference.lazy.lazy_append_,

@@ -37,6 +37,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield of("embedding norm", f"{batch} x 512 x 768, 30 ids", partial(_embedding, setting, batch, 512, 768, 30))
     batch = setting.scaled(256)
     yield of("scale samples", f"{batch} x 65536", partial(_scale, setting, batch))
+    yield of("gradients of samples, layer norm", f"{batch} x 64 x 128", partial(_norm, setting, batch, 64, 128))
     for channels, outputs, side in ((1, 16, 28), (16, 32, 14), (32, 64, 7)):
         size = f"{batch} x {channels} -> {outputs}, {side} x {side}"
         yield of("gradients of samples, 3 x 3", size, partial(_convolution, setting, batch, channels, outputs, side))
@@ -128,6 +129,20 @@ def _scale(setting: Setting, batch: int) -> Contest:
         bytes=2 * x.nbytes,
         elements=x.numel(),
         roof=lambda: ops.native.triad_([x.view(-1)], [], 1, 0),
+    )
+
+
+def _norm(setting: Setting, batch: int, steps: int, columns: int) -> Contest:
+    x, g = _random(setting, batch, steps, columns), _random(setting, batch, steps, columns)
+    mean, scale = x.double().mean(2), 1 / x.double().std(2)
+    hat_of = mean[..., None].float(), scale[..., None].float()
+    out = x.new_empty(2, batch, columns)
+    return Contest(
+        lambda: ops.write("affine_sample_grads_", [out], x, g, mean, scale, out),
+        {"torch": lambda: ((g * ((x - hat_of[0]) * hat_of[1])).sum(1), g.sum(1))},
+        bytes=x.nbytes + g.nbytes,
+        elements=x.numel() + g.numel(),
+        roof=lambda: _read(x, g),
     )
 
 

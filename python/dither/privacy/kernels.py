@@ -41,6 +41,17 @@ def kept(x: Tensor, factor: Tensor) -> Tensor:
     return torch.where(zero.view(-1, *[1] * (x.dim() - 1)), 0, x)
 
 
+def affine_gradients(x: Tensor, g: Tensor, mean: Tensor | None, scale: Tensor, bias: bool) -> Tensor:
+    """Gradients of the weight in y = (x - mean) scale weight + bias, one for each sample: [1, B, d]; with `bias` [2, B, d].
+
+    x, g: [B, T, d]; mean, scale: [B, T].
+    """
+    out = g.new_empty(1 + bias, len(g), g.shape[2])
+    mean = None if mean is None else mean.double()
+    write("affine_sample_grads_", [out], x.to(g.dtype).contiguous(), g.contiguous(), mean, scale.double(), out)
+    return out
+
+
 def conv_gradients(
     x: Tensor,
     g: Tensor,

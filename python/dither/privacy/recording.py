@@ -434,22 +434,21 @@ def _embedding(
 
 
 def _affine(
-    watch: Recorder, name: str, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, hat: Any, *saved: Tensor
+    watch: Recorder, name: str, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Any, *saved: Tensor
 ) -> Tensor:
-    """y = hat * weight + bias, over the last dimensions of y. hat(*saved): the normalised input x."""
+    """y = (x - mean) scale weight + bias, over the last dimensions of y. stats(x, *saved): mean, or None for 0, and scale."""
     w, b = watch.view(weight), watch.view(bias)
+    columns = next(math.prod(view.size) for view in (w, b) if view is not None)
     first = watch.rows_of(name, x)
 
-    def record(g: Tensor, *saved: Tensor) -> None:
-        for view, value in ((w, first(g * hat(*saved)) if w is not None else None), (b, first(g))):
-            if view is not None and value is not None:
-                watch.add(
-                    Rows(
-                        view, value.reshape(len(value), -1, *view.size).sum(1) if len(value) else value.new_zeros(0, *view.size)
-                    )
-                )
+    def record(g: Tensor, x: Tensor, *saved: Tensor) -> None:
+        mean, scale = stats(x, *saved)
+        mean, scale = None if mean is None else first(mean).flatten(1), first(scale).flatten(1)
+        x, g = (first(t).reshape(*scale.shape, columns) for t in (x, g))
+        rows = kernels.affine_gradients(x, g, mean, scale, b is not None)
+        watch.add(*(Rows(view, each.view(len(g), *view.size)) for view, each in zip((w, b), rows) if view is not None))
 
-    return watch.tap(y, record, *saved, like=x)
+    return watch.tap(y, record, x.detach(), *saved, like=x)
 
 
 @handles(F.layer_norm)
@@ -465,16 +464,7 @@ def _layer_norm(
         return _any_function(watch, F.layer_norm, "layer_norm", (input, normalized_shape, weight, bias, eps), {})
     y, mean, rstd = torch.native_layer_norm(input, normalized_shape, _detached(weight), _detached(bias), eps)
     return _affine(
-        watch,
-        "layer_norm",
-        input,
-        y,
-        weight,
-        bias,
-        lambda x, mean, rstd: (x - mean) * rstd,
-        input.detach(),
-        mean.detach(),
-        rstd.detach(),
+        watch, "layer_norm", input, y, weight, bias, lambda _, mean, rstd: (mean, rstd), mean.detach(), rstd.detach()
     )
 
 
@@ -485,9 +475,14 @@ def _rms_norm(
     if not watch.is_data(input):
         return _any_function(watch, F.rms_norm, "rms_norm", (input, normalized_shape, weight, eps), {})
     y = F.rms_norm(input, normalized_shape, _detached(weight), eps)
-    return _affine(
-        watch, "rms_norm", input, y, weight, None, lambda x: F.rms_norm(x, normalized_shape, None, eps), input.detach()
-    )
+    last = [*range(-len(normalized_shape), 0)]
+
+    def stats(x: Tensor) -> tuple[None, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=last, keepdim=True, dtype=wide).double()
+        return None, (norm.square() / math.prod(normalized_shape) + (torch.finfo(wide).eps if eps is None else eps)).rsqrt()
+
+    return _affine(watch, "rms_norm", input, y, weight, None, stats)
 
 
 @handles(F.group_norm)

@@ -84,6 +84,18 @@ def scale_rows_(x: Tensor, factor: Tensor) -> None:
     x.copy_(torch.where(f == 0, 0.0, x.to(wide) * f))
 
 
+def affine_sample_grads_(x: Tensor, g: Tensor, mean: Tensor | None, scale: Tensor, out: Tensor) -> None:
+    """`dither::affine_sample_grads_` where no kernel is available: gradients of a norm's weight and bias, for each sample.
+
+    x, g: (batch, steps, columns), inputs and gradients of y = (x - mean) scale weight + bias; mean (None: 0), scale: float64
+    (batch, steps). out: (1, batch, columns) for the weight, or (2, batch, columns) for weight and bias.
+    """
+    hat, g = x.double() * scale[..., None] if mean is None else (x.double() - mean[..., None]) * scale[..., None], g.double()
+    out[0] = (g * hat).sum(1)
+    if len(out) == 2:
+        out[1] = g.sum(1)
+
+
 def conv_sample_grads_(
     x: Tensor,
     g: Tensor,
