@@ -712,7 +712,7 @@ def test_norms_of_layers_by_name():
             torch.testing.assert_close(model.get_parameter(name).grad, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["perceptron", "tokens", "wide", "convolutions", "language", "gru", "odd"])
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "wide", "convolutions", "language", "lstm", "gru", "odd"])
 @pytest.mark.parametrize("clipping", [*FACTORS])
 def test_one_sample_moves_the_sum_by_at_most_the_norm(name, clipping):
     """Taken away: by C. Another in its place: by 2 C. Whatever its size, and where it is not finite."""
@@ -752,7 +752,7 @@ def test_cancellation_does_not_let_a_sample_through():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["perceptron", "tokens", "wide", "convolutions", "encoder", "gru"])
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "wide", "convolutions", "encoder", "lstm", "gru"])
 def test_a_sample_that_is_not_finite_counts_as_nothing(name, bad):
     model, inputs = made(name)
     other = copy.deepcopy(model)
@@ -1323,7 +1323,9 @@ def test_the_loader_says_rate_and_size():
 # Integer sums and lazy tables
 
 
-@pytest.mark.parametrize("name", ["perceptron", "tokens", "convolutions", "language", "reused", "odd", "lora", "shared steps"])
+@pytest.mark.parametrize(
+    "name", ["perceptron", "tokens", "convolutions", "language", "reused", "odd", "lora", "lstm", "shared steps"]
+)
 @pytest.mark.parametrize("clipping", ["flat", "per_layer", "auto-s"])
 def test_exact_sums(name, clipping):
     """Without noise: the clipped sum, rounded to the grid; each step is over integers."""

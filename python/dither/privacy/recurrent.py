@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contributions import View, dense
+from . import kernels
+from .contributions import Contribution, Rows, Sums, View, _add, dense
 from .recording import Recorder, handles
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -179,21 +180,72 @@ def _backward(ctx: Any, dy: Tensor, last: Tensors) -> tuple[Any, ...]:
         g_a[:, t] = da
         if g_b is not g_a:
             g_b[:, t] = db
-    uses: list[tuple[int, int | None, Tensor, Tensor]] = [(0, 2, x, g_a), (1, 3, _samples_first(old[0]), g_b)]
+    uses: list[_Use] = [(0, 2, x, g_a), (1, 3, _samples_first(old[0]), g_b)]
     if dh is not None:
         uses.append((4, None, _samples_first(raw), _samples_first(dh)))
     needs_x, *needed = ctx.needs_input_grad[5:11]
     dx = g_a @ w_ih if needs_x else None
     weights: list[Tensor | None] = [None] * 5  # gradients of those that are not watched
+    if watch.batch.size:
+        watch.add(*_contributions(ctx.views, uses, watch.batch.size))
     for w, bias, inputs, g in uses:
-        if watch.batch.size:
-            parts = (t.reshape(watch.batch.size, -1, t.shape[-1]) for t in (inputs, g))
-            watch.add(*dense(ctx.views[w], None if bias is None else ctx.views[bias], *parts))
         if needed[w]:
             weights[w] = g.flatten(0, 1).T @ inputs.flatten(0, 1)
         if bias is not None and needed[bias]:
             weights[bias] = g.sum((0, 1))
     return None, None, None, None, x.new_zeros((), dtype=torch.float32), dx, *weights, *d
+
+
+_Use = tuple[int, int | None, Tensor, Tensor]  # which weight and bias of `_Layer`, inputs, output gradients
+
+
+def _contributions(views: Sequence[View | None], uses: list[_Use], size: int) -> list[Contribution]:
+    """Of one layer in one direction; those of W_ih and W_hh as one where they have the same output gradients."""
+
+    def by_sample(t: Tensor) -> Tensor:
+        return t.reshape(size, -1, t.shape[-1])
+
+    found: list[Contribution] = []
+    x, h, g = by_sample(uses[0][2]), by_sample(uses[1][2]), by_sample(uses[0][3])
+    cheap = g.shape[1] == 1 or 2 * g.shape[1] ** 2 <= (x.shape[2] + h.shape[2]) * g.shape[2]  # see `dense`
+    if uses[0][3] is uses[1][3] and None not in views[:2] and cheap:
+        both = [view for view in views[:4] if view is not None]
+        found.append(Columns(both, torch.cat([x, h, x.new_ones(1).expand(*x.shape[:2], len(both) - 2)], 2), g))
+        uses = uses[2:]
+    for w, bias, inputs, g in uses:
+        found += dense(views[w], None if bias is None else views[bias], by_sample(inputs), by_sample(g))
+    return found
+
+
+class Columns(Contribution):
+    """Linear maps with the same output gradients g [B, T, p], as one of all their columns: a [B, T, sum of the views' columns],
+    1 for a bias."""
+
+    def __init__(self, views: Sequence[View], a: Tensor, g: Tensor) -> None:
+        self.views, self.a, self.g = tuple(views), a, g
+
+    def _split(self, whole: Tensor) -> list[tuple[View, Tensor]]:
+        """[..., p, columns] by view."""
+        parts = whole.split([view.size[1] if len(view.size) == 2 else 1 for view in self.views], -1)
+        return [(view, part.reshape(*whole.shape[:-2], *view.size)) for view, part in zip(self.views, parts)]
+
+    def add_squares(self, out: Tensor) -> None:
+        kernels.add_ghost_norm(out, self.a, self.g, False)
+
+    def add_sum(self, sums: Sums, factor: Tensor) -> None:
+        a, g = kernels.scaled(self.a, factor).flatten(0, 1), kernels.kept(self.g, factor).flatten(0, 1)
+        for view, part in self._split(g.T @ a):
+            _add(sums, view, part)
+
+    def rows(self) -> list[Rows]:
+        return [Rows(view, part) for view, part in self._split(torch.bmm(self.g.transpose(1, 2), self.a))]
+
+    def part(self, samples: slice) -> Columns:
+        return Columns(self.views, self.a[samples], self.g[samples])
+
+    def joined(self, others: Sequence[Contribution]) -> Contribution:
+        uses = [self, *others]
+        return Columns(self.views, *(torch.cat([getattr(use, name) for use in uses], 1) for name in ("a", "g")))
 
 
 def _samples_first(t: Tensor) -> Tensor:
