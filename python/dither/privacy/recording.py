@@ -220,7 +220,7 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
             parts = result if isinstance(result, (tuple, list)) else [result]
             return result if all(self.param_of(t) is not None for t in parts) else _derived(self, result)
-        taken = self.activation if func is F.multi_head_attention_forward else self.operand  # it turns what it is given
+        taken = self.activation if func in _TURNING else self.operand
         if any(type(a) in (list, tuple) and any(isinstance(t, Tensor) for t in a) for a in (*args, *kwargs.values())):
             given = pytree.tree_leaves((args, kwargs))
             args, kwargs = pytree.tree_map(taken, (args, kwargs))
@@ -294,11 +294,16 @@ class Recorder(TorchFunctionMode):
 
 Handler = Callable[..., Any]
 HANDLERS: dict[Any, Handler] = {}
+_TURNING: set[Any] = set()
 
 
-def handles(*functions: Any) -> Callable[[Handler], Handler]:
+def handles(*functions: Any, turning: bool = False) -> Callable[[Handler], Handler]:
+    """turning: samples may lie along another dimension of arguments; the handler itself takes what is expanded over them."""
+
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(functions, handler))
+        if turning:
+            _TURNING.update(functions)
         return handler
 
     return register
@@ -616,7 +621,7 @@ def _repeat_interleave(watch: Recorder, input: Tensor, repeats: Any, dim: int | 
 # ---- attention
 
 
-@handles(F.multi_head_attention_forward)
+@handles(F.multi_head_attention_forward, turning=True)
 def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Projections with watched weights; attention itself has no parameters."""
     call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)

@@ -286,7 +286,7 @@ def _check(watch: Recorder, name: str, x: Tensor) -> None:
 
 
 def _recurrence(name: str) -> None:
-    @handles(getattr(torch, name))
+    @handles(getattr(torch, name), turning=True)
     def layers(
         watch: Recorder,
         input: Tensor,
