@@ -229,6 +229,21 @@ inline DType checked_type(const char* op, const char* name, const Tensor& t) {
   DITHER_CHECK(type, op, ": ", name, " is ", name_of(t.scalar_type()), ", expected float32, float64, bfloat16 or float16");
   return *type;
 }
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other, const Tensor& like) {
+  DITHER_CHECK(device_of(t) == device_of(like), op, ": ", name, " is on ", device_of(t), ", expected ", device_of(like),
+               " like ", other);
+}
+// A tensor that is written whole.
+inline void check_out(const char* op, const char* name, const Tensor& out, ScalarType type, const Ints& shape,
+                      const char* other, const Tensor& like) {
+  const auto sizes = out.sizes();
+  DITHER_CHECK(
+      out.scalar_type() == type && std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()) && out.is_contiguous(),
+      op, ": ", name, " is ", name_of(out.scalar_type()), " of shape ", shape_of(out), ", expected contiguous ", name_of(type),
+      " of shape ", shape_of(shape));
+  check_device(op, name, out, other, like);
+}
+inline Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline void check_dense(const char* op, const char* name, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   DITHER_CHECK(t.is_contiguous() || memory_of({sizes.data(), sizes.size()}, {strides.data(), strides.size()}) == Memory::dense,

@@ -9,17 +9,8 @@ constexpr int64_t kWorthThreads = 1 << 16;  // elements
 static int64_t grain(int64_t elements) { return std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, elements)); }
 
 static void check_out(const char* op, const Tensor& out, int64_t batch, const char* other, const Tensor& like) {
-  DITHER_CHECK(out.scalar_type() == ScalarType::Double && out.dim() == 1 && out.size(0) == batch && out.is_contiguous(), op,
-               ": out is ", name_of(out.scalar_type()), " of shape ", shape_of(out), ", expected contiguous float64 of shape [",
-               batch, "]");
-  DITHER_CHECK(device_of(out) == device_of(like), op, ": out is on ", device_of(out), ", expected ", device_of(like), " like ",
-               other);
+  check_out(op, "out", out, ScalarType::Double, {batch}, other, like);
 }
-static void check_device(const char* op, const char* name, const Tensor& t, const char* other, const Tensor& like) {
-  DITHER_CHECK(device_of(t) == device_of(like), op, ": ", name, " is on ", device_of(t), ", expected ", device_of(like),
-               " like ", other);
-}
-static Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 // Whether each sample is one piece of memory, in whatever order of dimensions.
 static bool samples_are_dense(const Tensor& x) {
   if (x.is_contiguous()) return true;
