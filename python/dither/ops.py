@@ -41,6 +41,12 @@ _OPS = {
     "lazy_append_": reference.lazy.lazy_append_,
     "exact_accumulate_": reference.exact.exact_accumulate_,
     "exact_noise_": reference.exact.exact_noise_,
+    "topk_tokens_": reference.token_merging.topk_tokens_,
+    "bipartite_match_": reference.token_merging.bipartite_match_,
+    "gather_tokens_": reference.token_merging.gather_tokens_,
+    "token_segments_": reference.token_merging.token_segments_,
+    "merge_tokens_": reference.token_merging.merge_tokens_,
+    "merge_plan_": reference.token_merging.merge_plan_,
 }
 
 native: Any

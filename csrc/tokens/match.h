@@ -1,0 +1,48 @@
+// For each token a the most similar token b: the row maxima of a matrix product that is never stored.
+//
+// Tokens are normalised first, by a norm that is summed in double: element k in lane k mod 32, the lanes fold by halves.
+// Products are summed by multiply_add in the order of channels. The result is the same on every device, instruction set and
+// number of threads.
+#pragma once
+#include "../common/cpu.h"
+#include "../common/dtype.h"
+#include "../common/stream.h"
+#include "multiply_add.h"
+
+namespace dither {
+constexpr int kNormLanes = 32;
+struct Tokens {
+  const void* x;  // [batch][count][channels], the last dense
+  int64_t batch, count, channels;
+  int64_t batch_stride, stride;  // elements
+  DType type;
+  bool normalize;
+  DITHER_HD int64_t at(int64_t sample, int64_t token) const { return sample * batch_stride + token * stride; }
+};
+DITHER_HD double inverse_norm(double squares) { return squares > 0.0 ? 1.0 / square_root(squares) : 0.0; }
+
+struct Match {
+  Tokens a, b;
+  const uint8_t* mask;  // 1 where the pair may match; or nullptr
+  int64_t mask_stride[3];
+  bool skip_diagonal;
+  void* score;  // float, or double for double tokens
+  int64_t* index;
+  DITHER_HD bool allows(int64_t sample, int64_t i, int64_t j) const {
+    return j < b.count && !(skip_diagonal && i == j) &&
+           (!mask || mask[sample * mask_stride[0] + i * mask_stride[1] + j * mask_stride[2]]);
+  }
+};
+
+// CPU. Packed tokens: [group][channels][width], zeros after the last one.
+DITHER_PER_ISA(int64_t row_width())
+DITHER_PER_ISA(int64_t panel_width(DType))
+DITHER_PER_ISA(int64_t rows_of_unit())
+// Groups lo .. hi of all samples; scratch: width * channels compute elements.
+DITHER_PER_ISA(void pack_tokens(const Tokens&, int64_t width, int64_t lo, int64_t hi, void* scratch, void* packed))
+DITHER_PER_ISA(void match_units(const Match&, const void* rows, const void* panels, int64_t lo, int64_t hi))
+
+constexpr int kMatchTile = 64;  // rows and columns of a block of threads
+// CUDA. Normalised tokens [batch][count][channels] of a and b in turn; scores and indices of each of `splits` ranges of b.
+int match_cuda(const Match&, int splits, void* tokens, void* scores, int64_t* indices, Stream);
+}  // namespace dither
