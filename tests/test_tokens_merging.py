@@ -583,7 +583,8 @@ def arguments(operator):
     return {
         "topk_tokens_": {"scores": normal(2, 12), "protect": 1, "mask": mask[:, :, 0], "indices": empty(2, 5)},
         "bipartite_match_": {
-            **{"a": normal(2, 12, 4), "b": normal(2, 9, 4, seed=1), "mask": mask, "normalize": True, "skip_diagonal": True},
+            **{"a": normal(2, 14, 4), "b": normal(2, 9, 4, seed=1), "a_places": torch.arange(13, 1, -1)},
+            **{"b_places": torch.arange(9), "mask": mask, "normalize": True, "skip_diagonal": True},
             **{"score": torch.zeros(2, 12), "index": empty(2, 12)},
         },
         "gather_tokens_": {"x": normal(2, 12, 4), "index": plan.kept, "out": torch.zeros(2, 8, 4)},

@@ -5,38 +5,55 @@
 #include "../common/torch.h"
 
 namespace dither {
-static Tokens tokens_of(const char* op, const char* name, const Tensor& t, bool normalize) {
+static Tokens tokens_of(const char* op, const char* name, const Tensor& t, const Tensor* places, bool normalize) {
   const DType type = checked_type(op, name, t);
   DITHER_CHECK(t.dim() == 3, op, ": ", name, " has shape ", shape_of(t), ", expected [batch, tokens, channels]");
-  return {t.const_data_ptr(), t.size(0), t.size(1), t.size(2), t.stride(0), t.stride(1), type, normalize};
+  const int64_t* at = places ? static_cast<const int64_t*>(places->const_data_ptr()) : nullptr;
+  return {t.const_data_ptr(), t.size(0), places ? places->numel() : t.size(1), t.size(2), t.stride(0), t.stride(1), type,
+          normalize,          at};
 }
 // Tokens may lie anywhere, the channels of one together.
 static Tensor rows_dense(const Tensor& t) { return t.dim() == 3 && t.stride(2) != 1 ? torch::stable::contiguous(t) : t; }
+
+template <Device device>
+static void check_places(const char* op, const char* name, const Tensor& places, const Tensor& x) {
+  DITHER_CHECK(places.scalar_type() == ScalarType::Long && places.dim() == 1, op, ": ", name, " is ",
+               name_of(places.scalar_type()), " of shape ", shape_of(places), ", expected int64 of one dimension");
+  check_device(op, name, places, "the tokens", x);
+  if constexpr (device == Device::cpu) {
+    const int64_t *at = static_cast<const int64_t*>(places.const_data_ptr()), count = x.dim() == 3 ? x.size(1) : 0;
+    for (int64_t i = 0; i < places.numel(); ++i)
+      DITHER_CHECK(0 <= at[i] && at[i] < count, op, ": ", name, " contains ", at[i], ", expected 0 <= ", name, " < ", count);
+  }
+}
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 using Packed = std::unique_ptr<void, Free>;
-static Packed packed(const Tokens& t, int64_t width) {
-  const int64_t groups = t.batch * ((t.count + width - 1) / width), item = t.type == DType::f64 ? 8 : 4;
-  const int64_t bytes = width * t.channels * item;
-  Packed memory(std::aligned_alloc(64, (groups * bytes + 64) / 64 * 64));
-  DITHER_CHECK(memory, "bipartite_match_: no memory for ", groups * bytes, " bytes");
-  const auto pack = DITHER_PICK_ISA(pack_tokens);
-  parallel(groups, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, width * t.channels)), [&](int64_t lo, int64_t hi) {
-    const std::unique_ptr<char[]> scratch(new char[bytes]);
-    pack(t, width, lo, hi, scratch.get(), memory.get());
-  });
+// Memory of `groups` parts, which `pack` fills from lo to hi.
+template <class Pack>
+static Packed packed(const Tokens& t, int64_t group, int64_t width, const Pack& pack) {
+  const int64_t groups = t.batch * ((t.count + group - 1) / group), elements = group * width;
+  const int64_t bytes = groups * elements * (t.type == DType::f64 ? 8 : 4);
+  Packed memory(std::aligned_alloc(64, (bytes + 64) / 64 * 64));
+  DITHER_CHECK(memory, "bipartite_match_: no memory for ", bytes, " bytes");
+  parallel(groups, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, elements)),
+           [&](int64_t lo, int64_t hi) { pack(lo, hi, memory.get()); });
   return memory;
 }
 
 template <Device device>
-static void bipartite_match_(const Tensor& a_tokens, const Tensor& b_tokens, const std::optional<Tensor>& mask, bool normalize,
+static void bipartite_match_(const Tensor& a_tokens, const Tensor& b_tokens, const std::optional<Tensor>& a_places,
+                             const std::optional<Tensor>& b_places, const std::optional<Tensor>& mask, bool normalize,
                              bool skip_diagonal, const Tensor& score, const Tensor& index) {
   const char* op = "bipartite_match_";
   const Tensor a_rows = rows_dense(a_tokens), b_rows = rows_dense(b_tokens);
-  Match m{tokens_of(op, "a", a_rows, normalize),
-          tokens_of(op, "b", b_rows, normalize),
+  const Tensor a_at = a_places ? in_order(*a_places) : a_rows, b_at = b_places ? in_order(*b_places) : b_rows;
+  if (a_places) check_places<device>(op, "a_places", a_at, a_tokens);
+  if (b_places) check_places<device>(op, "b_places", b_at, b_tokens);
+  Match m{tokens_of(op, "a", a_rows, a_places ? &a_at : nullptr, normalize),
+          tokens_of(op, "b", b_rows, b_places ? &b_at : nullptr, normalize),
           nullptr,
           {},
           skip_diagonal,
@@ -66,7 +83,15 @@ static void bipartite_match_(const Tensor& a_tokens, const Tensor& b_tokens, con
   m.score = score.mutable_data_ptr();
   m.index = static_cast<int64_t*>(index.mutable_data_ptr());
   if constexpr (device == Device::cpu) {
-    const Packed rows = packed(a, DITHER_PICK_ISA(row_width)()), panels = packed(b, DITHER_PICK_ISA(panel_width)(a.type));
+    const auto pack_a = DITHER_PICK_ISA(pack_rows);
+    const auto pack_b = DITHER_PICK_ISA(pack_panels);
+    const int64_t stride = packed_stride(a.channels), panel = DITHER_PICK_ISA(panel_group)(a.type);
+    const Packed rows =
+        packed(a, DITHER_PICK_ISA(row_group)(), stride, [&](int64_t lo, int64_t hi, void* to) { pack_a(a, lo, hi, to); });
+    const Packed panels = packed(b, panel, b.channels, [&](int64_t lo, int64_t hi, void* to) {
+      const std::unique_ptr<double[]> scratch(new double[panel * stride]);
+      pack_b(b, lo, hi, scratch.get(), to);
+    });
     const auto run = DITHER_PICK_ISA(match_units);
     const int64_t unit = DITHER_PICK_ISA(rows_of_unit)();
     const int64_t work = std::max<int64_t>(1, unit * b.count * b.channels);
@@ -87,7 +112,8 @@ static void bipartite_match_(const Tensor& a_tokens, const Tensor& b_tokens, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
   m.def(
-      "bipartite_match_(Tensor a, Tensor b, Tensor? mask, bool normalize, bool skip_diagonal, Tensor(a!) score, "
+      "bipartite_match_(Tensor a, Tensor b, Tensor? a_places, Tensor? b_places, Tensor? mask, bool normalize, bool "
+      "skip_diagonal, Tensor(a!) score, "
       "Tensor(b!) index) -> ()");
 }
 #if !defined(DITHER_EMULATE)

@@ -17,7 +17,10 @@ struct Tokens {
   int64_t batch_stride, stride;  // elements
   DType type;
   bool normalize;
-  DITHER_HD int64_t at(int64_t sample, int64_t token) const { return sample * batch_stride + token * stride; }
+  const int64_t* places;  // those of x that count, or nullptr: all in turn
+  DITHER_HD int64_t at(int64_t sample, int64_t token) const {
+    return sample * batch_stride + (places ? places[token] : token) * stride;
+  }
 };
 DITHER_HD double inverse_norm(double squares) { return squares > 0.0 ? 1.0 / square_root(squares) : 0.0; }
 
@@ -34,12 +37,14 @@ struct Match {
   }
 };
 
-// CPU. Packed tokens: [group][channels][width], zeros after the last one.
-DITHER_PER_ISA(int64_t row_width())
-DITHER_PER_ISA(int64_t panel_width(DType))
+// CPU. Rows: [group of row_group() tokens][token][packed_stride]; panels: [group of panel_group() tokens][channels][token].
+DITHER_HD int64_t packed_stride(int64_t channels) { return (channels + 15) / 16 * 16 | 16; }  // no multiple of a page
+DITHER_PER_ISA(int64_t row_group())
+DITHER_PER_ISA(int64_t panel_group(DType))
 DITHER_PER_ISA(int64_t rows_of_unit())
-// Groups lo .. hi of all samples; scratch: width * channels compute elements.
-DITHER_PER_ISA(void pack_tokens(const Tokens&, int64_t width, int64_t lo, int64_t hi, void* scratch, void* packed))
+// Groups lo .. hi of all samples, the last of a sample filled with zeros. scratch: a panel's tokens, packed_stride apart.
+DITHER_PER_ISA(void pack_rows(const Tokens&, int64_t lo, int64_t hi, void* rows))
+DITHER_PER_ISA(void pack_panels(const Tokens&, int64_t lo, int64_t hi, void* scratch, void* panels))
 DITHER_PER_ISA(void match_units(const Match&, const void* rows, const void* panels, int64_t lo, int64_t hi))
 
 constexpr int kMatchTile = 64;  // rows and columns of a block of threads

@@ -5,8 +5,8 @@ namespace dither::DITHER_ISA {
 constexpr int kGroups = kTileRows == 1 ? 48 : 48 / kTileRows;  // of rows, which share a panel while it is near
 constexpr int kUnitRows = kGroups * kTileRows;
 
-int64_t row_width() { return kTileRows; }
-int64_t panel_width(DType type) { return type == DType::f64 ? kPanel<double> : kPanel<float>; }
+int64_t row_group() { return kTileRows; }
+int64_t panel_group(DType type) { return type == DType::f64 ? kPanel<double> : kPanel<float>; }
 int64_t rows_of_unit() { return kUnitRows; }
 
 template <class S>
@@ -21,27 +21,43 @@ static INLINE double norm_factor(const S* x, int64_t n) {
   return inverse_norm(lanes[0]);
 }
 
-void pack_tokens(const Tokens& t, int64_t width, int64_t lo, int64_t hi, void* scratch, void* packed) {
-  const int64_t groups = (t.count + width - 1) / width, C = t.channels;
+// Tokens first .. first + width of a sample, zeros beyond its last.
+template <class S, class T>
+static INLINE void widened_rows(const Tokens& t, int64_t sample, int64_t first, int64_t width, T* to) {
+  const int64_t C = t.channels, stride = packed_stride(C);
+  for (int64_t token = first; token < first + width; ++token, to += stride) {
+    const bool inside = token < t.count;
+    const S* x = static_cast<const S*>(t.x) + (inside ? t.at(sample, token) : 0);
+    const double factor = inside && t.normalize ? norm_factor(x, C) : 1.0;
+    if (!inside)
+      for (int64_t k = 0; k < C; ++k) to[k] = 0;
+    else if (t.normalize)
+      for (int64_t k = 0; k < C; ++k) to[k] = T(double(widen(x[k])) * factor);
+    else
+      for (int64_t k = 0; k < C; ++k) to[k] = widen(x[k]);
+    for (int64_t k = C; k < stride; ++k) to[k] = 0;
+  }
+}
+
+void pack_rows(const Tokens& t, int64_t lo, int64_t hi, void* rows) {
+  const int64_t groups = (t.count + kTileRows - 1) / kTileRows;
+  with_type(t.type, [&]<class S>(S) {
+    auto* to = static_cast<decltype(widen(S{}))*>(rows);
+    for (int64_t group = lo; group < hi; ++group)
+      widened_rows<S>(t, group / groups, group % groups * kTileRows, kTileRows,
+                      to + group * kTileRows * packed_stride(t.channels));
+  });
+}
+
+void pack_panels(const Tokens& t, int64_t lo, int64_t hi, void* scratch, void* panels) {
   with_type(t.type, [&]<class S>(S) {
     using T = decltype(widen(S{}));
-    T* rows = static_cast<T*>(scratch);
+    constexpr int W = kPanel<T>;
+    const int64_t groups = (t.count + W - 1) / W;
+    T *rows = static_cast<T*>(scratch), *to = static_cast<T*>(panels);
     for (int64_t group = lo; group < hi; ++group) {
-      const int64_t sample = group / groups, first = group % groups * width, count = smaller(width, t.count - first);
-      for (int64_t r = 0; r < width; ++r) {
-        T* to = rows + r * C;
-        const S* x = static_cast<const S*>(t.x) + t.at(sample, first + smaller(r, count - 1));
-        if (r >= count)
-          for (int64_t k = 0; k < C; ++k) to[k] = 0;
-        else if (t.normalize) {
-          const double factor = norm_factor(x, C);
-          for (int64_t k = 0; k < C; ++k) to[k] = T(double(widen(x[k])) * factor);
-        } else
-          for (int64_t k = 0; k < C; ++k) to[k] = widen(x[k]);
-      }
-      T* to = static_cast<T*>(packed) + group * width * C;
-      for (int64_t k = 0; k < C; ++k)
-        for (int64_t r = 0; r < width; ++r) to[k * width + r] = rows[r * C + k];
+      widened_rows<S>(t, group / groups, group % groups * W, W, rows);
+      pack_panel(rows, packed_stride(t.channels), t.channels, to + group * W * t.channels);
     }
   });
 }
@@ -61,17 +77,20 @@ static INLINE void match_unit(const Match& m, const T* rows, const T* panels, in
         best[g][r][p] = kLeast - Vec<T>{};
         place[g][r][p] = I{};
       }
-  rows += (sample * ((m.a.count + R - 1) / R) + first / R) * R * C;
+  const int64_t stride = packed_stride(C);
+  rows += (sample * ((m.a.count + R - 1) / R) + first / R) * R * stride;
   panels += sample * all * W * C;
   for (int64_t panel = 0; panel < all; ++panel) {
     const int64_t column = panel * W;
     const bool last = column + W > m.b.count;
+    I within[P] = {};  // the panel's tokens, not the zeros behind the last
+    for (int j = 0; j < W; ++j) within[j / Lanes<T>::count][j % Lanes<T>::count] = column + j < m.b.count ? -1 : 0;
     const I number = decltype(I{}[0] + 0)(panel) - I{};
     for (int64_t g = 0; g < groups; ++g) {
       TileSums<T> sum;
-      tile_products<T>(rows + g * R * C, panels + column * C, C, sum);
+      tile_products<T>(rows + g * R * stride, stride, panels + column * C, C, sum);
       const int64_t row = first + g * R;
-      if (last || m.mask || (m.skip_diagonal && row < column + W && column < row + R)) {
+      if (m.mask || (m.skip_diagonal && row < column + W && column < row + R)) {
         T tile[R][W];
         __builtin_memcpy(tile, sum, sizeof tile);
         for (int r = 0; r < R && row + r < m.a.count; ++r)
@@ -83,7 +102,8 @@ static INLINE void match_unit(const Match& m, const T* rows, const T* panels, in
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) {
-          const I more = sum[r][p] > best[g][r][p];
+          I more = sum[r][p] > best[g][r][p];
+          if (last) more &= within[p];
           best[g][r][p] = more ? sum[r][p] : best[g][r][p];
           place[g][r][p] = more ? number : place[g][r][p];
         }

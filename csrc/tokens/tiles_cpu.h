@@ -28,20 +28,37 @@ static INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
-// sum[r][p] = sum over k < n of rows[k][r] panel[k][p], in the order of k.
+// sum[r][p] = sum over k < n of rows[r stride + k] panel[k][p], in the order of k.
 template <class T>
-static INLINE void tile_products(const T* rows, const T* panel, int64_t n, TileSums<T>& sum) {
+static INLINE void tile_products(const T* rows, int64_t stride, const T* panel, int64_t n, TileSums<T>& sum) {
+  const T* row[kTileRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
+  for (int r = 0; r < kTileRows; ++r) {
+    row[r] = rows + r * stride;
 #pragma GCC unroll 8
     for (int p = 0; p < kPanelVectors; ++p) sum[r][p] = Vec<T>{};
-  for (int64_t k = 0; k < n; ++k, rows += kTileRows, panel += kPanel<T>) {
+  }
+  for (int64_t k = 0; k < n; ++k, panel += kPanel<T>) {
     Vec<T> column[kPanelVectors];
     __builtin_memcpy(column, panel, sizeof column);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-      for (int p = 0; p < kPanelVectors; ++p) sum[r][p] = multiply_add<T>(rows[r] - Vec<T>{}, column[p], sum[r][p]);
+      for (int p = 0; p < kPanelVectors; ++p) sum[r][p] = multiply_add<T>(row[r][k] - Vec<T>{}, column[p], sum[r][p]);
   }
+}
+
+// A panel of n columns k, [k][token], from kPanel rows, [token][stride]; stride is a multiple of 16 and at least n.
+template <class T>
+static INLINE void pack_panel(const T* rows, int64_t stride, int64_t n, T* panel) {
+  constexpr int L = Lanes<T>::count;
+  for (int64_t k = 0; k < n; k += L)
+    for (int first = 0; first < kPanel<T>; first += L) {
+      Vec<T> block[L];
+      for (int l = 0; l < L; ++l) __builtin_memcpy(&block[l], rows + (first + l) * stride + k, sizeof(Vec<T>));
+      transpose(block);
+      for (int64_t c = 0; c < smaller<int64_t>(L, n - k); ++c)
+        __builtin_memcpy(panel + (k + c) * kPanel<T> + first, &block[c], sizeof(Vec<T>));
+    }
 }
 }  // namespace dither::DITHER_ISA

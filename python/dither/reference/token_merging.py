@@ -37,9 +37,19 @@ def similarities(a: Tensor, b: Tensor, normalize: bool) -> Tensor:
 
 
 def bipartite_match_(
-    a: Tensor, b: Tensor, mask: Tensor | None, normalize: bool, skip_diagonal: bool, score: Tensor, index: Tensor
+    a: Tensor,
+    b: Tensor,
+    a_places: Tensor | None,
+    b_places: Tensor | None,
+    mask: Tensor | None,
+    normalize: bool,
+    skip_diagonal: bool,
+    score: Tensor,
+    index: Tensor,
 ) -> None:
-    """`dither::bipartite_match_` where no kernel is available."""
+    """`dither::bipartite_match_` where no kernel is available: of a[:, a_places] and b[:, b_places], by default all tokens."""
+    a = a if a_places is None else a[:, a_places]
+    b = b if b_places is None else b[:, b_places]
     if a.shape[0] * a.shape[1] == 0:
         return
     found = similarities(a, b, normalize)

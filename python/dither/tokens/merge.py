@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import noise
 from .._checks import integer, is_real, tensor
 from ..ops import write
-from .select import Gather, SegmentSum, bipartite_match, check_tokens, segment_reduce, segments, topk_tokens
+from .select import Gather, SegmentSum, bipartite_match, check_tokens, match_places, segment_reduce, segments, topk_tokens
 
 Mode = Literal["mean", "sum", "amax", "amin"]
 
@@ -125,7 +125,7 @@ def tomesd_plan(
         joined = (corner + drawn // sx * width + drawn % sx).flatten().sort().values
     stays = torch.zeros(count, dtype=torch.int8, device=device).index_fill_(0, joined, 1)
     others = stays.sort(stable=True).indices[: count - len(joined)]
-    score, match = bipartite_match(metric[:, others], metric[:, joined])
+    score, match = match_places(metric, metric, others, joined)
     return _plan(score, match, others, joined, _above(score, threshold, r), count)
 
 

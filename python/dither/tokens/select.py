@@ -133,6 +133,24 @@ def gather_tokens(x: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor | tup
     return Gather.apply(x, indices)
 
 
+def match_places(
+    a: Tensor,
+    b: Tensor,
+    a_places: Tensor | None,
+    b_places: Tensor | None,
+    mask: Tensor | None = None,
+    normalize: bool = True,
+    skip_diagonal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`bipartite_match` of a[:, a_places] and b[:, b_places], int64, which are not copied."""
+    shape = len(a), a.shape[1] if a_places is None else len(a_places)
+    score = a.new_empty(shape, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
+    index = torch.empty(shape, dtype=torch.int64, device=a.device)
+    a, b = a.detach(), b.detach()
+    write("bipartite_match_", [score, index], a, b, a_places, b_places, mask, normalize, skip_diagonal, score, index)
+    return score, index
+
+
 def bipartite_match(
     a: Tensor,
     b: Tensor,
@@ -166,9 +184,7 @@ def bipartite_match(
             mask = tensor(op, "mask", mask).expand(shape)
         except RuntimeError:
             raise ValueError(f"{op}: mask has shape {list(mask.shape)}, expected {list(shape)} by broadcasting") from None
-    score = a.new_empty(a.shape[:2], dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
-    index = torch.empty(a.shape[:2], dtype=torch.int64, device=a.device)
-    write("bipartite_match_", [score, index], a.detach(), b.detach(), mask, normalize, skip_diagonal, score, index)
+    score, index = match_places(a, b, None, None, mask, normalize, skip_diagonal)
     if threshold is not None:
         score = torch.where(score > threshold, score, -torch.inf)
     return score, index
