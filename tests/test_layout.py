@@ -68,7 +68,7 @@ EDGES: dict[str, set[str] | None] = {
     "optim": {"ops", "noise"},
     "sparsity": {"ops", "noise", "optim", "_checks", "_extras"},
     "privacy": {"ops", "noise", "optim", "_checks", "_extras"},
-    "tokens": {"ops", "noise", "_checks"},
+    "tokens": {"ops", "noise", "_checks", "_extras"},
     "bench": EVERYTHING,
     "cli": EVERYTHING,
     "demo": EVERYTHING,

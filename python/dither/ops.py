@@ -47,6 +47,8 @@ _OPS = {
     "token_segments_": reference.token_merging.token_segments_,
     "merge_tokens_": reference.token_merging.merge_tokens_,
     "merge_plan_": reference.token_merging.merge_plan_,
+    "attention_lse_": reference.tokens.attention_lse_,
+    "attention_colsum_": reference.tokens.attention_colsum_,
 }
 
 native: Any

@@ -1,0 +1,132 @@
+// What attention pays each key, without the matrix of its probabilities.
+//
+// s_ij = scale q_i . k_j for the pairs that take part. lse_i = ln sum_j exp(s_ij); colsum_j = sum_i w_i exp(s_ij - lse_i).
+// A pair that takes no part adds nothing, whatever q, k and w hold; a query whose lse is -inf adds nothing either. One with a
+// score of NaN or +inf has an lse of NaN and gives NaN to every key that it sees.
+//
+// Scores are kept times log2 e, so that probabilities are powers of 2. On the CPU sums are taken in a fixed order, the same on
+// every instruction set and number of threads: a row's probabilities by lanes, element k to lane k mod 16 (8 in float64), that
+// fold by halves; a column's over the queries of a strip, strip by strip, and then over parts of the queries, if there are any.
+// CUDA's order is fixed too, but another one.
+#pragma once
+#include "../common/cpu.h"
+#include "../common/dtype.h"
+#include "../common/stream.h"
+
+namespace dither {
+constexpr double kLog2e = 1.44269504088896338700, kLn2 = 0.693147180559945309417;
+
+// Numbers of a tensor [batch][heads][rows] that may be broadcast; the elements of a row lie side by side.
+struct HeadRows {
+  int64_t batch, head, row;  // strides, in elements
+  DITHER_HD int64_t at(int64_t b, int64_t h, int64_t i) const { return b * batch + h * head + i * row; }
+};
+
+struct Attention {
+  const void *q, *k;     // [batch][heads][queries][dim], [batch][heads / group][keys][dim]
+  const void* weight;    // [batch][heads][queries] of the sums' type; nullptr: 1
+  const void* lse;       // [batch][heads][queries], in order; nullptr: unknown
+  const uint8_t* mask;   // [batch][heads][queries][keys], 1: takes part; nullptr: all do
+  void *lse_out, *sums;  // [batch][heads][queries], [batch][heads][keys], in order; either may be nullptr
+  HeadRows q_at, k_at, weight_at, mask_at;
+  int64_t mask_column;
+  int64_t batch, heads, group, queries, keys, dim;
+  double scale;  // times log2 e
+  bool causal;
+  DType type;
+  DITHER_HD bool takes_part(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    return (!causal || j <= i) && (!mask || mask[mask_at.at(b, h, i) + j * mask_column]);
+  }
+  DITHER_HD int64_t pairs() const { return batch * heads; }
+};
+
+// A query's lse as what is taken from its scores: probabilities are 0 where it is -inf.
+template <class T>
+DITHER_HD T subtrahend(T lse) {
+  return lse == T(-__builtin_inf()) ? -lse : T(double(lse) * kLog2e);
+}
+
+// 2^r for |r| <= 1/2, near minimax with a relative error of 1e-7, and Taylor's with 3e-16. V: T, or a vector of T.
+template <class T, class V>
+DITHER_HD V power_near_1(V r) {
+  V p = V{};
+  if constexpr (sizeof(T) == 8) {
+    p += T(2.5678435993488206e-11);
+    p = p * r + T(4.4455382718708116e-10);
+    p = p * r + T(7.0549116208011233e-09);
+    p = p * r + T(1.0178086009239699e-07);
+    p = p * r + T(1.3215486790144309e-06);
+    p = p * r + T(1.5252733804059841e-05);
+    p = p * r + T(1.5403530393381609e-04);
+    p = p * r + T(1.3333558146428443e-03);
+    p = p * r + T(9.6181291076284772e-03);
+    p = p * r + T(5.5504108664821580e-02);
+    p = p * r + T(2.4022650695910072e-01);
+    p = p * r + T(6.9314718055994531e-01);
+  } else {
+    p += T(1.326472712e-03);
+    p = p * r + T(9.671512645e-03);
+    p = p * r + T(5.550733743e-02);
+    p = p * r + T(2.402224209e-01);
+    p = p * r + T(6.931469776e-01);
+  }
+  return p * r + T(1);
+}
+template <class T>
+constexpr T kLeastPower = sizeof(T) == 8 ? T(-1021) : T(-125);
+template <class T>
+constexpr T kMostPower = sizeof(T) == 8 ? T(1025) : T(129);
+// 2^x: 0 of what is less than kLeastPower, infinity of what is too large, NaN of NaN. Int: unsigned integers of V's shape.
+template <class T, class Int, class V>
+DITHER_HD V power_of_2(V x) {
+  constexpr bool kDouble = sizeof(T) == 8;
+  constexpr T kRound = kDouble ? T(0x1.8p52) : T(0x1.8p23);  // leaves an integer in the last bits
+  constexpr int kHalf = kDouble ? 1022 : 126, kDigits = kDouble ? 52 : 23;
+  const V least = V{} + kLeastPower<T>, most = V{} + kMostPower<T>;
+  V y = x < least ? least : x;
+  y = y > most ? most : y;
+  const V shifted = y + kRound, p = power_near_1<T>(y - (shifted - kRound));
+  const Int exponent = (bit_as<Int>(shifted) + kHalf) << kDigits;
+  const V result = (p + p) * bit_as<V>(exponent);
+  return x < least ? V{} : result;
+}
+
+// ---- CPU
+
+constexpr int64_t kStrip = 12, kStripPitch = 16;  // queries whose scores are held at a time, and their room
+constexpr int64_t kPanelBytes = 128, kFoldBytes = 64;
+DITHER_HD int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+DITHER_HD int64_t panel_width(int64_t item) { return kPanelBytes / item; }  // keys side by side in memory
+DITHER_HD int64_t whole_panels(int64_t keys, int64_t item) { return parts_of(keys, panel_width(item)) * panel_width(item); }
+
+// Queries are cut into chunks and keys into blocks, by the shape alone.
+struct Chunks {
+  int64_t size, count;
+};
+DITHER_HD Chunks chunks_of(int64_t n, int64_t pairs, int64_t unit, int64_t most) {
+  constexpr int64_t kUnits = 32;  // enough to share among threads
+  const int64_t wanted = parts_of(kUnits, larger<int64_t>(1, pairs));
+  int64_t size = parts_of(parts_of(n, wanted), unit) * unit;
+  size = smaller(larger(size, 8 * unit), most);
+  return {size, parts_of(n, size)};
+}
+inline Chunks query_chunks(const Attention& a) { return chunks_of(a.queries, a.pairs(), kStrip, a.queries + kStrip); }
+inline Chunks key_blocks(const Attention& a) { return chunks_of(a.keys, a.pairs(), 32, 1024); }
+
+// Bytes of room that a thread needs, from an address of a whole cache line on.
+inline int64_t rows_scratch(const Attention& a, int64_t item) {
+  return (whole_panels(a.keys, item) * (a.dim + kStrip) + kStripPitch * (a.dim + 2)) * item;
+}
+inline int64_t columns_scratch(const Attention& a, int64_t item) {
+  return (key_blocks(a).size * (a.dim + 2) + panel_width(item) * kStrip + kStripPitch * (a.dim + 2)) * item;
+}
+// Without lse, a unit is a chunk of queries of a head, all keys at once: it writes lse_out, and if partial is not nullptr its
+// column sums, [pairs][chunks][keys in whole panels].
+DITHER_PER_ISA(void attention_rows(const Attention&, int64_t lo, int64_t hi, void* scratch, void* partial))
+// With lse, a unit is a block of keys of a head, all queries one after the other: it writes sums.
+DITHER_PER_ISA(void attention_columns(const Attention&, int64_t lo, int64_t hi, void* scratch))
+
+// CUDA: the lse, or sums with a given lse.
+int attention_lse_cuda(const Attention&, Stream);
+int attention_colsum_cuda(const Attention&, Stream);
+}  // namespace dither

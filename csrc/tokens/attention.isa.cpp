@@ -1,0 +1,289 @@
+#include "attention.h"
+#include "../common/shuffle_cpu.h"
+
+namespace dither::DITHER_ISA {
+template <class T>
+using Vector = typename Lanes<T>::type;
+template <bool kWide>
+struct WordOf {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<true> {
+  using type = uint64_t;
+};
+template <class T>
+using Word = typename WordOf<sizeof(T) == 8>::type;
+template <class T>
+using Words = typename Lanes<Word<T>>::type;
+template <class T>
+constexpr int kPanel = kPanelBytes / sizeof(T);
+template <class T>
+constexpr int kFold = kFoldBytes / sizeof(T);
+constexpr int R = DITHER_VECTOR_BYTES == 64 ? 12 : 6, C = 2;  // rows and vectors whose sums fit the registers
+static_assert(kStrip % R == 0 && kPanelBytes % (C * DITHER_VECTOR_BYTES) == 0);
+
+template <class T>
+static INLINE Vector<T> load(const T* x) {
+  Vector<T> v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+template <class T>
+static INLINE void store(T* to, Vector<T> v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+template <class T>
+static INLINE Vector<T> power(Vector<T> x) {  // power_of_2, to the bit
+#if defined(__AVX512F__)
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  if constexpr (sizeof(T) == 8) {
+    const auto normal = _mm512_cmp_pd_mask(__m512d(x), _mm512_set1_pd(kLeastPower<T>), _CMP_NLT_UQ);
+    const __m512d y = _mm512_maskz_min_pd(normal, _mm512_set1_pd(kMostPower<T>), __m512d(x));  // NaN stays
+    const __m512d n = _mm512_maskz_roundscale_pd(normal, y, kNearest);
+    return Vector<T>(_mm512_maskz_scalef_pd(normal, __m512d(power_near_1<T>(Vector<T>(y - n))), n));
+  } else {
+    const auto normal = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(kLeastPower<T>), _CMP_NLT_UQ);
+    const __m512 y = _mm512_maskz_min_ps(normal, _mm512_set1_ps(kMostPower<T>), __m512(x));
+    const __m512 n = _mm512_maskz_roundscale_ps(normal, y, kNearest);
+    return Vector<T>(_mm512_maskz_scalef_ps(normal, __m512(power_near_1<T>(Vector<T>(y - n))), n));
+  }
+#else
+  return power_of_2<T, Words<T>>(x);
+#endif
+}
+
+// `count` rows of `dim` numbers as [dim][pitch], a column each; zeros in the other ones of `width` columns, a multiple of 16.
+template <class T, class S>
+static void pack(const S* from, int64_t stride, int64_t count, int64_t dim, T* to, int64_t width, int64_t pitch) {
+  constexpr int L = Lanes<T>::count;
+  for (int64_t row = 0; row < width; row += L)
+    for (int64_t c = 0; c < dim; c += L) {
+      const int64_t part = smaller<int64_t>(L, dim - c);
+      Vector<T> x[L];
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) {
+        T wide[L] = {};
+        if (row + r < count) {
+          const S* line = from + (row + r) * stride + c;
+          if (part == L)
+            for (int k = 0; k < L; ++k) wide[k] = widen(line[k]);
+          else
+            for (int k = 0; k < part; ++k) wide[k] = widen(line[k]);
+        }
+        x[r] = load(wide);
+      }
+      transpose(x);
+      for (int k = 0; k < part; ++k) store(to + (c + k) * pitch + row, x[k]);
+    }
+}
+
+// Scores of a strip of queries, [dim][kStripPitch], and a panel of keys: to[query * pitch + key].
+template <class T>
+static INLINE void scores(const T* q, const T* k, int64_t dim, T scale, T* to, int64_t pitch) {
+  constexpr int L = Lanes<T>::count;
+  for (int64_t row = 0; row < kStrip; row += R)
+    for (int64_t column = 0; column < kPanel<T>; column += C * L) {
+      Vector<T> sum[R][C] = {};
+      const T *x = q + row, *y = k + column;
+      for (int64_t d = 0; d < dim; ++d, x += kStripPitch, y += kPanel<T>) {
+        Vector<T> keys[C];
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) keys[c] = load(y + c * L);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int c = 0; c < C; ++c) sum[r][c] += keys[c] * x[r];
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) store(to + (row + r) * pitch + column + c * L, sum[r][c] * scale);
+    }
+}
+
+// A head, and its queries from `first` on.
+struct Place {
+  int64_t b, h, first;
+};
+// -inf as the scores of pairs that take no part, keys lo .. hi.
+template <class T>
+static void hide(const Attention& a, const Place& at, int64_t row, int64_t lo, int64_t hi, T* scores) {
+  const int64_t i = at.first + row;
+  constexpr T none = T(-__builtin_inf());
+  int64_t end = a.causal ? smaller(a.keys, i + 1) : a.keys;
+  end = larger(lo, smaller(hi, end));
+  if (a.mask) {
+    const uint8_t* mask = a.mask + a.mask_at.at(at.b, at.h, i);
+    if (a.mask_column == 1)
+      for (int64_t j = lo; j < end; ++j) scores[j - lo] = mask[j] ? scores[j - lo] : none;
+    else
+      for (int64_t j = lo; j < end; ++j) scores[j - lo] = mask[j * a.mask_column] ? scores[j - lo] : none;
+  }
+  for (int64_t j = end; j < hi; ++j) scores[j - lo] = none;
+}
+
+template <class T, class Fold>
+static INLINE T fold(Vector<T>* parts, const Fold& join) {
+  T lanes[kFold<T>];
+  __builtin_memcpy(lanes, parts, sizeof lanes);
+  for (int half = kFold<T> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] = join(lanes[l], lanes[l + half]);
+  return lanes[0];
+}
+
+// n scores, a multiple of kFold, become powers of 2, the largest of them 1; their sum, and what was taken from each.
+template <class T>
+static void exponentials(T* x, int64_t n, T& sum, T& most) {
+  constexpr int L = Lanes<T>::count, kParts = kFold<T> / L;
+  constexpr T none = T(-__builtin_inf());
+  Vector<T> high[kParts], total[kParts] = {};
+  for (int p = 0; p < kParts; ++p) high[p] = Vector<T>{} + none;
+  for (int64_t j = 0; j < n; j += kFold<T>)
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const Vector<T> v = load(x + j + p * L);
+      high[p] = v > high[p] ? v : high[p];
+    }
+  most = fold<T>(high, [](T a, T b) { return a > b ? a : b; });
+  const T base = most == none ? T(0) : most;
+  for (int64_t j = 0; j < n; j += kFold<T>)
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const Vector<T> e = power<T>(load(x + j + p * L) - base);
+      store(x + j + p * L, e);
+      total[p] += e;
+    }
+  sum = fold<T>(total, [](T a, T b) { return a + b; });
+}
+
+template <class T>
+static INLINE T weight_of(const Attention& a, const Place& at, int64_t row) {
+  return a.weight ? static_cast<const T*>(a.weight)[a.weight_at.at(at.b, at.h, at.first + row)] : T(1);
+}
+
+template <class T, class S>
+static void rows(const Attention& a, int64_t lo, int64_t hi, T* scratch, T* partial) {
+  const Chunks chunks = query_chunks(a);
+  const int64_t keys = whole_panels(a.keys, sizeof(T));
+  T *packed = scratch, *held = packed + keys * a.dim, *q = held + keys * kStrip;
+  const T scale = T(a.scale);
+  int64_t packed_head = -1;
+  for (int64_t unit = lo; unit < hi; ++unit) {
+    const int64_t pair = unit / chunks.count, first = unit % chunks.count * chunks.size;
+    const int64_t last = smaller(a.queries, first + chunks.size);
+    Place at{pair / a.heads, pair % a.heads, first};
+    if (const int64_t head = pair / a.group; head != packed_head) {
+      const S* k = static_cast<const S*>(a.k) + a.k_at.at(at.b, at.h / a.group, 0);
+      for (int64_t j = 0; j < a.keys; j += kPanel<T>)
+        pack(k + j * a.k_at.row, a.k_at.row, smaller<int64_t>(kPanel<T>, a.keys - j), a.dim, packed + j * a.dim, kPanel<T>,
+             kPanel<T>);
+      packed_head = head;
+    }
+    T* sums = partial ? partial + unit * keys : nullptr;
+    for (int64_t j = 0; sums && j < keys; ++j) sums[j] = 0;
+    for (; at.first < last; at.first += kStrip) {
+      const int64_t count = smaller(kStrip, last - at.first);
+      // Causal: nobody of the strip sees a later key.
+      const int64_t seen = a.causal ? smaller(a.keys, at.first + count) : a.keys, n = whole_panels(seen, sizeof(T));
+      pack(static_cast<const S*>(a.q) + a.q_at.at(at.b, at.h, at.first), a.q_at.row, count, a.dim, q, kStripPitch, kStripPitch);
+      for (int64_t j = 0; j < n; j += kPanel<T>) scores(q, packed + j * a.dim, a.dim, scale, held + j, keys);
+      T factor[kStrip] = {};
+      for (int64_t r = 0; r < count; ++r) {
+        T* row = held + r * keys;
+        const int64_t hidden = a.mask ? 0 : a.causal ? smaller(seen, at.first + r + 1) : a.keys;
+        if (hidden < n) hide(a, at, r, hidden, n, row + hidden);
+        T sum, most;
+        exponentials(row, n, sum, most);
+        const int64_t index = pair * a.queries + at.first + r;
+        if (a.lse_out) static_cast<T*>(a.lse_out)[index] = T(double(most) * kLn2 + logarithm(double(sum)) + double(sum - sum));
+        factor[r] = sum == T(0) ? T(0) : weight_of<T>(a, at, r) / sum;
+        if (!sums || factor[r] - factor[r] == T(0)) continue;
+        for (int64_t j = 0; j < n; ++j) {  // not finite: for those alone that take part
+          if (j < a.keys && a.takes_part(at.b, at.h, at.first + r, j)) sums[j] += factor[r] * row[j];
+          row[j] = 0;
+        }
+        factor[r] = 0;
+      }
+      for (int64_t r = count; r < kStrip; ++r)
+        for (int64_t j = 0; j < n; ++j) held[r * keys + j] = 0;
+      constexpr int L = Lanes<T>::count;
+      for (int64_t j = 0; sums && j < n; j += L) {
+        Vector<T> sum = load(held + j) * factor[0];
+#pragma GCC unroll 12
+        for (int r = 1; r < kStrip; ++r) sum += load(held + r * keys + j) * factor[r];
+        store(sums + j, load(sums + j) + sum);
+      }
+    }
+  }
+}
+
+template <class T, class S>
+static void columns(const Attention& a, int64_t lo, int64_t hi, T* scratch) {
+  constexpr int L = Lanes<T>::count;
+  const Chunks blocks = key_blocks(a);
+  T *packed = scratch, *sums = packed + blocks.size * a.dim, *tile = sums + blocks.size, *q = tile + kPanel<T> * kStrip;
+  const T scale = T(a.scale);
+  for (int64_t unit = lo; unit < hi; ++unit) {
+    const int64_t pair = unit / blocks.count, begin = unit % blocks.count * blocks.size;
+    const int64_t end = smaller(a.keys, begin + blocks.size);
+    Place at{pair / a.heads, pair % a.heads, a.causal ? begin / kStrip * kStrip : 0};
+    const S* k = static_cast<const S*>(a.k) + a.k_at.at(at.b, at.h / a.group, 0);
+    for (int64_t j = begin; j < end; j += kPanel<T>)
+      pack(k + j * a.k_at.row, a.k_at.row, smaller<int64_t>(kPanel<T>, end - j), a.dim, packed + (j - begin) * a.dim, kPanel<T>,
+           kPanel<T>);
+    for (int64_t j = 0; j < blocks.size; ++j) sums[j] = 0;
+    for (; at.first < a.queries; at.first += kStrip) {
+      const int64_t count = smaller(kStrip, a.queries - at.first);
+      pack(static_cast<const S*>(a.q) + a.q_at.at(at.b, at.h, at.first), a.q_at.row, count, a.dim, q, kStripPitch, kStripPitch);
+      // Rows whose terms are not finite even where a pair takes no part go number by number.
+      T taken[kStrip], factor[kStrip], taken_alone[kStrip], factor_alone[kStrip];
+      bool alone[kStrip];
+      for (int64_t r = 0; r < kStrip; ++r) {
+        taken[r] = r < count ? subtrahend(static_cast<const T*>(a.lse)[pair * a.queries + at.first + r]) : T(__builtin_inf());
+        factor[r] = taken[r] == T(__builtin_inf()) ? T(0) : weight_of<T>(a, at, r);
+        taken_alone[r] = taken[r];
+        factor_alone[r] = factor[r];
+        alone[r] = taken[r] != taken[r] || factor[r] - factor[r] != T(0);
+        if (alone[r]) taken[r] = factor[r] = 0;
+      }
+      const int64_t seen = a.causal ? smaller(end, at.first + count) : end;
+      for (int64_t j = begin; j < seen; j += kPanel<T>) {
+        scores(q, packed + (j - begin) * a.dim, a.dim, scale, tile, kPanel<T>);
+        const bool edge = a.mask || j + kPanel<T> > (a.causal ? smaller(a.keys, at.first + 1) : a.keys);
+        for (int64_t r = 0; edge && r < count; ++r) hide(a, at, r, j, j + kPanel<T>, tile + r * kPanel<T>);
+        for (int64_t c = count * kPanel<T>; c < kStrip * kPanel<T>; ++c) tile[c] = T(-__builtin_inf());
+        T* to = sums + j - begin;
+        for (int64_t r = 0; r < count; ++r) {
+          T* row = tile + r * kPanel<T>;
+          for (int64_t c = 0; alone[r] && c < kPanel<T>; ++c) {
+            if (j + c < end && a.takes_part(at.b, at.h, at.first + r, j + c))
+              to[c] += power_of_2<T, Word<T>>(row[c] - taken_alone[r]) * factor_alone[r];
+            row[c] = T(-__builtin_inf());
+          }
+        }
+        for (int v = 0; v < kPanel<T>; v += L) {
+          Vector<T> sum = {};
+#pragma GCC unroll 4
+          for (int r = 0; r < kStrip; ++r) sum += power<T>(load(tile + r * kPanel<T> + v) - taken[r]) * factor[r];
+          store(to + v, load(to + v) + sum);
+        }
+      }
+    }
+    T* out = static_cast<T*>(a.sums) + pair * a.keys;
+    for (int64_t j = begin; j < end; ++j) out[j] = sums[j - begin];
+  }
+}
+
+void attention_rows(const Attention& a, int64_t lo, int64_t hi, void* scratch, void* partial) {
+  with_type(a.type, [&]<class S>(S) {
+    using T = decltype(widen(S{}));
+    rows<T, S>(a, lo, hi, static_cast<T*>(scratch), static_cast<T*>(partial));
+  });
+}
+void attention_columns(const Attention& a, int64_t lo, int64_t hi, void* scratch) {
+  with_type(a.type,
+            [&]<class S>(S) { columns<decltype(widen(S{})), S>(a, lo, hi, static_cast<decltype(widen(S{}))*>(scratch)); });
+}
+}  // namespace dither::DITHER_ISA
