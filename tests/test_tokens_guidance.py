@@ -1,0 +1,175 @@
+"""Perturbed attention, losses on attention maps, negative merging and scores of context tokens: against other sources, against
+the rules written out, and on small models whose answer is known."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dither import tokens
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, in another order
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def attention_map(q, k, scale=None):
+    return (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1)
+
+
+# query_blur
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (5, 9), (1, 7), (6, 1), (2, 3), (1, 1)])
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.7, 40.0])
+def test_query_blur_is_a_gaussian_filter(height, width, sigma):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    q = normal(2, 3, 2 + height * width, 4)
+    blurred = tokens.query_blur(q, height, width, sigma, prefix=2)
+    expected = q[..., 2:, :].unflatten(-2, (height, width)).numpy()
+    for axis, n in ((-3, height), (-2, width)):
+        radius = min(math.ceil(6 * sigma) | 1, n | 1) // 2
+        expected = ndimage.gaussian_filter1d(expected, sigma, axis, mode="mirror", radius=radius)
+    torch.testing.assert_close(blurred[..., 2:, :], torch.from_numpy(expected).flatten(-3, -2), **EXACT)
+    assert torch.equal(blurred[..., :2, :], q[..., :2, :])
+
+
+@pytest.mark.parametrize("n, sigma", [(8, 1.0), (7, 0.4), (8, 10.0), (7, 10.0), (16, 3.0)])
+def test_query_blur_is_the_authors_on_their_square_grids(n, sigma):
+    """One convolution of two dimensions, a kernel that is cut off to the grid, reflection."""
+    q = normal(2, 3, n * n, 4)
+    size = min(math.ceil(6 * sigma) | 1, n - (n % 2 - 1))
+    taps = torch.linspace(-(size - 1) / 2, (size - 1) / 2, size, dtype=q.dtype)
+    kernel = torch.exp(-(taps**2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    image = q.mT.reshape(2, 12, n, n)
+    image = F.conv2d(F.pad(image, [size // 2] * 4, "reflect"), kernel.outer(kernel).expand(12, 1, size, size), groups=12)
+    torch.testing.assert_close(tokens.query_blur(q, n, n, sigma), image.reshape(2, 3, 4, n * n).mT, **EXACT)
+
+
+def test_query_blur_from_nothing_to_the_mean():
+    q = normal(2, 1 + 12, 5)
+    assert tokens.query_blur(q, 3, 4, 0, prefix=1) is q
+    for sigma in (math.inf, 1e4):
+        blurred = tokens.query_blur(q, 3, 4, sigma, prefix=1)
+        torch.testing.assert_close(blurred[:, 1:], q[:, 1:].mean(1, keepdim=True).expand(2, 12, 5), **EXACT)
+        assert torch.equal(blurred[:, :1], q[:, :1])
+    constant = torch.ones(1, 12, 2).double()
+    torch.testing.assert_close(tokens.query_blur(constant, 3, 4, 2.0), constant, **EXACT)
+    half = tokens.query_blur(q.bfloat16(), 3, 4, 1.0, prefix=1)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), tokens.query_blur(q, 3, 4, 1.0, prefix=1), rtol=0.03, atol=0.03)
+
+
+# identity_attention
+
+
+@pytest.mark.parametrize("perturbed", [(0, 0, 1), (1, 0, 1), (1, 1, 1), (0, 0, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_identity_attention(perturbed, masked):
+    q, k, v = normal(3, 2, 7, 4), normal(3, 2, 7, 4, seed=1), normal(3, 2, 7, 5, seed=2)
+    mask = normal(3, 1, 7, 7, seed=3) if masked else None
+    maps = (q @ k.mT * 0.3 + (mask if masked else 0)).softmax(-1)
+    perturbed = torch.tensor(perturbed, dtype=torch.bool)
+    maps[perturbed] = torch.eye(7).double()
+    y = tokens.identity_attention(q, k, v, perturbed, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(y, maps @ v, **EXACT)
+    assert torch.equal(y[perturbed], v[perturbed])
+    if masked:
+        shared = tokens.identity_attention(q, k, v, perturbed, attn_mask=mask[0, 0], scale=0.3)
+        torch.testing.assert_close(shared[0], y[0], **EXACT)
+
+
+def test_identity_attention_multiplies_no_perturbed_queries():
+    q, k, v = (normal(2, 1, 5, 4, seed=seed) for seed in range(3))
+    q[1] = k[1] = math.nan
+    y = tokens.identity_attention(q, k, v, torch.tensor([False, True]))
+    assert y.isfinite().all()
+
+
+# redirect_attention
+
+
+@pytest.mark.parametrize("suppression", [0.3, 1.0, 0.0])
+def test_redirect_attention_is_two_masked_softmaxes(suppression):
+    """As the authors have it: masked maps of suppressed and of plain similarities, the first for queries in the region."""
+    q, k, v = normal(2, 3, 11, 4), normal(2, 3, 11, 4, seed=1), normal(2, 3, 11, 5, seed=2)
+    region = torch.rand(2, 11, generator=torch.Generator().manual_seed(3)) < 0.4
+    similarities = q @ k.mT * 0.7
+    lowest = torch.zeros(2, 1, 1, 11).double().masked_fill(region[:, None, None], torch.finfo(q.dtype).min)
+    inside = (suppression * similarities + lowest).softmax(-1) @ v
+    outside = (similarities + lowest).softmax(-1) @ v
+    expected = torch.where(region[:, None, :, None], inside, outside)
+    torch.testing.assert_close(tokens.redirect_attention(q, k, v, region, suppression, scale=0.7), expected, **EXACT)
+    for b in range(2):
+        one = tokens.redirect_attention(q[b:][:1], k[b:][:1], v[b:][:1], region[b], suppression, scale=0.7)
+        torch.testing.assert_close(one, expected[b:][:1], **EXACT)
+
+
+def test_redirect_attention_does_not_see_the_region():
+    q, k, v = (normal(1, 2, 6, 4, seed=seed) for seed in range(3))
+    region = torch.tensor([0, 1, 1, 0, 0, 0]).bool()
+    y = tokens.redirect_attention(q, k, v, region)
+    k[:, :, region] += 1
+    v[:, :, region] += 1
+    assert torch.equal(y, tokens.redirect_attention(q, k, v, region))
+    nothing = torch.zeros(6, dtype=torch.bool)
+    torch.testing.assert_close(
+        tokens.redirect_attention(q, k, v, nothing, 0.1), F.scaled_dot_product_attention(q, k, v), **EXACT
+    )
+
+
+# Derivatives, graphs, refusals
+
+X = [normal(2, 2, 6, 3, seed=seed) for seed in range(3)]
+HALF = torch.tensor([False, True])
+REGION = torch.tensor([0, 1, 0, 0, 1, 0]).bool()
+DIFFERENTIABLE = {
+    "query_blur": (lambda q: tokens.query_blur(q, 2, 3, 0.8), (X[0],)),
+    "query_blur mean": (lambda q: tokens.query_blur(q, 1, 4, math.inf, prefix=2), (X[0],)),
+    "identity_attention": (lambda q, k, v: tokens.identity_attention(q, k, v, HALF), (X[0], X[1], X[2])),
+    "redirect_attention": (lambda q, k, v: tokens.redirect_attention(q, k, v, REGION), (X[0], X[1], X[2])),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients(name):
+    function, inputs = DIFFERENTIABLE[name]
+    assert torch.autograd.gradcheck(function, [x.clone().requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_compiled(name):
+    function, inputs = DIFFERENTIABLE[name]
+    fullgraph = name not in ("identity_attention", "redirect_attention")  # they skip what a mask excludes
+    compiled = torch.compile(function, fullgraph=fullgraph, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), function(*inputs), **EXACT)
+
+
+Q = torch.zeros(2, 1, 6, 3)
+BAD = [
+    (
+        lambda: tokens.query_blur(Q[0, 0], 2, 3, 1.0),
+        r"query_blur: q has shape \[6, 3\], expected \[B, N, C\] or",
+    ),
+    (lambda: tokens.query_blur(Q, 2, 2, 1.0), r"query_blur: q has 6 tokens, expected 0 \+ 2 \* 2"),
+    (lambda: tokens.query_blur(Q, 2, 3, -1.0), r"query_blur: sigma is -1.0, expected a number >= 0"),
+    (lambda: tokens.query_blur(Q, 2, 3, math.nan), r"query_blur: sigma is nan"),
+    (lambda: tokens.query_blur(Q, 0, 3, 1.0), r"query_blur: height is 0, expected at least 1"),
+    (lambda: tokens.query_blur(Q.int(), 2, 3, 1.0), r"query_blur: q is torch.int32, expected floating point"),
+    (lambda: tokens.identity_attention(Q, Q[:, :, 1:], Q, HALF), r"k has shape \[2, 1, 5, 3\], expected \[2, 1, 6, 3\]"),
+    (lambda: tokens.identity_attention(Q, Q, Q[:, :, 1:], HALF), r"v has shape \[2, 1, 5, 3\], expected \[2, 1, 6\] and any"),
+    (lambda: tokens.identity_attention(Q, Q, Q, HALF.int()), r"perturbed is torch.int32 of \[2\], expected bool of \[2\]"),
+    (lambda: tokens.redirect_attention(Q, Q, Q, HALF), r"region is torch.bool of \[2\], expected bool of \[6\] or \[2, 6\]"),
+    (lambda: tokens.redirect_attention(Q, Q, Q, REGION | True), r"redirect_attention: region covers every token of a sample"),
+    (lambda: tokens.redirect_attention(Q, Q, Q, REGION, 2.0), r"suppression is 2.0, expected 0 <= suppression <= 1"),
+]
+
+
+@pytest.mark.parametrize("call, message", BAD, ids=[message[:50] for _, message in BAD])
+def test_refused(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
