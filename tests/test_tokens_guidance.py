@@ -187,6 +187,75 @@ def test_losses_separate_concepts_that_stay():
     assert kept[True].min() > 0.9 and (kept[True] > kept[False] + 0.03).all()  # measured: 0.95, and 0.08 more
 
 
+# negtome
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a[..., :, None, :], b[..., None, :, :], dim=-1)
+
+
+@pytest.mark.parametrize("batch, mask", [(1, False), (3, False), (3, True)])
+def test_negtome_moves_each_token_from_the_one_most_like_it(batch, mask):
+    x, r = normal(3, 10, 4), normal(batch, 7, 4, seed=1)
+    mask = torch.tensor([0, 1, 1, 0, 1, 1, 1]).bool() if mask else None
+    expected, moved = x.clone(), 0
+    for b in range(3):
+        for i in range(10):
+            allowed = [j for j in range(7) if mask is None or mask[j]]
+            j = max(allowed, key=lambda j: cosine(x[b, i : i + 1], r[b % batch, j : j + 1]).item())
+            if cosine(x[b, i : i + 1], r[b % batch, j : j + 1]) > 0.5:
+                expected[b, i] = 1.8 * x[b, i] - 0.8 * r[b % batch, j]
+                moved += 1
+    assert 0 < moved < 30
+    torch.testing.assert_close(tokens.negtome(x, r, 0.8, 0.5, mask=mask), expected, **EXACT)
+
+
+@pytest.mark.parametrize("reference", [0, 2, -1])
+def test_negtome_of_a_batch_leaves_its_reference(reference):
+    x = normal(3, 10, 4)
+    y = tokens.negtome(x, reference, threshold=0.5)
+    assert torch.equal(y[reference], x[reference])
+    rest = [b for b in range(3) if b != reference % 3]
+    assert not torch.equal(y[rest], x[rest])
+    assert torch.equal(y[rest], tokens.negtome(x[rest], x[reference][None], threshold=0.5))
+
+
+def test_negtome_has_no_match_for_zeros():
+    x, r = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    assert torch.equal(tokens.negtome(x, r, threshold=0.0), x) and torch.equal(tokens.negtome(r, x, threshold=0.0), r)
+    pushed = tokens.negtome(r, x, threshold=-0.5)  # a cosine of 0
+    torch.testing.assert_close(pushed, 1.9 * r)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negtome_as_published(dtype, mask):
+    """The authors' steps: the maximum over source tokens picks the tokens of image 0."""
+    x = normal(3, 10, 4, dtype=torch.float32).to(dtype)
+    mask = torch.arange(10) % 3 > 0 if mask else None
+    unit = F.normalize(x, dim=-1)
+    similar = torch.matmul(unit, unit[:1].transpose(1, 2))
+    if mask is not None:
+        similar[..., ~mask] = -math.inf
+    value, index = similar.max(dim=1)
+    expected = x.clone()
+    for b in range(3):
+        pushed = (1 + 0.9) * x[b] - 0.9 * x[0][index[b]]
+        expected[b][value[b] > 0.65] = pushed[value[b] > 0.65]
+    assert torch.equal(tokens.negtome(x, mask=mask, published=True), expected)
+    assert not torch.equal(tokens.negtome(x, mask=mask), expected)
+
+
+def test_negtome_enlarges_what_differs_from_the_reference():
+    """A noisy copy of the reference, its tokens shuffled: as described, each finds its original; as published, some other."""
+    r = normal(1, 64, 32)
+    original = r[:, torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    x = original + 0.1 * normal(1, 64, 32, seed=2)
+    torch.testing.assert_close(tokens.negtome(x, r), original + 1.9 * (x - original), **EXACT)
+    away = (tokens.negtome(x, r, published=True) - x).norm(dim=-1) / x.norm(dim=-1)
+    assert away.mean() > 0.9  # measured: 1.2, where it is 0.09 by the noise alone
+
+
 # Derivatives, graphs, refusals
 
 X = [normal(2, 2, 6, 3, seed=seed) for seed in range(3)]
@@ -197,6 +266,7 @@ DIFFERENTIABLE = {
     "query_blur mean": (lambda q: tokens.query_blur(q, 1, 4, math.inf, prefix=2), (X[0],)),
     "identity_attention": (lambda q, k, v: tokens.identity_attention(q, k, v, HALF), (X[0], X[1], X[2])),
     "redirect_attention": (lambda q, k, v: tokens.redirect_attention(q, k, v, REGION), (X[0], X[1], X[2])),
+    "negtome": (lambda x, r: tokens.negtome(x, r, 0.7, 0.5), (X[0][0], X[1][0])),
     "segregation_loss": (tokens.segregation_loss, (X[0].exp(),)),
     "retention_loss": (lambda maps: tokens.retention_loss(maps, X[1] > 0), (X[0].sigmoid(),)),
 }
@@ -236,6 +306,11 @@ BAD = [
     (lambda: tokens.segregation_loss(Q[0, 0, 0]), r"maps has shape \[3\], expected \[M, N\] or \[B, M, N\]"),
     (lambda: tokens.segregation_loss(Q.bool()), r"segregation_loss: maps is torch.bool, expected floating point"),
     (lambda: tokens.retention_loss(Q, Q[0]), r"retention_loss: mask has shape \[1, 6, 3\], expected \[2, 1, 6, 3\]"),
+    (lambda: tokens.negtome(Q[0], 1), r"negtome: reference is 1, expected -1 <= reference < 1"),
+    (lambda: tokens.negtome(Q[0], Q[0, :, :, 1:]), r"reference is torch.float32 of \[1, 6, 2\], expected torch.float32 of"),
+    (lambda: tokens.negtome(Q[0], Q[0, :, 1:], published=True), r"reference has 5 tokens, expected 6, as x, with published"),
+    (lambda: tokens.negtome(Q[0], 0, "1"), r"negtome: alpha is '1', expected a number"),
+    (lambda: tokens.negtome(Q[0], mask=HALF), r"negtome: mask is torch.bool of \[2\], expected bool of \[6\]"),
     (lambda: tokens.retention_mask(Q, 1.0), r"retention_mask: threshold is 1.0, expected 0 <= threshold < 1"),
 ]
 
