@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dither import tokens
 
@@ -256,6 +258,157 @@ def test_negtome_enlarges_what_differs_from_the_reference():
     assert away.mean() > 0.9  # measured: 1.2, where it is 0.09 by the noise alone
 
 
+# Scores of context tokens
+
+
+def flow_written_out(attention, gradient, rows):
+    """|sum over heads| of one sample [H, N, N], averaged over the targets, without the diagonal."""
+    n, targets = attention.shape[-1], rows.nonzero()[:, 0].tolist()
+    flow = lambda i, j: 0.0 if i == j else abs(sum((a * g).item() for a, g in zip(attention[:, i, j], gradient[:, i, j])))
+    return [sum(flow(i, j) for i in targets) / max(len(targets), 1) for j in range(n)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("rows", ["all", "shared", "own"])
+@pytest.mark.parametrize("strip", [1, 3, 128])
+def test_context_score_with_and_without_maps(is_causal, rows, strip):
+    q, k, v = normal(2, 3, 7, 4), normal(2, 3, 7, 4, seed=1), normal(2, 3, 7, 5, seed=2)
+    similarities = q @ k.mT * 0.6
+    if is_causal:
+        similarities = similarities.masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
+    attention = similarities.softmax(-1).requires_grad_()
+    out = attention @ v
+    out.retain_grad()
+    (out.tanh() * normal(2, 3, 7, 5, seed=3)).sum().backward()
+    own = torch.tensor([[0, 0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 0, 0, 0]]).bool()
+    rows = {"all": None, "shared": own[0], "own": own}[rows]
+    each = torch.ones(2, 7).bool() if rows is None else rows.expand(2, 7)
+    expected = [flow_written_out(a, g, r) for a, g, r in zip(attention.detach(), attention.grad, each)]
+    score = tokens.context_score(attention, attention.grad, rows)
+    torch.testing.assert_close(score, torch.tensor(expected, dtype=score.dtype), **EXACT)
+    strips = tokens.attention_gradient_score(q, k, v, out.grad, rows, is_causal=is_causal, scale=0.6, strip=strip)
+    torch.testing.assert_close(strips, score.detach(), **EXACT)
+
+
+def test_attention_gradient_score_holds_a_strip():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.size = max(self.size, out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    q, k, v, g = (normal(2, 3, 64, 4, seed=seed, dtype=torch.bfloat16) for seed in range(4))
+    with Largest() as seen:
+        score = tokens.attention_gradient_score(q, k, v, g, strip=8)
+    assert seen.size == 2 * 3 * 8 * 64 and score.dtype == torch.float32
+    precise = tokens.attention_gradient_score(*(x.double() for x in (q, k, v, g)))
+    torch.testing.assert_close(score.double(), precise, rtol=0.03, atol=0.01)
+
+
+KEYS, VALUES, CONTEXT = 16, 8, 32
+
+
+class Retriever(nn.Module):
+    """A token of the context holds a key and a value; the last token asks for the value of one key."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.key, self.value = nn.Embedding(KEYS, width), nn.Embedding(VALUES + 1, width)
+        self.qkv, self.out, self.head = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, VALUES)
+
+    def embed(self, keys, values):
+        return self.key(keys) + self.value(values)
+
+    def forward(self, e):
+        q, k, v = self.qkv(F.layer_norm(e, e.shape[-1:])).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        self.seen = q, k, v, attended
+        e = e + self.out(attended.transpose(1, 2).flatten(2))
+        return self.head(F.layer_norm(e[:, -1], e.shape[-1:]))
+
+
+def questions(n, seed):
+    """Keys and values of contexts, where the key asked for is, and its value."""
+    generator = torch.Generator().manual_seed(seed)
+    asked, place = torch.randint(KEYS, (n, 1), generator=generator), torch.randint(CONTEXT, (n, 1), generator=generator)
+    others = (asked + torch.randint(1, KEYS, (n, CONTEXT), generator=generator)) % KEYS
+    keys = torch.cat((others.scatter(1, place, asked), asked), 1)
+    values = torch.randint(VALUES, (n, CONTEXT), generator=generator)
+    return (keys, F.pad(values, (0, 1), value=VALUES)), place, values.gather(1, place)[:, 0]
+
+
+def retriever(steps, seed):
+    torch.manual_seed(seed)
+    model = Retriever()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for step in range(steps):
+        context, _, answers = questions(64, step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(model.embed(*context)), answers).backward()
+        optimizer.step()
+    return model
+
+
+def area(score, place):
+    """How often the token asked for has a larger score than another of its context: the area under the ROC curve."""
+    score = score[:, :CONTEXT]
+    return (score.gather(1, place) > score).double().sum(1).mean().item() / (CONTEXT - 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_find_the_token_that_was_asked_for(seed, one_thread):
+    areas = {}
+    for steps in (0, 300):
+        model = retriever(steps, seed)
+        context, place, answers = questions(256, 10**6)
+        e = model.embed(*context).detach().requires_grad_()
+        loss = F.cross_entropy(model(e), answers)
+        q, k, v, attended = model.seen
+        (grad_out,) = torch.autograd.grad(loss, attended, retain_graph=True)
+        flow = tokens.attention_gradient_score(q, k, v, grad_out, torch.arange(CONTEXT + 1) == CONTEXT)
+        areas[steps] = area(flow, place), area(tokens.embedding_score(e, loss)[0], place)
+    assert min(areas[300]) > 0.97 and max(areas[0]) < 0.65  # measured: 0.994, 0.52
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_denoised_embeddings_lower_the_loss(seed, one_thread):
+    model = retriever(60, seed)
+    context, place, answers = questions(256, 10**6)
+    e = model.embed(*context).detach().requires_grad_()
+    loss = F.cross_entropy(model(e), answers)
+    score, gradient = tokens.embedding_score(e, loss)
+    noise = score <= score.mean(1, keepdim=True)
+    assert noise.float().mean() > 0.7 and noise.gather(1, place).float().mean() < 0.15  # measured: 0.82, 0.06 at most
+    slope = (noise * score.square()).sum().item()
+    for bounded in (False, True):
+        lower = F.cross_entropy(model(tokens.denoise_embeddings(e, gradient, 1000.0, bounded=bounded)), answers)
+        assert 0.85 < (loss - lower).item() / (1000 * slope) < 1  # measured: 0.93 to 0.98
+
+
+def test_denoise_embeddings():
+    e, gradient = normal(2, 5, 3), normal(2, 5, 3, seed=1)
+    norm = gradient.pow(2).sum(-1).sqrt()
+    noise = norm <= norm.mean(1, keepdim=True)
+    assert 0 < noise.sum() < 10
+    for bounded in (False, True):
+        expected = e.clone()
+        for b, j in noise.nonzero().tolist():
+            expected[b, j] -= 0.2 / (1 + norm[b, j] * bounded if bounded else 1) * gradient[b, j]
+        torch.testing.assert_close(tokens.denoise_embeddings(e, gradient, 0.2, bounded=bounded), expected, **EXACT)
+    chosen = tokens.denoise_embeddings(e, gradient, 0.2, noise=~noise)
+    torch.testing.assert_close(chosen, torch.where(noise[..., None], e, e - 0.2 * gradient), **EXACT)
+
+
+def test_embedding_score():
+    e, w = normal(2, 5, 3).requires_grad_(), normal(2, 5, 3, seed=1)
+    for p in (1.0, 2.0):
+        score, gradient = tokens.embedding_score(e, (w * e.sin()).sum(), p=p)
+        torch.testing.assert_close(gradient, w * e.detach().cos(), **EXACT)
+        torch.testing.assert_close(score, gradient.abs().pow(p).sum(-1).pow(1 / p), **EXACT)
+
+
 # Derivatives, graphs, refusals
 
 X = [normal(2, 2, 6, 3, seed=seed) for seed in range(3)]
@@ -266,6 +419,8 @@ DIFFERENTIABLE = {
     "query_blur mean": (lambda q: tokens.query_blur(q, 1, 4, math.inf, prefix=2), (X[0],)),
     "identity_attention": (lambda q, k, v: tokens.identity_attention(q, k, v, HALF), (X[0], X[1], X[2])),
     "redirect_attention": (lambda q, k, v: tokens.redirect_attention(q, k, v, REGION), (X[0], X[1], X[2])),
+    "context_score": (lambda a, g: tokens.context_score(a, g, torch.arange(6) > 3), (X[0] @ X[1].mT, X[1] @ X[2].mT)),
+    "denoise_embeddings": (lambda e: tokens.denoise_embeddings(e, X[1][0], 0.1), (X[0][0],)),
     "negtome": (lambda x, r: tokens.negtome(x, r, 0.7, 0.5), (X[0][0], X[1][0])),
     "segregation_loss": (tokens.segregation_loss, (X[0].exp(),)),
     "retention_loss": (lambda maps: tokens.retention_loss(maps, X[1] > 0), (X[0].sigmoid(),)),
@@ -306,6 +461,15 @@ BAD = [
     (lambda: tokens.segregation_loss(Q[0, 0, 0]), r"maps has shape \[3\], expected \[M, N\] or \[B, M, N\]"),
     (lambda: tokens.segregation_loss(Q.bool()), r"segregation_loss: maps is torch.bool, expected floating point"),
     (lambda: tokens.retention_loss(Q, Q[0]), r"retention_loss: mask has shape \[1, 6, 3\], expected \[2, 1, 6, 3\]"),
+    (lambda: tokens.context_score(Q, Q), r"context_score: attention has shape \[2, 1, 6, 3\], expected \[B, H, N, N\]"),
+    (lambda: tokens.context_score(Q, Q[:1]), r"context_score: gradient has shape \[1, 1, 6, 3\], expected \[2, 1, 6, 3\]"),
+    (lambda: tokens.attention_gradient_score(Q, Q, Q, Q[..., 1:]), r"grad_out has shape \[2, 1, 6, 2\], expected"),
+    (lambda: tokens.attention_gradient_score(Q, Q, Q, Q, HALF), r"rows is torch.bool of \[2\], expected bool of \[6\] or"),
+    (lambda: tokens.attention_gradient_score(Q, Q, Q, Q, strip=0), r"score: strip is 0, expected at least 1"),
+    (lambda: tokens.embedding_score(Q[0], Q.sum()), r"embedding_score: embeddings requires no grad, expected"),
+    (lambda: tokens.embedding_score(Q[0].clone().requires_grad_(), Q), r"loss has shape \[2, 1, 6, 3\], expected a scalar"),
+    (lambda: tokens.denoise_embeddings(Q[0], Q[0], "1"), r"denoise_embeddings: step is '1', expected a number"),
+    (lambda: tokens.denoise_embeddings(Q[0], Q[0], 1.0, noise=HALF), r"noise is torch.bool of \[2\], expected bool of"),
     (lambda: tokens.negtome(Q[0], 1), r"negtome: reference is 1, expected -1 <= reference < 1"),
     (lambda: tokens.negtome(Q[0], Q[0, :, :, 1:]), r"reference is torch.float32 of \[1, 6, 2\], expected torch.float32 of"),
     (lambda: tokens.negtome(Q[0], Q[0, :, 1:], published=True), r"reference has 5 tokens, expected 6, as x, with published"),
