@@ -441,6 +441,19 @@ def test_compiled(name):
     torch.testing.assert_close(compiled(*inputs), function(*inputs), **EXACT)
 
 
+@pytest.mark.parametrize("b, n", [(0, 6), (2, 0)], ids=["no samples", "no tokens"])
+def test_of_nothing(b, n):
+    q, rows, x = torch.zeros(b, 2, n, 3), torch.zeros(n, dtype=torch.bool), torch.zeros(b, n, 3)
+    assert tokens.identity_attention(q, q, q, torch.zeros(b, dtype=torch.bool)).shape == q.shape
+    assert tokens.redirect_attention(q, q, q, rows).shape == q.shape
+    assert tokens.attention_gradient_score(q, q, q, q, rows).shape == (b, n)
+    assert tokens.context_score(torch.zeros(b, 2, n, n), torch.zeros(b, 2, n, n)).shape == (b, n)
+    assert tokens.denoise_embeddings(x, x, 0.1).shape == x.shape
+    assert tokens.negtome(x, torch.ones(1, 4, 3)).shape == x.shape and (not b or tokens.negtome(x).shape == x.shape)
+    mask = tokens.retention_mask(x.mT)
+    assert mask.shape == x.mT.shape and tokens.retention_loss(x.mT, mask).shape == tokens.segregation_loss(x.mT).shape == (b,)
+
+
 Q = torch.zeros(2, 1, 6, 3)
 BAD = [
     (

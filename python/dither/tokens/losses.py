@@ -56,6 +56,8 @@ def retention_mask(maps: Tensor, threshold: float = 0.5) -> Tensor:
     floating(owner, "maps", maps, *SHAPES)
     if not (is_real(threshold) and 0 <= threshold < 1):
         raise ValueError(f"{owner}: threshold is {threshold!r}, expected 0 <= threshold < 1")
+    if not maps.numel():
+        return torch.zeros_like(maps, dtype=torch.bool)
     places = (-2, -1) if maps.dim() == 4 else -1
     return maps.detach() > threshold * maps.detach().amax(places, keepdim=True)
 

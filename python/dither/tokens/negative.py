@@ -59,13 +59,29 @@ def negtome(
         tensor(owner, "mask", mask)
         if mask.dtype != torch.bool or mask.shape != r.shape[1:2]:
             raise ValueError(f"{owner}: mask is {mask.dtype} of {list(mask.shape)}, expected bool of [{r.shape[1]}]")
-    with torch.no_grad():
-        cosines = F.normalize(x, dim=-1) @ F.normalize(r, dim=-1).mT
-        if mask is not None:
-            cosines = cosines.masked_fill(~mask, -torch.inf)
-        best, match = cosines.max(-2 if published else -1)
-        near = best > threshold
-        if not published and not isinstance(reference, Tensor):
-            near[reference] = False
-    nearest = r.expand(b, -1, -1).gather(1, match[..., None].expand(-1, -1, c))
+    if not n:
+        return x
+    match = _published_match if published else _match
+    best, index = match(x.detach(), r.detach(), mask)
+    near = best > threshold
+    if not published and not isinstance(reference, Tensor):
+        near[reference] = False
+    nearest = r.expand(b, -1, -1).gather(1, index[..., None].expand(-1, -1, c))
     return torch.where(near[..., None], (1 + alpha) * x - alpha * nearest, x)
+
+
+def _match(x: Tensor, r: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The largest cosine of each token of x and a token of r, and which that is: [B, N] each."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    best, index = _cosines(x.to(dtype), r.to(dtype), mask).max(-1)
+    return best, index
+
+
+def _published_match(x: Tensor, r: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    best, index = _cosines(x, r, mask).max(-2)
+    return best, index
+
+
+def _cosines(x: Tensor, r: Tensor, mask: Tensor | None) -> Tensor:
+    cosines = F.normalize(x, dim=-1) @ F.normalize(r, dim=-1).mT
+    return cosines if mask is None else cosines.masked_fill(~mask, -torch.inf)
