@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._checks import integer, is_real, tensor
 from ._inputs import floating
+from .select import bipartite_match
 
 
 def negtome(
@@ -72,9 +73,7 @@ def negtome(
 
 def _match(x: Tensor, r: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The largest cosine of each token of x and a token of r, and which that is: [B, N] each."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    best, index = _cosines(x.to(dtype), r.to(dtype), mask).max(-1)
-    return best, index
+    return bipartite_match(x, r.expand(len(x), -1, -1), mask=mask)
 
 
 def _published_match(x: Tensor, r: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
