@@ -1726,6 +1726,56 @@ def gappy():
     return model
 
 
+class Remembers(nn.Module):
+    """A buffer, and how the forward pass changes it."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.linear, self.update = nn.Linear(5, 5), update
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.update(self, x)
+        return self.linear(x)
+
+
+def reassigned(m, x):
+    m.mean = 0.9 * m.mean + 0.1 * x.mean((0, 1))
+
+
+UPDATES = {
+    "in place": lambda m, x: m.mean.mul_(0.9).add_(x.mean((0, 1)), alpha=0.1),
+    "in a part": lambda m, x: m.mean[:2].copy_(x.mean((0, 1))[:2]),
+    "of data": lambda m, x: m.mean.data.lerp_(x.mean((0, 1)), 0.1),
+    "with a weight": lambda m, x: m.mean.addcmul_(x.mean((0, 1)), m.linear.bias),
+    "by index": lambda m, x: put(m.mean, 0, x.sum()),
+    "reassigned": reassigned,
+}
+HARMLESS = {
+    "a counter": lambda m, x: m.steps.add_(1),
+    "weights": lambda m, x: m.mean.mul_(0.9).add_(m.linear.bias, alpha=0.1),
+    "more weights": lambda m, x: setattr(m, "mean", 0.9 * m.mean + 0.1 * m.linear.weight.mean(0)),
+    "a cache": lambda m, x: setattr(m, "mean", torch.arange(x.shape[1], device=x.device).to(x.dtype).cos()),
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_buffers_that_keep_data_are_refused(update):
+    with pytest.raises(RuntimeError, match="the forward pass writes data into buffer 'mean', expected buffers that no sample"):
+        trained(Remembers(UPDATES[update]))
+
+
+@pytest.mark.parametrize("update", HARMLESS)
+def test_buffers_may_change_without_data(update):
+    trained(Remembers(HARMLESS[update]))
+
+
+def test_spectral_norm_keeps_its_vectors():
+    trained(nn.Sequential(parametrizations.spectral_norm(nn.Linear(5, 5)), nn.utils.spectral_norm(nn.Linear(5, 5))))
+
+
 FOUND = {
     "the output of one sample depends on other samples": lambda: trained(Centred(), X[:, 0]),
     "samples do not lie along dimension 0 of what parameters": lambda: trained(nn.GRU(5, 5), X[:, [0, 1, 2, 2]]),

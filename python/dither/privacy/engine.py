@@ -311,6 +311,8 @@ class Privacy:
         for t in outputs:
             if not isinstance(t, nn.Parameter):
                 t.register_hook(lambda _: self._begin(recorder.batch))
+        if torch._C._current_graph_task_id() == -1:
+            self._check_buffers(recorder.batch)
         taps = recorder.batch.taps
         if taps and (recorder.batch.coincides or not self._apart):
             self._check_apart(recorder.batch, taps, outputs)
@@ -356,6 +358,15 @@ class Privacy:
                 f"{0 if self.batch_first else 1} of what parameters are applied to, expected samples that stay apart"
             )
         self._apart.add(size)
+
+    def _check_buffers(self, batch: Batch) -> None:
+        """Refuse a model that keeps what it has seen: neither clipped nor noised, and part of what later gradients tell."""
+        for name, buffer in self.model.named_buffers():
+            if id(buffer) not in batch.constants:
+                raise RuntimeError(
+                    f"privacy: the forward pass writes data into buffer {name!r}, expected buffers that no sample changes: "
+                    "what they keep is neither clipped nor noised"
+                )
 
     def _along(self, t: Tensor) -> int:
         """The dimension along which samples lie."""

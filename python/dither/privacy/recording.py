@@ -167,9 +167,8 @@ class Recorder(TorchFunctionMode):
 
     def _written(self, tensor: Tensor) -> None:
         """Data was written to a tensor: neither it nor what shares its memory is constant."""
-        whole = tensor if tensor._base is None else tensor._base
         constants = self.batch.constants.values()
-        self.batch.constants = {id(t): t for t in constants if t is not whole and t._base is not whole}
+        self.batch.constants = {id(t): t for t in constants if not torch._C._is_alias_of(t, tensor)}  # type: ignore[attr-defined]
 
     def is_data(self, tensor: Any) -> bool:
         """Whether a tensor depends on samples."""
@@ -758,10 +757,12 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
         return func(*arguments, **keywords)
 
     what = f"privacy: {name} uses parameter {_names(watch, leaves, ours)}"
-    if not torch.is_grad_enabled():
-        return func(*args, **kwargs) if batched else _derived(watch, func(*args, **kwargs))
     writes = _writes(name) or isinstance(kwargs.get("out"), Tensor)
-    if not batched and not writes:
+    if batched and not torch.is_grad_enabled():
+        if writes:
+            watch._written(kwargs.get("out", args[0]))
+        return func(*args, **kwargs)
+    if not batched and not (writes and torch.is_grad_enabled()):
         return _derived(watch, func(*args, **kwargs))
     for i in batched:
         watch.rows_of(name, leaves[i])
