@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dither import privacy
+from dither.privacy import engine
 from two_ranks import check, needs_two_ranks
 
 CHECKS = {}
@@ -24,6 +25,7 @@ def data(t):
 def train(model, make, parts, **options):
     """parts: of each step's samples, those of this process, one backward pass for each."""
     optimizer = make(model.parameters())
+    engine._owners.clear()  # two trainings under one noise
     options = {"noise_multiplier": 0.7, "max_grad_norm": 0.5, "expected_batch_size": 9, "key": KEY, **options}
     privacy.make_private(model, optimizer, loss_reduction="sum", **options)
     for t in range(3):
@@ -102,6 +104,7 @@ def pieces_of_shards_are_the_whole(mesh):
 
     def trained(model, loader, size, has_samples=True):
         optimizer, passes = MAKERS["torch"](model.parameters()), 0
+        engine._owners.clear()
         options = {"noise_multiplier": 0.7, "max_grad_norm": 0.5, "loss_reduction": "sum", "key": KEY}
         privacy.make_private(model, optimizer, loader=loader, **options)
         for (part, labels), is_last in privacy.split(loader, size):

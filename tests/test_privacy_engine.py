@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils import checkpoint
 
 from dither import noise, optim, privacy, sparsity
+from dither.privacy import engine
 from dither.privacy.clipping import FACTORS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*(batching rule|nested_tensor)")]
@@ -53,6 +54,7 @@ def norms_of(rows):
 
 
 def private(model, optimizer=None, **options):
+    engine._owners.clear()  # tests compare optimizers under one noise
     optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     options = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 8, "loss_reduction": "sum", **options}
     return privacy.make_private(model, optimizer, **options)[1]
@@ -1300,6 +1302,8 @@ def test_the_loader_says_rate_and_size():
         optimizer = private(pair(), loader=given, expected_batch_size=None)
         assert (optimizer.privacy.sample_rate, optimizer.privacy.expected_batch_size) == (0.1, 20.0)
         assert optimizer.privacy.ledger.phases[-1].sample_rate == 0.1
+    with pytest.raises(ValueError, match="key is that of loader, expected another"):
+        private(pair(), loader=privacy.poisson_loader(data, 0.1, key=KEY), key=KEY)
     optimizer = private(pair(), loader=loader, sample_rate=0.1, expected_batch_size=7)
     assert optimizer.privacy.expected_batch_size == 7
     with pytest.raises(ValueError, match=r"sample_rate is 0\.2, expected 0\.1 as in loader, or None"):
@@ -1837,6 +1841,37 @@ def test_private_optimizers_are_not_copied():
                 copying(optimizer)
         optimizer.privacy.remove()
         assert type(copy.deepcopy(optimizer)) is make
+
+
+def test_a_key_is_one_optimizers_at_a_time():
+    def make(model=None, key=KEY, **options):
+        model = pair() if model is None else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": 8, "key": key, **options}
+        return privacy.make_private(model, optimizer, **options)[1]
+
+    engine._owners.clear()
+    first = make()
+    with pytest.raises(ValueError, match="key is that of another private optimizer, expected one for each"):
+        make()
+    with pytest.raises(ValueError, match="key is that of another"):
+        make(secure="fast")
+    first.load_state_dict(first.state_dict())
+    first.privacy.remove()
+    second = make()
+    saved = second.state_dict()
+    first.step()
+    del second  # in a cycle with its model
+    third = make()
+    third.load_state_dict(saved)
+    own = make(key=None)
+    drawn = own.privacy._secret
+    with pytest.raises(ValueError, match="key is that of another"):
+        make(key=drawn)
+    own.load_state_dict(make(key=None).state_dict())  # a key of its own again
+    make(key=drawn)
+    with pytest.raises(ValueError, match="model is private already"):
+        make(own.privacy.model, key=None)
 
 
 def test_zero_grad_takes_counts_along():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import math
 import os
 import warnings
@@ -29,7 +30,7 @@ from .clipping import FACTORS, Clipping, clip_factor
 from .contributions import Contribution, Lookup, Sums, full, independent
 from .exact import ExactSum, grid_for, sampler_delta
 from .lazy import LazyTable
-from .ledger import Ledger
+from .ledger import Ledger, digest
 from .modules import refused
 from .recording import Batch, Recorder, trace_back
 from .sampling import PoissonLoader, PoissonSampler, sampler_of, shared_key
@@ -38,6 +39,7 @@ Secure = Literal["key", "fast", "exact"]
 _ENGINES = {"key": "chacha20", "fast": "philox", "exact": "chacha20"}
 _TILE = 2**24  # numbers of single samples that secure="exact" holds at a time
 _QUANTILE_STREAM = 2**32 - 1
+_owners: weakref.WeakValueDictionary[bytes, Privacy] = weakref.WeakValueDictionary()  # of keys, by their digests
 
 
 class Privacy:
@@ -84,6 +86,9 @@ class Privacy:
             raise ValueError(f"{owner}: expected_batch_size is {expected_batch_size!r}, expected a finite number > 0")
         if sample_rate is not None and not 0 < sample_rate <= 1:
             raise ValueError(f"{owner}: sample_rate is {sample_rate!r}, expected 0 < sample_rate <= 1 or None")
+        hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
+        if any(isinstance(hook, _Hook) and hook.method is not None for hook in hooks):
+            raise ValueError(f"{owner}: model is private already, expected one that is not; see Privacy.remove")
         _one_of(owner, "clipping", clipping, FACTORS)
         _one_of(owner, "secure", secure, _ENGINES)
         _one_of(owner, "loss_reduction", loss_reduction, ("mean", "sum"))
@@ -126,6 +131,7 @@ class Privacy:
         self._backward: Callable[[], _Backward | None] = lambda: None  # the pass that runs, if one does
         self._suspicious = True  # until the first backward pass with samples
         self._checked: dict[str, Any] = {}  # what is being loaded
+        self._claim(owner)
         self._handles = [
             *(m.register_state_dict_pre_hook(_Hook(self.flush)) for m in model.modules() if self._tables),
             *(m.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True) for m in model.modules()),
@@ -222,6 +228,18 @@ class Privacy:
         self._secret = secret = shared_key(secret, self._device) if self._distributed else secret
         self._seed: bytes | int = secret if self.secure == "key" else int.from_bytes(secret[:8], "little")
         return PrivateNoise(self._seed, _ENGINES[self.secure])
+
+    def _claim(self, owner: str) -> None:
+        """Take the key for this optimizer alone: two sums under one noise show their difference."""
+        own = digest(self._secret)
+        if _owners.get(own, self) is not self:
+            gc.collect()  # what is in a cycle is not there any more
+        if _owners.get(own, self) is not self:
+            raise ValueError(
+                f"{owner}: key is that of another private optimizer, expected one for each: they would draw the same noise; "
+                "see Privacy.remove"
+            )
+        _owners[own] = self
 
     def _agree(self) -> None:
         """Give every process the parameters and buffers of the first."""
@@ -692,16 +710,23 @@ class Privacy:
         if self.clipping == "quantile":
             self.max_grad_norm = self._norms[0] = state["max_grad_norm"]
         if not self._given_key:  # what comes may be other data: no noise of this key may come again
+            self._disown()
             self._noise = self._new_noise("load_state_dict", None)
+            self._claim("load_state_dict")
         elif self._noise.released < self.ledger.steps:
             self._noise = PrivateNoise(self._seed, self._noise.engine, self.ledger.steps)
         for p, table in self._tables.items():
             table.load_state_dict(state["tables"][self._params[p]])
             table.rekey(self._seed, self._noise.engine)
 
+    def _disown(self) -> None:
+        if _owners.get(digest(self._secret)) is self:
+            del _owners[digest(self._secret)]
+
     def remove(self) -> None:
         """Take everything off: the model and the optimizer are as they were, and train without privacy."""
         self.flush()
+        self._disown()
         for handle in self._handles:
             handle.remove()
         if isinstance(self.optimizer, FusedOptimizer):
@@ -843,7 +868,8 @@ def make_private(
         lazy: patterns of names of embedding tables whose rows get their noise when they are next read (`LazyTable`): steps
             cost what they read, not what the table holds. SGD alone, with or without momentum. A forward pass without
             gradients, state_dict and `privacy.flush()` bring all rows to the present; read the parameter itself only after.
-        key: 32 bytes, to continue a run with the same noise (`load_key`), which must then see the same data.
+        key: 32 bytes, to continue a run with the same noise (`load_key`), which must then see the same data. A key is one
+            optimizer's at a time, until `Privacy.remove`; `loader` has another.
 
     Errors: samples that do not stay apart (batch normalisation: see `fix_model`), a gradient that came another way, a second
     backward pass over a batch, a closure that is called twice in a step, 16-bit parameters, a checkpoint without ledger or of
@@ -854,6 +880,8 @@ def make_private(
     if loader is not None and expected_batch_size is None:
         sampler = sampler_of(owner, loader)
         expected_batch_size = sampler.num_samples * sampler.sample_rate
+    if loader is not None and key is not None and sampler_of(owner, loader).has_key(key):
+        raise ValueError(f"{owner}: key is that of loader, expected another: one draws the noise, the other the batches")
     if expected_batch_size is None:
         raise TypeError(f"{owner}: expected_batch_size and loader are None, expected one of them")
     optimizer.privacy = Privacy(  # type: ignore[attr-defined]

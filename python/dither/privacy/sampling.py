@@ -82,6 +82,10 @@ class PoissonSampler(Sampler[list[int]]):
         start, stop = self._edges()[self.rank : self.rank + 2]
         return self._drawn(step, start, stop)
 
+    def has_key(self, key: noise.Seed) -> bool:
+        """Whether the draws are those of this key."""
+        return noise.key_of(key, "chacha20") == self._key
+
     def most(self, step: int) -> int:
         """How many examples of batch `step` are of the process that has most; every process draws all, and needs no other."""
         edges = torch.tensor(self._edges())
