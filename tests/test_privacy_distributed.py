@@ -82,6 +82,21 @@ def shards_are_the_whole(mesh):
 
 
 @check(CHECKS)
+def wrappers_are_refused(mesh):
+    model = network()
+    privacy.make_private(
+        model, MAKERS["torch"](model.parameters()), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=9
+    )
+    with pytest.raises(RuntimeError, match="the model runs in DistributedDataParallel, expected it alone"):
+        nn.parallel.DistributedDataParallel(model)(data(0)[0])
+    model = nn.Sequential(nn.parallel.DistributedDataParallel(network()), nn.Linear(3, 3))
+    with pytest.raises(TypeError, match="model has '0', a DistributedDataParallel, expected the model inside"):
+        privacy.make_private(
+            model, MAKERS["torch"](model.parameters()), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=9
+        )
+
+
+@check(CHECKS)
 def lots_are_those_of_one_key(mesh):
     """Without a key the processes get the first one's; with it they draw what one process would."""
     sampler = privacy.PoissonSampler(100, 0.3)

@@ -443,6 +443,21 @@ def test_recurrent_layers_drop_what_torch_drops(make):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("where", ["around", "root", "root, reentrant"])
+def test_checkpoints_of_the_whole_model(where):
+    torch.manual_seed(0)
+    model, x = Checkpointed(False).to(F64), draw(4, 5)
+    rows = alone(model, [x])
+    inner, x = copy.deepcopy(model), x.requires_grad_()  # a reentrant one needs an input with a gradient
+    if where != "around":
+        model = nn.Module()
+        model.inner, model.forward = inner, lambda x: checkpoint.checkpoint(inner, x, use_reentrant=where != "root")
+    private(model)
+    run = (lambda x: checkpoint.checkpoint(model, x, use_reentrant=False)) if where == "around" else model
+    one_number_each(run(x)).sum().backward()
+    assert_sums(inner if where != "around" else model, rows, (1 / norms_of(rows)).clamp(max=1))
+
+
 def test_samples_along_dimension_1():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.LSTM(4, 6)).to(F64)[0], draw(7, 5, 4)
@@ -1186,6 +1201,11 @@ class Impatient(torch.optim.SGD):
         return super().step(closure)
 
 
+def reentrant_around(model):
+    private(model)
+    checkpoint.checkpoint(model, X.clone().requires_grad_(), use_reentrant=True).sum().backward()
+
+
 def bad_step(model):
     private(model, Impatient(model.parameters(), lr=0.1)).step(lambda: 0.0)
 
@@ -1245,6 +1265,10 @@ BAD = {
     "loss_reduction is 'none'": lambda: private(pair(), loss_reduction="none"),
     "key is not 32 bytes": lambda: private(pair(), key=b"short"),
     "model is DataParallel, expected the model inside": lambda: private(nn.DataParallel(pair())),
+    "model has '1', a DataParallel, expected the model inside": lambda: private(
+        nn.Sequential(nn.Linear(5, 5), nn.DataParallel(nn.Linear(5, 5)))
+    ),
+    "Sequential is called in a backward pass that has come to no batch": lambda: reentrant_around(pair()),
     "model is str, expected a torch.nn.Module": lambda: privacy.make_private(
         "model", None, noise_multiplier=1, max_grad_norm=1, expected_batch_size=1
     ),

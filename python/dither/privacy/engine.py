@@ -39,6 +39,7 @@ Secure = Literal["key", "fast", "exact"]
 _ENGINES = {"key": "chacha20", "fast": "philox", "exact": "chacha20"}
 _TILE = 2**24  # numbers of single samples that secure="exact" holds at a time
 _QUANTILE_STREAM = 2**32 - 1
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 _owners: weakref.WeakValueDictionary[bytes, Privacy] = weakref.WeakValueDictionary()  # of keys, by their digests
 
 
@@ -72,10 +73,14 @@ class Privacy:
         owner = "make_private"
         instance(owner, "model", model, nn.Module, "a torch.nn.Module")
         instance(owner, "optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise TypeError(
-                f"{owner}: model is {type(model).__name__}, expected the model inside: steps add up over processes themselves"
-            )
+        for name, m in model.named_modules():
+            wrapper = next((kind.__name__ for kind in type(m).__mro__ if kind.__name__ in _WRAPPERS), None)
+            if wrapper:
+                what = f"model has {name!r}, a {wrapper}" if name else f"model is {wrapper}"
+                raise TypeError(
+                    f"{owner}: {what}, expected the model inside: steps add up over processes themselves, "
+                    "and fully_shard shards models"
+                )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(f"{owner}: optimizer is LBFGS, expected one that needs the gradient of a step once")
         if hasattr(optimizer, "privacy"):
@@ -292,9 +297,16 @@ class Privacy:
             self._recorder, self._depth = None, 1
         if self._recorder is not None or not torch.is_grad_enabled() or module in self._makers:
             return
+        if self._distributed and getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+            raise RuntimeError("privacy: the model runs in DistributedDataParallel, expected it alone: steps add up themselves")
         if torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint runs a part again
             running = self._backward()
-            batch = running.batches[0] if running is not None else Batch(0, (), self._device)
+            if running is None:
+                raise RuntimeError(
+                    f"privacy: {type(module).__name__} is called in a backward pass that has come to no batch, expected "
+                    "use_reentrant=False where a checkpoint is around the model"
+                )
+            batch = running.batches[0]
         else:
             tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
             if not tensors:
