@@ -91,9 +91,6 @@ class Privacy:
             raise ValueError(f"{owner}: expected_batch_size is {expected_batch_size!r}, expected a finite number > 0")
         if sample_rate is not None and not 0 < sample_rate <= 1:
             raise ValueError(f"{owner}: sample_rate is {sample_rate!r}, expected 0 < sample_rate <= 1 or None")
-        hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
-        if any(isinstance(hook, _Hook) and hook.method is not None for hook in hooks):
-            raise ValueError(f"{owner}: model is private already, expected one that is not; see Privacy.remove")
         _one_of(owner, "clipping", clipping, FACTORS)
         _one_of(owner, "secure", secure, _ENGINES)
         _one_of(owner, "loss_reduction", loss_reduction, ("mean", "sum"))
@@ -155,6 +152,9 @@ class Privacy:
     def _check_params(self, owner: str) -> None:
         if not self._params:
             raise ValueError(f"{owner}: model has no parameter that requires a gradient, expected some")
+        hooks = [hook for m in self.model.modules() for hook in m._forward_pre_hooks.values() if isinstance(hook, _Hook)]
+        if any(p in hook.method.__self__._params for hook in hooks if hook.method is not None for p in self._params):
+            raise ValueError(f"{owner}: model is private already, expected one that is not; see Privacy.remove")
         stepped = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         foreign = [list(p.shape) for p in stepped if p not in self._params]
         if foreign:
