@@ -596,7 +596,7 @@ ROWS_FIRST = {
 }
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 6), (4, 4, 6), (1, 4, 6), (0, 4, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 4, 6), (4, 4, 6), (6, 4, 6), (1, 4, 6), (0, 4, 6)], ids=str)
 @pytest.mark.parametrize("does", ROWS_FIRST)
 def test_parameters_in_functions(does, shape):
     torch.manual_seed(0)

@@ -206,11 +206,14 @@ class Recorder(TorchFunctionMode):
             return _spread(self, tensor, tensor) if size else _Source.apply(self.batch.token, tensor.detach(), _nothing)
         return tensor
 
-    def operand(self, tensor: Any) -> Any:
-        """An activation, or a parameter whose elements all have a place of their own."""
-        tensor = self.activation(tensor)
+    def weight(self, tensor: Any) -> Any:
+        """A parameter that the model expanded becomes one whose elements all have a place of their own; other things stay."""
         expanded = isinstance(tensor, Tensor) and any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride()))
         return _derived(self, tensor.contiguous()) if expanded and self.param_of(tensor) is not None else tensor
+
+    def operand(self, tensor: Any) -> Any:
+        """Either of these."""
+        return self.weight(self.activation(tensor))
 
     @torch.compiler.disable
     def _used(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,7 +231,9 @@ class Recorder(TorchFunctionMode):
             given = tensors = [*args, *kwargs.values()]
         else:  # most calls, and pytree takes its time
             given = [*args, *kwargs.values()]
-            args, kwargs = tuple(map(taken, args)), {key: taken(a) for key, a in kwargs.items()}
+            rest = self.weight if func in _WEIGHTED else taken
+            args = (*map(taken, args[:1]), *map(rest, args[1:]))
+            kwargs = {key: (taken if key == "input" else rest)(a) for key, a in kwargs.items()}
             tensors = [*args, *kwargs.values()]
         if any(a is not b for a, b in zip(given, tensors)):  # samples, or something else of which there are as many
             others = [t for t in given if self.is_data(t)]
@@ -738,6 +743,10 @@ _ELEMENTWISE = {
     *("__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__", "__mul__", "__rmul__", "__imul__", "__truediv__"),
     *("__rtruediv__", "__itruediv__", "copy_"),
 }
+
+
+_WEIGHTED = {F.linear, F.embedding, *(getattr(torch, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3))}
+"""Functions of one tensor of samples, their first argument."""
 
 
 def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
