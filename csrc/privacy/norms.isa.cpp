@@ -1,8 +1,7 @@
 #include "norms.h"
-#include "../common/vector_cpu.h"
+#include "../common/shuffle_cpu.h"
 
 namespace dither::DITHER_ISA {
-#define INLINE inline __attribute__((always_inline))
 using V __attribute__((vector_size(DITHER_VECTOR_BYTES))) = double;
 constexpr int L = DITHER_VECTOR_BYTES / sizeof(double);
 
@@ -89,7 +88,22 @@ double sum_lanes(const double* x, int64_t n) {
 constexpr int kRegisters = DITHER_VECTOR_BYTES == 64 ? 32 : 16;
 constexpr int kParts = kGhostLanes / L;                                       // vectors of a number's lanes
 constexpr int R = kParts == 1 ? 4 : kParts == 2 ? 2 : 1, C = R == 1 ? 2 : R;  // numbers whose lanes fit the registers
-static_assert(R * C * kParts < kRegisters);
+static_assert(R * C * kParts < kRegisters && R * C % L == 0);
+
+// The folds of the lanes of each vector, which come in pieces of 2 half lanes.
+template <int half, int M>
+static INLINE V fold_each(V (&x)[M]) {
+  if constexpr (half == 0) {
+    return x[0];
+  } else {
+    V y[M / 2];
+#pragma GCC unroll 4
+    for (int m = 0; m < M / 2; ++m)
+      y[m] = shuffle(x[2 * m], x[2 * m + 1], [](int i) { return i / half * 2 * half + i % half; }) +
+             shuffle(x[2 * m], x[2 * m + 1], [](int i) { return i / half * 2 * half + i % half + half; });
+    return fold_each<half / 2>(y);
+  }
+}
 
 // Of rows x and y, R and C, the products of each with each over n columns, a multiple of 8.
 template <class S>
@@ -108,13 +122,24 @@ static INLINE void products(const S* const* x, const S* const* y, int64_t n, dou
         for (int r = 0; r < R; ++r) sum[r][c][p] = add_product<S>(u[r], v, sum[r][c][p]);
       }
     }
-  alignas(64) double lanes[R][C][kGhostLanes];
-  __builtin_memcpy(lanes, sum, sizeof lanes);
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) {
-      const double* s = lanes[r][c];
-      to[r * kGhostTile + c] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  double numbers[R][C];
+#pragma GCC unroll 8
+  for (int k = 0; k < R * C; k += L) {
+    V some[L];
+#pragma GCC unroll 8
+    for (int l = 0; l < L; ++l) {
+      V* parts = sum[(k + l) / C][(k + l) % C];
+#pragma GCC unroll 4
+      for (int half = kParts / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+        for (int p = 0; p < half; ++p) parts[p] += parts[p + half];
+      some[l] = parts[0];
     }
+    const V folded = fold_each<L / 2>(some);
+    __builtin_memcpy(numbers[0] + k, &folded, sizeof folded);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) to[r * kGhostTile + c] = numbers[r][c];
 }
 
 // 16 rows of a sample, fewer at its end: where they are, or widened and filled with zeros to a multiple of 8 columns.
