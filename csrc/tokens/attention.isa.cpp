@@ -116,10 +116,15 @@ static void hide(const Attention& a, const Place& at, int64_t row, int64_t lo, i
   end = larger(lo, smaller(hi, end));
   if (a.mask) {
     const uint8_t* mask = a.mask + a.mask_at.at(at.b, at.h, i);
+    const auto pick = [&](int64_t j, bool part) {  // no branch, which a random mask would mislead
+      const Word<T> keep = Word<T>(0) - Word<T>(part);
+      scores[j - lo] = bit_as<T>((bit_as<Word<T>>(scores[j - lo]) & keep) | (bit_as<Word<T>>(none) & ~keep));
+    };
+    int64_t j = lo;
     if (a.mask_column == 1)
-      for (int64_t j = lo; j < end; ++j) scores[j - lo] = mask[j] ? scores[j - lo] : none;
-    else
-      for (int64_t j = lo; j < end; ++j) scores[j - lo] = mask[j * a.mask_column] ? scores[j - lo] : none;
+      for (; j + kFold<T> <= end; j += kFold<T>)
+        for (int64_t l = j; l < j + kFold<T>; ++l) pick(l, mask[l]);
+    for (; j < end; ++j) pick(j, mask[j * a.mask_column]);
   }
   for (int64_t j = end; j < hi; ++j) scores[j - lo] = none;
 }
