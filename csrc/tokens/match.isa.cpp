@@ -65,6 +65,7 @@ void pack_panels(const Tokens& t, int64_t lo, int64_t hi, void* scratch, void* p
 template <class T>
 static INLINE void match_unit(const Match& m, const T* rows, const T* panels, int64_t sample, int64_t first) {
   using I = decltype(Vec<T>{} > Vec<T>{});
+  using Place = decltype(I{}[0] + 0);
   constexpr int W = kPanel<T>, R = kTileRows, P = kPanelVectors;
   constexpr T kLeast = -T(__builtin_inf());
   const int64_t C = m.a.channels, count = smaller<int64_t>(kUnitRows, m.a.count - first), groups = (count + R - 1) / R;
@@ -83,9 +84,11 @@ static INLINE void match_unit(const Match& m, const T* rows, const T* panels, in
   for (int64_t panel = 0; panel < all; ++panel) {
     const int64_t column = panel * W;
     const bool last = column + W > m.b.count;
-    I within[P] = {};  // the panel's tokens, not the zeros behind the last
-    for (int j = 0; j < W; ++j) within[j / Lanes<T>::count][j % Lanes<T>::count] = column + j < m.b.count ? -1 : 0;
-    const I number = decltype(I{}[0] + 0)(panel) - I{};
+    Place flags[W];
+    for (int j = 0; j < W; ++j) flags[j] = column + j < m.b.count ? -1 : 0;
+    I within[P];  // the panel's tokens, not the zeros behind the last
+    __builtin_memcpy(within, flags, sizeof within);
+    const I number = Place(panel) - I{};
     for (int64_t g = 0; g < groups; ++g) {
       TileSums<T> sum;
       tile_products<T>(rows + g * R * stride, stride, panels + column * C, C, sum);
