@@ -167,6 +167,17 @@ def test_zero_tokens_are_similar_to_none(backend):
     assert score.tolist() == [[0, 0]] and index.tolist() == [[1, 0]]
 
 
+def test_products_are_rounded_once(backend):
+    """1 + 2^-23 + (2^-24 - 2^-70) lies below the middle of two floats; rounded to double first, it would lie on it."""
+    e = 2.0**-23
+    a = torch.tensor([[[1 + e, 2**-12 * (1 + e)], [-1 - e, -(2**-12) * (1 + e)], [2.0**-140, 2.0**-149]]])
+    b = torch.tensor([[[1, 2**-12 * (1 - e)], [0.5, 0.5]]])
+    score, _ = everywhere(backend, lambda a, b: tokens.bipartite_match(a, b[:, :1], normalize=False), a, b)
+    assert score.tolist() == [[1 + e, -1 - e, 2.0**-140]]
+    score, _ = everywhere(backend, lambda a, b: tokens.bipartite_match(a, b[:, 1:], normalize=False), a, b)
+    assert score[0, 2] == 2.0**-141  # half of the smallest number is rounded to even
+
+
 @each_dtype
 def test_any_scale(backend, dtype):
     """Norms do not overflow or vanish where the numbers themselves do not."""

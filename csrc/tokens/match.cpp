@@ -99,7 +99,8 @@ static void bipartite_match_(const Tensor& a_tokens, const Tensor& b_tokens, con
              [&](int64_t lo, int64_t hi) { run(m, rows.get(), panels.get(), lo, hi); });
   } else {
     const auto guard = device_guard(a_tokens);
-    const int64_t blocks = a.batch * ((a.count + kMatchTile - 1) / kMatchTile), tiles = (b.count + kMatchTile - 1) / kMatchTile;
+    const int64_t blocks = a.batch * ((a.count + kMatchRows - 1) / kMatchRows),
+                  tiles = (b.count + kMatchColumns - 1) / kMatchColumns;
     const int splits = int(std::clamp<int64_t>(2 * multiprocessor_count(a_tokens) / blocks, 1, std::min<int64_t>(tiles, 16)));
     const Tensor tokens = torch::stable::new_empty(a_tokens, {a.batch * (a.count + b.count) * a.channels}, wide);
     const Tensor scores = torch::stable::new_empty(a_tokens, {splits * a.batch * a.count}, wide);

@@ -2,8 +2,10 @@
 #include "compact.cuh"
 
 namespace dither {
-constexpr int kThreads = 256, kStep = 16, kPitch = kMatchTile + 4, kSide = 16, kEach = kMatchTile / kSide;
+constexpr int kThreads = 256, kSide = 16, kStep = 16;                        // channels at a time
+constexpr int kRows = kMatchRows / kSide, kColumns = kMatchColumns / kSide;  // of a thread
 static_assert(kSide * kSide == kThreads);
+constexpr int kRowPitch = kMatchRows + 4, kColumnPitch = kMatchColumns + 4;
 
 // A warp a token: widened and normalised.
 template <class S>
@@ -20,12 +22,13 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const __grid_consta
     out[row * t.channels + k] = t.normalize ? T(double(widen(x[k])) * factor) : T(widen(x[k]));
 }
 
-// Channels k .. k + kStep of a tile of tokens, as [channel][token]; zeros beyond.
-template <class T>
+// Channels k .. k + kStep of kTokens tokens, as [channel][token]; zeros beyond.
+template <int kTokens, class T>
 __device__ inline void load_tile(const T* tokens, int64_t count, int64_t channels, int64_t first, int64_t k, T* to) {
-  for (int at = threadIdx.x; at < kMatchTile * kStep; at += kThreads) {
+  for (int at = threadIdx.x; at < kTokens * kStep; at += kThreads) {
     const int64_t token = first + at / kStep, channel = k + at % kStep;
-    to[at % kStep * kPitch + at / kStep] = token < count && channel < channels ? tokens[token * channels + channel] : T(0);
+    to[at % kStep * (kTokens + 4) + at / kStep] =
+        token < count && channel < channels ? tokens[token * channels + channel] : T(0);
   }
 }
 
@@ -41,56 +44,58 @@ struct Best {
   }
 };
 
-// A block has 64 tokens of a and goes through a range of b. A thread has 4 x 4 pairs, rows and columns 16 apart.
+// Neighbours, which are read together.
+template <class T, int kCount>
+struct alignas(16) Some {
+  T of[kCount];
+};
+
+// A block has kMatchRows tokens of a and goes through a range of b, kMatchColumns at a time. A thread has 8 x 4 pairs of them.
 template <class T>
 __global__ void __launch_bounds__(kThreads) match_kernel(const __grid_constant__ Match m, const T* a, const T* b,
                                                          int64_t blocks, int64_t range, T* scores, int64_t* indices) {
-  __shared__ T shared[2 * kStep * kPitch];
+  __shared__ __align__(16) T shared[kStep * (kRowPitch + kColumnPitch)];
   __shared__ int64_t places[kThreads];
   const T kLeast = -T(__builtin_inf());
-  const int64_t C = m.a.channels, sample = blockIdx.x / blocks, first = blockIdx.x % blocks * kMatchTile;
+  const int64_t C = m.a.channels, sample = blockIdx.x / blocks, first = blockIdx.x % blocks * kMatchRows;
   const int64_t begin = blockIdx.y * range, end = begin + range < m.b.count ? begin + range : m.b.count;
-  const int row = threadIdx.x / kSide, column = threadIdx.x % kSide;
-  T *rows = shared, *columns = shared + kStep * kPitch;
+  const int row = threadIdx.x / kSide * kRows, column = threadIdx.x % kSide * kColumns;
+  T *rows = shared, *columns = shared + kStep * kRowPitch;
   a += sample * m.a.count * C;
   b += sample * m.b.count * C;
-  Best<T> best[kEach];
-  for (int r = 0; r < kEach; ++r) best[r] = {kLeast, m.b.count};
-  for (int64_t j = begin; j < end; j += kMatchTile) {
-    T sum[kEach][kEach] = {};
+  Best<T> best[kRows];
+  for (int r = 0; r < kRows; ++r) best[r] = {kLeast, m.b.count};
+  for (int64_t j = begin; j < end; j += kMatchColumns) {
+    T sum[kRows][kColumns] = {};
     for (int64_t k = 0; k < C; k += kStep) {
       __syncthreads();
-      load_tile(a, m.a.count, C, first, k, rows);
-      load_tile(b, m.b.count, C, j, k, columns);
+      load_tile<kMatchRows>(a, m.a.count, C, first, k, rows);
+      load_tile<kMatchColumns>(b, m.b.count, C, j, k, columns);
       __syncthreads();
       const int steps = int(smaller<int64_t>(kStep, C - k));
       for (int c = 0; c < steps; ++c) {
-        T x[kEach], y[kEach];
+        const auto x = *reinterpret_cast<const Some<T, kRows>*>(rows + c * kRowPitch + row);
+        const auto y = *reinterpret_cast<const Some<T, kColumns>*>(columns + c * kColumnPitch + column);
 #pragma unroll
-        for (int e = 0; e < kEach; ++e) {
-          x[e] = rows[c * kPitch + row + e * kSide];
-          y[e] = columns[c * kPitch + column + e * kSide];
-        }
+        for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int r = 0; r < kEach; ++r)
-#pragma unroll
-          for (int e = 0; e < kEach; ++e) sum[r][e] = multiply_add(x[r], y[e], sum[r][e]);
+          for (int e = 0; e < kColumns; ++e) sum[r][e] = multiply_add(x.of[r], y.of[e], sum[r][e]);
       }
     }
 #pragma unroll
-    for (int r = 0; r < kEach; ++r)
+    for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) {
-        const int64_t i = first + row + r * kSide, at = j + column + e * kSide;
-        if (i < m.a.count && m.allows(sample, i, at)) best[r].join(sum[r][e], at);
-      }
+      for (int e = 0; e < kColumns; ++e)
+        if (first + row + r < m.a.count && m.allows(sample, first + row + r, j + column + e))
+          best[r].join(sum[r][e], j + column + e);
   }
-  for (int r = 0; r < kEach; ++r) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
     __syncthreads();
     shared[threadIdx.x] = best[r].score;
     places[threadIdx.x] = best[r].index;
     __syncthreads();
-    const int64_t i = first + row + r * kSide;
+    const int64_t i = first + row + r;
     if (column == 0 && i < m.a.count) {
       Best<T> found = best[r];
       for (int c = 1; c < kSide; ++c) found.join(shared[threadIdx.x + c], places[threadIdx.x + c]);
@@ -125,8 +130,8 @@ int match_cuda(const Match& m, int splits, void* tokens, void* scores, int64_t* 
     };
     prepare(m.a, a);
     prepare(m.b, b);
-    const int64_t blocks = blocks_of(m.a.count, kMatchTile), tiles = blocks_of(m.b.count, kMatchTile);
-    const int64_t range = (tiles + splits - 1) / splits * kMatchTile;
+    const int64_t blocks = blocks_of(m.a.count, kMatchRows), tiles = blocks_of(m.b.count, kMatchColumns);
+    const int64_t range = (tiles + splits - 1) / splits * kMatchColumns;
     if (error == 0)
       error = launch(match_kernel<T>, dim3(unsigned(m.a.batch * blocks), unsigned(splits)), kThreads, 0, stream)(
           m, a, b, blocks, range, static_cast<T*>(scores), indices);

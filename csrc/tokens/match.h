@@ -47,7 +47,7 @@ DITHER_PER_ISA(void pack_rows(const Tokens&, int64_t lo, int64_t hi, void* rows)
 DITHER_PER_ISA(void pack_panels(const Tokens&, int64_t lo, int64_t hi, void* scratch, void* panels))
 DITHER_PER_ISA(void match_units(const Match&, const void* rows, const void* panels, int64_t lo, int64_t hi))
 
-constexpr int kMatchTile = 64;  // rows and columns of a block of threads
+constexpr int kMatchRows = 128, kMatchColumns = 64;  // tokens of a and b that a block of threads compares at a time
 // CUDA. Normalised tokens [batch][count][channels] of a and b in turn; scores and indices of each of `splits` ranges of b.
 int match_cuda(const Match&, int splits, void* tokens, void* scores, int64_t* indices, Stream);
 }  // namespace dither
