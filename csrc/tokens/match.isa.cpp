@@ -113,19 +113,21 @@ static INLINE void match_unit(const Match& m, const T* rows, const T* panels, in
     }
   }
   for (int64_t i = 0; i < count; ++i) {
-    T score = kLeast;
-    int64_t index = 0;
-    for (int j = 0; j < W; ++j) {
-      const int p = j / Lanes<T>::count, l = j % Lanes<T>::count;
-      const T value = best[i / R][i % R][p][l];
-      const int64_t at = int64_t(place[i / R][i % R][p][l]) * W + j;
-      if (value > score || (value == score && value > kLeast && at < index)) {
-        score = value;
-        index = at;
+    T value[W];
+    Place at[W];
+    __builtin_memcpy(value, best[i / R][i % R], sizeof value);
+    __builtin_memcpy(at, place[i / R][i % R], sizeof at);
+    for (int j = 0; j < W; ++j) at[j] = at[j] * W + j;
+#pragma GCC unroll 8
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) {
+        const T other = value[j + half];
+        const bool more = (other > value[j]) | ((other == value[j]) & (at[j + half] < at[j]));
+        value[j] = more ? other : value[j];
+        at[j] = more ? at[j + half] : at[j];
       }
-    }
-    static_cast<T*>(m.score)[sample * m.a.count + first + i] = score;
-    m.index[sample * m.a.count + first + i] = index;
+    static_cast<T*>(m.score)[sample * m.a.count + first + i] = value[0];
+    m.index[sample * m.a.count + first + i] = at[0];
   }
 }
 
