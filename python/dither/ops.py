@@ -99,6 +99,13 @@ def write(name: str, written: Any, *args: Any) -> None:
         getattr(op, "default", op)(*args)
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, which outside of torch.func spends most of its time on defaults that are not there."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def build_info() -> dict[str, Any]:
     """How the extension was built and what it runs on.
 

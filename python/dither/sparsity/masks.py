@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import integer, tensor
-from ..ops import write
+from ..ops import apply, write
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST = 256  # the largest group with a kernel; larger ones are sorted
@@ -84,7 +84,7 @@ def nm_decay_and_bits(
     if grad not in ("ste", "masked"):
         raise ValueError(f"nm_decay: grad is {grad!r}, expected 'ste' or 'masked'")
     n, m, dim = _check("nm_decay", w, n, m, dim, pad)
-    return _apply(_Decay, w, n, m, *_beta("nm_decay", beta), dim, grad == "masked", None)
+    return apply(_Decay, w, n, m, *_beta("nm_decay", beta), dim, grad == "masked", None)
 
 
 def transposable_mask(w: Tensor, method: Literal["exact", "greedy"] = "exact", *, packed: bool = False) -> Tensor:
@@ -116,7 +116,7 @@ def transposable_mask(w: Tensor, method: Literal["exact", "greedy"] = "exact", *
 def masked(w: Tensor, bits: Tensor) -> Tensor:
     """w where its bit is 1, else +0; the gradient is masked alike. `bits`: packed, as `nm_mask(..., packed=True)`."""
     _check_bits("masked", bits, w)
-    return _apply(_Blend, _dense(w), None, bits, 0.0, None, 0.0)
+    return apply(_Blend, _dense(w), None, bits, 0.0, None, 0.0)
 
 
 def srste(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1, *, pad: bool = False) -> Tensor:
@@ -129,7 +129,7 @@ def srste_and_bits(w: Tensor, n: int, m: int, lamb: float = 2e-4, dim: int = -1,
     n, m, dim = _check("srste", w, n, m, dim, pad)
     if not (isinstance(lamb, (int, float)) and math.isfinite(lamb)):
         raise ValueError(f"srste: lamb is {lamb!r}, expected a finite number")
-    return _apply(_Decay, w, n, m, 0.0, None, dim, False, float(lamb))
+    return apply(_Decay, w, n, m, 0.0, None, dim, False, float(lamb))
 
 
 @torch.no_grad()
@@ -180,13 +180,6 @@ def flip_rate(before: Tensor, after: Tensor) -> float:
 # ---- autograd
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`, which outside of torch.func spends most of its time on defaults that are not there."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
 class _Decay(torch.autograd.Function):
     """(w where kept else beta w, bits); backward: straight through, times beta where pruned, or plus lamb w there."""
 
@@ -218,9 +211,9 @@ class _Decay(torch.autograd.Function):
             bits, beta, w = ctx.saved_tensors
             grad = _laid_out(grad, ctx.like)
             if ctx.mask_grad:
-                grad = _apply(_Blend, grad, None, bits, ctx.beta, beta, 0.0)
+                grad = apply(_Blend, grad, None, bits, ctx.beta, beta, 0.0)
             else:
-                grad = _apply(_Blend, grad, _dense(w), bits, 1.0, None, ctx.lamb)
+                grad = apply(_Blend, grad, _dense(w), bits, 1.0, None, ctx.lamb)
         return grad, None, None, None, None, None, None, None
 
     @staticmethod
@@ -248,7 +241,7 @@ class _Blend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         bits, scale_tensor = ctx.saved_tensors
-        grad = _apply(_Blend, _laid_out(grad, ctx.like), None, bits, ctx.scale, scale_tensor, 0.0)
+        grad = apply(_Blend, _laid_out(grad, ctx.like), None, bits, ctx.scale, scale_tensor, 0.0)
         return grad, None, None, None, None, None
 
     @staticmethod

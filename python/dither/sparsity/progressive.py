@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._checks import integer
+from ..ops import apply
 from ..optim import Adam, AdamW, FusedOptimizer
 from ..optim._shards import is_sharded
 from . import layers
-from .masks import _apply, _check, _Decay, check_pattern, nm_mask
+from .masks import _check, _Decay, check_pattern, nm_mask
 from .recipe import Recipe, check_times
 
 Pattern = tuple[int, int]
@@ -63,7 +64,7 @@ class NM(nn.Module):
         n, m, dim = _check("NM", w, self.n, self.m, self.dim, False)
         if n == m:
             return w
-        out, bits = _apply(_Decay, w, n, m, 0.0, self.beta, dim, self.grad == "masked", self.lamb or None)
+        out, bits = apply(_Decay, w, n, m, 0.0, self.beta, dim, self.grad == "masked", self.lamb or None)
         if self.shared is not None and w.is_contiguous():
             self.shared.copy_(bits)
         return out

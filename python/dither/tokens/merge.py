@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import noise
 from .._checks import integer, is_real, tensor
-from ..ops import write
+from ..ops import apply, write
 from .select import Gather, SegmentSum, bipartite_match, check_tokens, match_places, segment_reduce, segments, topk_tokens
 
 Mode = Literal["mean", "sum", "amax", "amin"]
@@ -147,15 +147,15 @@ class _Merge(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, size, index, order, start, out = ctx.saved_tensors
         if ctx.mode in ("amax", "amin"):  # equal ones share the gradient, as in torch
-            hit = (x == Gather.apply(out, index)).to(x.dtype)
-            share = grad / SegmentSum.apply(hit, index, order, start)
-            return hit * Gather.apply(share, index), None, None, None, None, None
-        g, size_grad = Gather.apply(grad, index), None
+            hit = (x == apply(Gather, out, index)).to(x.dtype)
+            share = grad / apply(SegmentSum, hit, index, order, start)
+            return hit * apply(Gather, share, index), None, None, None, None, None
+        g, size_grad = apply(Gather, grad, index), None
         if ctx.mode == "mean":
             weight = x.new_ones(*x.shape[:2], 1) if size is None else size[:, :, None].to(x.dtype)
-            g = g / Gather.apply(SegmentSum.apply(weight, index, order, start), index)
+            g = g / apply(Gather, apply(SegmentSum, weight, index, order, start), index)
         if size is not None and ctx.needs_input_grad[1]:
-            centre = Gather.apply(out, index) if ctx.mode == "mean" else 0.0
+            centre = apply(Gather, out, index) if ctx.mode == "mean" else 0.0
             size_grad = (g * (x - centre)).sum(2).to(size.dtype)
         return g if size is None else g * size[:, :, None].to(g.dtype), size_grad, None, None, None, None
 
@@ -189,7 +189,7 @@ def merge(x: Tensor, plan: MergePlan, size: Tensor | None = None, mode: Mode = "
         if mode in ("amax", "amin"):
             raise ValueError(f"{op}: size is given, expected None with mode {mode!r}")
         size = size.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return _Merge.apply(x, size, mode, plan.index, plan.order, plan.start)
+    return apply(_Merge, x, size, mode, plan.index, plan.order, plan.start)
 
 
 def merge_size(plan: MergePlan, size: Tensor | None = None) -> Tensor:
@@ -205,4 +205,4 @@ def merge_size(plan: MergePlan, size: Tensor | None = None) -> Tensor:
 def unmerge(y: Tensor, plan: MergePlan) -> Tensor:
     """[B, N - r, C] -> [B, N, C]: every token a copy of the one that it became part of. Differentiable in y."""
     _check_plan("unmerge", "y", y, plan, "N - r")
-    return Gather.apply(y, plan.index)
+    return apply(Gather, y, plan.index)

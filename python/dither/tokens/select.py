@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import integer, tensor
-from ..ops import write
+from ..ops import apply, write
 
 
 def check_tokens(op: str, name: str, x: Any) -> Tensor:
@@ -88,7 +88,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (index,) = ctx.saved_tensors
-        return SegmentSum.apply(grad, index, *segments(index, ctx.count)), None
+        return apply(SegmentSum, grad, index, *segments(index, ctx.count)), None
 
 
 class SegmentSum(torch.autograd.Function):
@@ -104,7 +104,7 @@ class SegmentSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return Gather.apply(grad, ctx.saved_tensors[0]), None, None, None
+        return apply(Gather, grad, ctx.saved_tensors[0]), None, None, None
 
 
 def segment_reduce(x: Tensor, order: Tensor, start: Tensor, size: Tensor | None, mode: str) -> Tensor:
@@ -130,7 +130,7 @@ def gather_tokens(x: Tensor | Sequence[Tensor], indices: Tensor) -> Tensor | tup
     if not isinstance(x, Tensor):
         return tuple(gather_tokens(one, indices) for one in x)
     check_index("gather_tokens", "indices", indices, check_tokens("gather_tokens", "x", x))
-    return Gather.apply(x, indices)
+    return apply(Gather, x, indices)
 
 
 def match_places(
@@ -226,7 +226,7 @@ def restore(
     if metric is not None:
         match = nearest_kept(metric, indices)
     assert match is not None
-    return Gather.apply(kept, check_index(op, "match", match, kept))
+    return apply(Gather, kept, check_index(op, "match", match, kept))
 
 
 def nearest_kept(metric: Tensor, indices: Tensor) -> Tensor:
