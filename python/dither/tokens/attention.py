@@ -22,7 +22,7 @@ from torch import Tensor
 from .._checks import instance, integer, is_real, tensor
 from ..ops import write
 
-_STRIP = 1 << 22  # elements of P at a time in the backward pass
+_STRIP = 1 << 21  # elements of P at a time in the backward pass
 
 
 def attention_lse(
@@ -207,9 +207,9 @@ def _gradients(
     attn_mask, is_causal, scale = setting
     batch, heads, queries, dim = q.shape
     key_heads, keys = k.shape[1:3]
-    wide_k, dk = k.to(_wide(q)), torch.zeros_like(k, dtype=_wide(q), memory_format=torch.contiguous_format)
-    rows = max(1, _STRIP // max(1, batch * heads * keys))
-    parts: list[tuple[Tensor, Tensor | None]] = []
+    wide_k, rows = k.to(_wide(q)), max(1, _STRIP // max(1, batch * heads * keys))
+    dq, dk = (torch.zeros_like(t, dtype=_wide(q), memory_format=torch.contiguous_format) for t in (q, k))
+    paid = dq.new_zeros(q.shape[:3])  # r; filled in place, or what strips leave behind would fragment the heap
     for lo in range(0, queries, rows):
         strip = slice(lo, lo + rows)
         x = q[:, :, strip].to(dk.dtype).reshape(batch, key_heads, -1, dim)  # the heads of a key head, one below the other
@@ -221,21 +221,20 @@ def _gradients(
         if none is not None:
             s = s.masked_fill(none, -torch.inf)
         p = s.softmax(-1) if lse is None else (s - lse[:, :, strip].unsqueeze(-1)).exp()
-        p = p.masked_fill((s == -torch.inf).all(-1, keepdim=True) if none is None else none, 0)
-        slope, r = torch.zeros_like(p[..., :1]), None
+        p = p.masked_fill(s == -torch.inf, 0)
+        slope = torch.zeros_like(p[..., :1])
         if g is not None:
             r = (p @ g.unsqueeze(-1)).squeeze(-1)
+            paid[:, :, strip] = r
             slope = g.unsqueeze(2) - r.unsqueeze(-1) if lse is None else g.unsqueeze(2)
             if weight is not None:
                 slope = slope * weight[:, :, strip].unsqueeze(-1)
         if g_lse is not None:
             slope = slope + g_lse[:, :, strip].unsqueeze(-1)
         ds = (scale * p * slope).view(batch, key_heads, -1, keys)
-        dk = dk + ds.mT @ x
-        parts.append(((ds @ wide_k).view(batch, heads, -1, dim), r))
-    dq = torch.cat([part for part, _ in parts], 2) if parts else torch.zeros_like(q)
-    r = torch.cat([part for _, part in parts if part is not None], 2) if parts and g is not None else None
+        dk += ds.mT @ x
+        dq[:, :, strip] = (ds @ wide_k).view(batch, heads, -1, dim)
     dlse = None
-    if lse is not None and r is not None:
-        dlse = -r if weight is None else -weight * r
-    return dq.to(q.dtype), dk.to(k.dtype), r if weight is not None else None, dlse
+    if lse is not None:
+        dlse = -paid if weight is None else -weight * paid
+    return dq.to(q.dtype), dk.to(k.dtype), paid if weight is not None else None, dlse
