@@ -79,9 +79,10 @@ static void pack(const S* from, int64_t stride, int64_t count, int64_t dim, T* t
     }
 }
 
-// Scores of a strip of queries, [dim][kStripPitch], and a panel of keys: to[query * pitch + key].
+// Scores of a strip of queries, [dim][kStripPitch], and a panel of keys: to[query * pitch + key]. Inlined, it would not get the
+// registers that it needs.
 template <class T>
-static INLINE void scores(const T* q, const T* k, int64_t dim, T scale, T* to, int64_t pitch) {
+static __attribute__((noinline)) void scores(const T* q, const T* k, int64_t dim, T scale, T* to, int64_t pitch) {
   constexpr int L = Lanes<T>::count;
   for (int64_t row = 0; row < kStrip; row += R)
     for (int64_t column = 0; column < kPanel<T>; column += C * L) {
