@@ -42,10 +42,11 @@ def close(got, want, tolerance=1e-12):
 
 
 def run(backend, operator, *args):
-    """Of the operator on copies, what it wrote: the last argument, or scale_rows_'s first."""
+    """Of the operator on copies, what it wrote: the last tensor, or scale_rows_'s first."""
     args = [a.to(backend.device, copy=True) if isinstance(a, torch.Tensor) else a for a in args]
     getattr(backend.ops, operator)(*args)
-    return args[0 if operator == "scale_rows_" else -1].cpu()
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    return tensors[0 if operator == "scale_rows_" else -1].cpu()
 
 
 def everywhere(backend, operator, *args):
@@ -119,6 +120,22 @@ def test_ghost_norms_are_not_underestimated(backend):
     lossy = ((a @ a.mT) * (g @ g.mT)).sum((1, 2)).double()
     assert ((lossy - want).abs() / want).max() > 1e-4
     close(everywhere(backend, "ghost_norm_", a, g, False, zeros(4)), want)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 17, 33])
+def test_norms_that_count_rounding(backend, steps):
+    """Squares of the terms: of each step, or of the rows with an id that comes more than once."""
+    a, g, ids = normal(3, steps, 20), normal(3, steps, 40, seed=1), torch.arange(3 * steps).view(3, steps) % 7
+    terms = (g.double().square().sum(2) * (a.double().square().sum(2) + 1)).sum(1)
+    got = everywhere(backend, "ghost_norm_", a, g, True, zeros(3), 0.25)
+    close(got, reference.privacy.ghost_norms(a, g, True) + (0.25 * terms if steps > 1 else 0))
+    close(got, reference.privacy.ghost_norms(a, g, True, 0.25))
+    several = torch.stack([(row[:, None] == row).sum(1) > 1 for row in ids]) & (ids != 2)
+    got = everywhere(backend, "embedding_norm_", ids, g, 2, zeros(3), 0.25)
+    close(got, reference.privacy.embedding_norms(ids, g, 2) + 0.25 * (several * g.double().square().sum(2)).sum(1))
+    close(got, reference.privacy.embedding_norms(ids, g, 2, 0.25))
+    with pytest.raises(RuntimeError, match="rounding is -1"):
+        run(backend, "ghost_norm_", a, g, True, zeros(3), -1.0)
 
 
 def test_ghost_norms_are_not_negative(backend):

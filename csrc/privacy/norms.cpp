@@ -11,6 +11,9 @@ static int64_t grain(int64_t elements) { return std::max<int64_t>(1, kWorthThrea
 static void check_out(const char* op, const Tensor& out, int64_t batch, const char* other, const Tensor& like) {
   check_out(op, "out", out, ScalarType::Double, {batch}, other, like);
 }
+static void check_rounding(const char* op, double rounding) {
+  DITHER_CHECK(rounding >= 0.0, op, ": rounding is ", rounding, ", expected at least 0");
+}
 // Whether each sample is one piece of memory, in whatever order of dimensions.
 static bool samples_are_dense(const Tensor& x) {
   if (x.is_contiguous()) return true;
@@ -61,7 +64,7 @@ static void sample_squares_(const Tensor& x, const Tensor& out) {
 }
 
 template <Device device>
-static void ghost_norm_(const Tensor& a, const Tensor& g, bool bias, const Tensor& out) {
+static void ghost_norm_(const Tensor& a, const Tensor& g, bool bias, const Tensor& out, double rounding) {
   const char* op = "ghost_norm_";
   const DType a_type = checked_type(op, "a", a), g_type = checked_type(op, "g", g);
   DITHER_CHECK(a.dim() == 3, op, ": a has shape ", shape_of(a), ", expected [batch, steps, inputs]");
@@ -69,13 +72,15 @@ static void ghost_norm_(const Tensor& a, const Tensor& g, bool bias, const Tenso
                ", expected [", a.size(0), ", ", a.size(1), ", outputs] like a");
   check_device(op, "g", g, "a", a);
   check_out(op, out, a.size(0), "a", a);
+  check_rounding(op, rounding);
   if (g.numel() == 0) return;
   const Tensor inputs = in_order(a), grads = in_order(g);
   const GhostNorm s{{inputs.const_data_ptr(), a.size(0) * a.size(1), a.size(2), a_type},
                     {grads.const_data_ptr(), a.size(0) * a.size(1), g.size(2), g_type},
                     a.size(0),
                     a.size(1),
-                    bias ? 1.0 : 0.0};
+                    bias ? 1.0 : 0.0,
+                    rounding};
   if constexpr (device == Device::cpu) {
     double* to = doubles(out);
     if (s.steps == 1) {
@@ -152,7 +157,7 @@ class Runs {
 };
 
 template <Device device>
-static void embedding_norm_(const Tensor& ids, const Tensor& g, int64_t padding_idx, const Tensor& out) {
+static void embedding_norm_(const Tensor& ids, const Tensor& g, int64_t padding_idx, const Tensor& out, double rounding) {
   const char* op = "embedding_norm_";
   DITHER_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 2, op, ": ids is ", name_of(ids.scalar_type()),
                " of shape ", shape_of(ids), ", expected int64 of shape [batch, steps]");
@@ -163,6 +168,7 @@ static void embedding_norm_(const Tensor& ids, const Tensor& g, int64_t padding_
   DITHER_CHECK(ids.size(1) >> 30 == 0, op, ": ids has ", ids.size(1), " steps, expected fewer than 2^30");
   check_device(op, "g", g, "ids", ids);
   check_out(op, out, ids.size(0), "ids", ids);
+  check_rounding(op, rounding);
   if (g.numel() == 0) return;
   const Tensor indices = in_order(ids), grads = in_order(g);
   const EmbeddingNorm s{static_cast<const int64_t*>(indices.const_data_ptr()),
@@ -171,7 +177,8 @@ static void embedding_norm_(const Tensor& ids, const Tensor& g, int64_t padding_
                         ids.size(1),
                         g.size(2),
                         padding_idx,
-                        type};
+                        type,
+                        rounding};
   if constexpr (device == Device::cpu) {
     const auto norm = DITHER_PICK_ISA(norm_of_rows);
     const auto sum = DITHER_PICK_ISA(sum_lanes);
@@ -274,9 +281,9 @@ static void affine_sample_grads_(const Tensor& x, const Tensor& g, const std::op
 }  // namespace dither
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
-  m.def("ghost_norm_(Tensor a, Tensor g, bool bias, Tensor(a!) out) -> ()");
+  m.def("ghost_norm_(Tensor a, Tensor g, bool bias, Tensor(a!) out, float rounding=0.0) -> ()");
   m.def("sample_squares_(Tensor x, Tensor(a!) out) -> ()");
-  m.def("embedding_norm_(Tensor ids, Tensor g, int padding_idx, Tensor(a!) out) -> ()");
+  m.def("embedding_norm_(Tensor ids, Tensor g, int padding_idx, Tensor(a!) out, float rounding=0.0) -> ()");
   m.def("scale_rows_(Tensor(a!) x, Tensor factor) -> ()");
   m.def("affine_sample_grads_(Tensor x, Tensor g, Tensor? mean, Tensor scale, Tensor(a!) out) -> ()");
 }

@@ -126,8 +126,9 @@ __global__ void __launch_bounds__(kThreads) ghost_kernel(const __grid_constant__
     for (int e = 0; e < 2; ++e) {
       const int row = tile / kGhostTile * kGhostTile + (2 * lane + e) / kGhostTile;
       const int column = tile % kGhostTile * kGhostTile + (2 * lane + e) % kGhostTile;
-      const double weight = s.weight(i + row, j + column);
-      if (weight > 0.0) sum[e] += weight * ((inputs[e] + s.bias) * grads[e]);
+      const double weight = s.weight(i + row, j + column), product = (inputs[e] + s.bias) * grads[e];
+      if (weight > 0.0) sum[e] += weight * product;
+      if (weight > 0.0 && i + row == j + column) sum[e] += s.rounding * product;
       total[row * kGhostBlock + column] = sum[e];
     }
   }
@@ -202,19 +203,28 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const __grid_consta
     first = !__any_sync(kAll, begin + lane < t && ids[begin + lane] == id);
   double sum = 0.0;
   for (int64_t k = lane; first && k - lane < s.columns; k += 32 * kAtOnce) {
-    double row[kAtOnce] = {};
+    double row[kAtOnce] = {}, squares[kAtOnce] = {};
+    int count = 0;
     for (int64_t begin = t / 32 * 32; begin < s.steps; begin += 32) {
       const int64_t other = begin + lane;
       unsigned same = __ballot_sync(kAll, other >= t && other < s.steps && ids[other] == id);
+      count += __popc(same);
       for (; same; same &= same - 1) {
         const S* x = g + (begin + __ffs(int(same)) - 1) * s.columns;
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j)
-          if (k + 32 * j < s.columns) row[j] += double(widen(x[k + 32 * j]));
+          if (k + 32 * j < s.columns) {
+            const double v = double(widen(x[k + 32 * j]));
+            row[j] += v;
+            squares[j] = add_product<S>(v, v, squares[j]);
+          }
       }
     }
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) sum += row[j] * row[j];
+    for (int j = 0; j < kAtOnce; ++j) {
+      sum += row[j] * row[j];
+      if (count > 1 && s.rounding > 0.0) sum += s.rounding * squares[j];
+    }
   }
   sum = fold_warp(sum);
   if (lane == 0) partial[unit] = sum;

@@ -38,6 +38,7 @@ struct GhostNorm {
   SampleRows a, g;  // columns of one of the `steps` rows of a sample
   int64_t batch, steps;
   double bias;
+  double rounding;  // how much more a number on the diagonal counts
   DITHER_HD int64_t blocks() const { return (steps + kGhostBlock - 1) / kGhostBlock; }
   // How often a number of the Gram matrices counts, those above the diagonal included.
   DITHER_HD double weight(int64_t i, int64_t j) const {
@@ -51,6 +52,7 @@ struct EmbeddingNorm {
   const void* g;       // [batch][steps][columns]
   int64_t batch, steps, columns, padding;
   DType type;
+  double rounding;  // how much the squares of rows count that are added to others
 };
 
 struct ScaleRows {

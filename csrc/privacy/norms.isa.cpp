@@ -207,6 +207,10 @@ void ghost_blocks(const GhostNorm& s, int64_t lo, int64_t hi, double* scratch, d
               const int64_t k = r * kGhostTile + c;
               total[(i + r) * kGhostBlock + j + c] += weight * ((inputs[k] + s.bias) * grads[k]);
             }
+          for (int64_t r = 0; weight == 1.0 && r < smaller<int64_t>(kGhostTile, rows - i); ++r) {
+            const int64_t k = r * kGhostTile + r;
+            total[(i + r) * kGhostBlock + i + r] += s.rounding * ((inputs[k] + s.bias) * grads[k]);
+          }
         }
     }
     partial[unit] = fold(total, kGhostBlock * kGhostBlock);
@@ -261,7 +265,8 @@ void affine_samples(const AffineGrads& s, int64_t lo, int64_t hi) {
 
 double norm_of_rows(const EmbeddingNorm& s, int64_t sample, const int32_t* steps, int64_t count, int64_t ahead) {
   constexpr int kParts = kNormLanes / L, kAtOnce = 32 * kNormLanes, kRows = 4;
-  alignas(64) double row[kAtOnce], lanes[kNormLanes];
+  alignas(64) double row[kAtOnce], squares[kAtOnce], lanes[kNormLanes];
+  const bool several = count > 1 && s.rounding > 0.0;
   V sum[kParts] = {};
   with_type(s.type, [&]<class S>(S) {
     const S* g = static_cast<const S*>(s.g) + sample * s.steps * s.columns;
@@ -271,11 +276,16 @@ double norm_of_rows(const EmbeddingNorm& s, int64_t sample, const int32_t* steps
       const S* x = at(0);
       for (int64_t j = 0; j < n; ++j) row[j] = double(widen(x[j]));
       for (int64_t j = n; j < whole; ++j) row[j] = 0.0;
+      for (int64_t j = 0; several && j < whole; ++j) squares[j] = row[j] * row[j];
       for (int64_t r = 0; r < count; r += kRows) {
         const int64_t rows = smaller<int64_t>(kRows, count - r);
         for (int64_t i = r + kRows; i < smaller(r + kRows + rows, count + ahead); ++i) {  // of this sum or the next
           const char* line = reinterpret_cast<const char*>(at(i));
           for (int64_t j = 0; steps[i] != steps[i - 1] + 1 && j < n * int64_t(sizeof(S)); j += 64) __builtin_prefetch(line + j);
+        }
+        for (int64_t i = larger<int64_t>(r, 1); several && i < r + rows; ++i) {
+          x = at(i);
+          for (int64_t j = 0; j < n; ++j) squares[j] += double(widen(x[j])) * double(widen(x[j]));
         }
         if (r > 0 && rows == kRows) {
           const S *x0 = at(r), *x1 = at(r + 1), *x2 = at(r + 2), *x3 = at(r + 3);
@@ -293,6 +303,7 @@ double norm_of_rows(const EmbeddingNorm& s, int64_t sample, const int32_t* steps
         for (int p = 0; p < kParts; ++p) {
           const V v = load(row + j + p * L);
           sum[p] += v * v;
+          if (several) sum[p] += s.rounding * load(squares + j + p * L);
         }
     }
   });

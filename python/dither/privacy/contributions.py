@@ -78,7 +78,8 @@ class Contribution(ABC):
 
     @abstractmethod
     def add_squares(self, out: Tensor) -> None:
-        """out[b] += the squared norm of sample b's gradient. out: float64 [B]; summed in double: clipping must not err."""
+        """out[b] += the squared norm of sample b's gradient, with `kernels.rounding` where `add_sum` does not add up gradients
+        that are there. out: float64 [B]; summed in double: clipping must not err."""
 
     @abstractmethod
     def add_sum(self, sums: Sums, factor: Tensor) -> None:
@@ -205,11 +206,14 @@ class Tied(Contribution):
         self.views = dense.views
 
     def add_squares(self, out: Tensor) -> None:
-        self.dense.add_squares(out)
-        self.lookup.add_squares(out)
+        dense, lookup = torch.zeros_like(out), torch.zeros_like(out)
+        self.dense.add_squares(dense)
+        self.lookup.add_squares(lookup)
+        both = torch.zeros_like(out)
         for b, (a, g, e, ids) in enumerate(zip(self.dense.a, self.dense.g, self.lookup._kept(), self.lookup.ids)):
-            out[b] += 2 * (g.double()[:, ids] * (a.double() @ e.double().T)).sum()
-        out.clamp_(min=0)
+            both[b] = 2 * (g.double()[:, ids] * (a.double() @ e.double().T)).sum()
+        more = kernels.rounding(self.dense.g.dtype, self.lookup.ids.shape[1] + 1, sum(self.dense.weight.size))
+        out += (dense + lookup + both).clamp(min=0) + more * (dense + lookup)  # the two may cancel each other
 
     def add_sum(self, sums: Sums, factor: Tensor) -> None:
         self.dense.add_sum(sums, factor)

@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from ..optim import SGD, FusedOptimizer, PrivateNoise
 from ..optim._shards import is_sharded, local, place_of, scattered
 from . import accounting
 from .clipping import FACTORS, Clipping, clip_factor
-from .contributions import Contribution, Lookup, Sums, full, independent
+from .contributions import Contribution, Lookup, Rows, Sums, full, independent
 from .exact import ExactSum, grid_for, sampler_delta
 from .lazy import LazyTable
 from .ledger import Ledger, digest
@@ -481,7 +481,11 @@ class Privacy:
         squares = [torch.zeros(size, dtype=torch.float64, device=device) for _ in groups]
         for group, square in zip(groups, squares):
             for use in group:
-                use.add_squares(square)
+                if self.secure != "exact":
+                    use.add_squares(square)
+                    continue
+                for some, rows in _tiles(use, size):  # of the very numbers that are added
+                    rows.add_squares(square[some])
         self.norms = torch.stack(squares).sum(0).sqrt() * scale
         finite = self.norms.isfinite()
         sums: Sums = {}
@@ -513,12 +517,9 @@ class Privacy:
         return sums
 
     def _add_exactly(self, k: int, use: Contribution, factor: Tensor) -> None:
-        most = max(1, _TILE // sum(view.param.numel() for view in use.views))
-        for first in range(0, len(factor), most):
-            some = slice(first, first + most)
-            for rows in full(use.part(some).rows()):
-                p = rows.views[0].param
-                self._exact[k].add(rows.gradients.reshape(-1, p.numel()), factor[some], self._start[p])
+        for some, rows in _tiles(use, len(factor)):
+            p = rows.views[0].param
+            self._exact[k].add(rows.gradients.reshape(-1, p.numel()), factor[some], self._start[p])
 
     def _add_lazily(self, use: Contribution, factor: Tensor) -> None:
         p = next(view.param for view in use.views if view.param in self._tables)
@@ -745,6 +746,14 @@ class Privacy:
             self.optimizer._set_private_noise(None)
         for name in ("privacy", "__deepcopy__", "__reduce_ex__"):
             delattr(self.optimizer, name)
+
+
+def _tiles(use: Contribution, size: int) -> Iterator[tuple[slice, Rows]]:
+    """The gradients of single samples, of some samples at a time."""
+    most = max(1, _TILE // sum(view.param.numel() for view in use.views))
+    for first in range(0, size, most):
+        some = slice(first, first + most)
+        yield from ((some, rows) for rows in full(use.part(some).rows()))
 
 
 def _one_of(owner: str, name: str, value: str, allowed: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +12,23 @@ from torch.nn import functional as F
 from ..ops import write
 
 
+def rounding(dtype: torch.dtype, terms: int, columns: int) -> float:
+    """What a norm has to count of Q = sum_t |x_t|^2 besides |sum_t x_t|^2, so that it bounds sums that are rounded too.
+
+    Added up in `dtype`, T terms x_t are off by r = (T + 2) eps / 2 sum_t |x_t| <= (T + 2) eps / 2 sqrt(T Q), which is all that
+    is left where they cancel. n^2 = |sum_t x_t|^2 + T^1.5 eps Q has |sum_t x_t| + r <= sqrt(1 + (T + 2)^2 eps / (4 sqrt(T))) n,
+    and sum_t |x_t| <= T^-1/4 eps^-1/2 n. Computed in float64, n^2 is off by less than T (columns + T + 20) Q 2^-53, added too.
+    """
+    return terms * (torch.finfo(dtype).eps * math.sqrt(terms) + torch.finfo(torch.float64).eps / 2 * (columns + terms + 20))
+
+
 def add_ghost_norm(out: Tensor, a: Tensor, g: Tensor, bias: bool) -> None:
-    """out[b] += |sum_t g_bt a_bt^T|^2, with `bias` + |sum_t g_bt|^2; a: [B, T, d], g: [B, T, p], out: float64 [B]."""
-    write("ghost_norm_", [out], a.contiguous(), g.contiguous(), bias, out)
+    """out[b] += |sum_t g_bt a_bt^T|^2, with `bias` + |sum_t g_bt|^2, and `rounding` where T > 1.
+
+    a: [B, T, d], g: [B, T, p], out: float64 [B].
+    """
+    more = rounding(g.dtype, a.shape[1], a.shape[2] + g.shape[2])
+    write("ghost_norm_", [out], a.contiguous(), g.contiguous(), bias, out, more)
 
 
 def add_squares(out: Tensor, rows: Tensor) -> None:
@@ -22,8 +37,11 @@ def add_squares(out: Tensor, rows: Tensor) -> None:
 
 
 def add_embedding_norm(out: Tensor, ids: Tensor, g: Tensor, padding: int) -> None:
-    """out[b] += sum over ids but `padding` of |sum of g_bt with this id|^2; ids: [B, T], g: [B, T, D], out: float64 [B]."""
-    write("embedding_norm_", [out], ids.contiguous(), g.contiguous(), padding, out)
+    """out[b] += sum over ids but `padding` of |sum of g_bt with this id|^2, and `rounding` of those with several.
+
+    ids: [B, T], g: [B, T, D], out: float64 [B].
+    """
+    write("embedding_norm_", [out], ids.contiguous(), g.contiguous(), padding, out, rounding(g.dtype, ids.shape[1], 0))
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:

@@ -11,29 +11,34 @@ import torch
 from torch import Tensor
 
 
-def ghost_norms(a: Tensor, g: Tensor, bias: bool) -> Tensor:
+def ghost_norms(a: Tensor, g: Tensor, bias: bool, rounding: float = 0.0) -> Tensor:
     """|sum_t g_t a_t^T|^2, and with `bias` + |sum_t g_t|^2: the products of two Gram matrices, summed.
+
+    Of several steps, `rounding` times the same squares of each step alone, the diagonals' products, are added.
 
     a: (batch, steps, inputs) of a linear layer; g: (batch, steps, outputs), gradients of what it returned.
     """
     a, g = a.double(), g.double()
     if a.shape[1] == 1:
         return g.square().sum((1, 2)) * (a.square().sum((1, 2)) + bias)
-    norms = ((a @ a.mT + bias) * (g @ g.mT)).sum((1, 2))
+    products = (a @ a.mT + bias) * (g @ g.mT)
+    norms = products.sum((1, 2)) + rounding * products.diagonal(dim1=1, dim2=2).sum(1)
     return torch.where(norms < 0, 0.0, norms)
 
 
-def embedding_norms(ids: Tensor, g: Tensor, padding_idx: int = -1) -> Tensor:
+def embedding_norms(ids: Tensor, g: Tensor, padding_idx: int = -1, rounding: float = 0.0) -> Tensor:
     """The sum over ids other than `padding_idx` of |sum of g_t with this id|^2.
 
     ids: (batch, steps); g: (batch, steps, columns), gradients of the rows looked up. padding_idx = -1: every id counts.
+    `rounding` times the squares of rows whose id comes more than once are added.
     """
     norms = []
     for id, rows in zip(ids, g.double()):
         if padding_idx >= 0:
             id, rows = id[id != padding_idx], rows[id != padding_idx]
-        unique, place = id.unique(return_inverse=True)
-        norms.append(rows.new_zeros(len(unique), rows.shape[1]).index_add_(0, place, rows).square().sum())
+        unique, place, count = id.unique(return_inverse=True, return_counts=True)
+        norm = rows.new_zeros(len(unique), rows.shape[1]).index_add_(0, place, rows).square().sum()
+        norms.append(norm + rounding * rows[count[place] > 1].square().sum() if rounding else norm)
     return torch.stack(norms) if norms else g.new_zeros(0, dtype=torch.float64)
 
 
@@ -62,9 +67,9 @@ def conv_sample_grads(
     return grads.reshape(x.shape[0], g.shape[1], x.shape[1] // groups, *kernel)
 
 
-def ghost_norm_(a: Tensor, g: Tensor, bias: bool, out: Tensor) -> None:
+def ghost_norm_(a: Tensor, g: Tensor, bias: bool, out: Tensor, rounding: float = 0.0) -> None:
     """`dither::ghost_norm_` where no kernel is available."""
-    out += ghost_norms(a, g, bias)
+    out += ghost_norms(a, g, bias, rounding)
 
 
 def sample_squares_(x: Tensor, out: Tensor) -> None:
@@ -72,9 +77,9 @@ def sample_squares_(x: Tensor, out: Tensor) -> None:
     out += x.flatten(1).double().square().sum(1) if x.dim() > 1 else x.double().square()
 
 
-def embedding_norm_(ids: Tensor, g: Tensor, padding_idx: int, out: Tensor) -> None:
+def embedding_norm_(ids: Tensor, g: Tensor, padding_idx: int, out: Tensor, rounding: float = 0.0) -> None:
     """`dither::embedding_norm_` where no kernel is available."""
-    out += embedding_norms(ids, g, padding_idx)
+    out += embedding_norms(ids, g, padding_idx, rounding)
 
 
 def scale_rows_(x: Tensor, factor: Tensor) -> None:
