@@ -8,9 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._checks import number
+
 Clipping = Literal["flat", "per_layer", "auto-s", "auto-v", "m-ngp", "global", "quantile"]
 
 _STABILITY = 0.01  # gamma of AUTO-S
+_MOST = 2.0**64  # a factor; float32 holds it, and its products with most numbers
 
 FACTORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "flat": lambda n, c: (c / n).clamp(max=1),  # Abadi et al. 2016, algorithm 1
@@ -30,10 +33,9 @@ def clip_factor(norms: Tensor, max_grad_norm: float, clipping: Clipping = "flat"
         max_grad_norm: C > 0.
         clipping: "flat" (and "per_layer", "quantile"): min(1, C / n), Abadi et al. 2016. "auto-s": C / (n + 0.01) and "auto-v":
             C / n, Bu et al. 2023. "m-ngp": C / max(1, n).
-            "global": 1 where n <= C, else 0, Bu et al. 2021.
+            "global": 1 where n <= C, else 0, Bu et al. 2021. No factor is above 2^64.
     """
     if clipping not in FACTORS:
         raise ValueError(f"clip_factor: clipping is {clipping!r}, expected {', '.join(map(repr, FACTORS))}")
-    if not 0 < max_grad_norm < float("inf"):
-        raise ValueError(f"clip_factor: max_grad_norm is {max_grad_norm!r}, expected a finite number > 0")
-    return torch.where(norms.isfinite(), FACTORS[clipping](norms, max_grad_norm), 0)
+    max_grad_norm = number("clip_factor", "max_grad_norm", max_grad_norm, above=0)
+    return torch.where(norms.isfinite(), FACTORS[clipping](norms, max_grad_norm).clamp(max=_MOST), 0)
