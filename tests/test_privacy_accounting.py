@@ -218,7 +218,7 @@ def test_ledger_does_not_tell_the_key():
         ({"sample_rate": 0.02}, "sample_rate is 0.01, expected 0.02"),
         ({"max_grad_norm": None}, "max_grad_norm is 0.5, expected None"),
         ({"clipping": "automatic"}, "clipping is 'flat', expected 'automatic'"),
-        ({"expected_batch_size": 128}, "expected_batch_size is 64, expected 128"),
+        ({"expected_batch_size": 128}, "expected_batch_size is 64.0, expected 128.0"),
         ({"unclipped_num_std": 1.0}, "unclipped_num_std is None, expected 1.0"),
         ({"key": KEY[::-1]}, "key is another one, expected the one that the state_dict was saved with"),
         ({"key": None}, "key is None, expected the one"),
@@ -232,6 +232,15 @@ def test_ledger_refuses_to_resume_otherwise(change, message):
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(saved.state_dict())
     assert other.phases == before
+
+
+def test_a_ledger_of_numpy_numbers_is_saved_as_json():
+    names = ("noise_multiplier", "sample_rate", "max_grad_norm", "expected_batch_size")
+    ledger = Ledger(**{**SETTINGS, **{name: np.float32(0.5) for name in names}, "unclipped_num_std": np.float64(2)})
+    ledger.record(np.int64(3))
+    saved = json.loads(json.dumps(ledger.state_dict()))
+    ledger.load_state_dict(saved)
+    assert ledger.steps == 3 and saved["phases"][0]["sample_rate"] == 0.5
 
 
 def test_refusals_of_the_ledger():
@@ -251,6 +260,9 @@ def test_refusals_of_the_ledger():
         ledger.change(lr=1)
     with pytest.raises(ValueError, match=r"Ledger.record: steps is -1, expected at least 0"):
         ledger.record(-1)
+    for steps in (True, 1.0):
+        with pytest.raises(TypeError, match=f"Ledger.record: steps is {steps}, expected an integer"):
+            ledger.record(steps)
     saved = ledger.state_dict()
     for wrong, message in (
         ({"version": 2}, "version is 2, expected 1"),

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from .. import noise
-from .._checks import instance
+from .._checks import instance, number, share
 from ..ops import reference
 from ..optim import SGD, FusedOptimizer, PrivateNoise
 from ..optim._shards import is_sharded, local, place_of, scattered
@@ -85,19 +85,14 @@ class Privacy:
             raise TypeError(f"{owner}: optimizer is LBFGS, expected one that needs the gradient of a step once")
         if hasattr(optimizer, "privacy"):
             raise ValueError(f"{owner}: optimizer is private already, expected one that is not")
-        if not 0 <= noise_multiplier < math.inf:
-            raise ValueError(f"{owner}: noise_multiplier is {noise_multiplier!r}, expected a finite number >= 0")
-        if not 0 < expected_batch_size < math.inf:
-            raise ValueError(f"{owner}: expected_batch_size is {expected_batch_size!r}, expected a finite number > 0")
-        if sample_rate is not None and not 0 < sample_rate <= 1:
-            raise ValueError(f"{owner}: sample_rate is {sample_rate!r}, expected 0 < sample_rate <= 1 or None")
         _one_of(owner, "clipping", clipping, FACTORS)
         _one_of(owner, "secure", secure, _ENGINES)
         _one_of(owner, "loss_reduction", loss_reduction, ("mean", "sum"))
         refused(owner, model)
         self.model, self.optimizer = model, optimizer
-        self.noise_multiplier, self.clipping = float(noise_multiplier), clipping
-        self.expected_batch_size, self.sample_rate = float(expected_batch_size), sample_rate
+        self.noise_multiplier, self.clipping = number(owner, "noise_multiplier", noise_multiplier, least=0), clipping
+        self.expected_batch_size = number(owner, "expected_batch_size", expected_batch_size, above=0)
+        self.sample_rate = None if sample_rate is None else share(owner, "sample_rate", sample_rate)
         self.loss_reduction, self.batch_first, self.secure = loss_reduction, batch_first, secure
         self._params: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._watched: dict[Tensor, str] = dict(self._params)  # and what fully_shard puts in their place in a forward pass
@@ -113,7 +108,7 @@ class Privacy:
         self._exact: list[ExactSum] = []  # of the clipping groups, since the last step
         self.ledger = Ledger(
             noise_multiplier=self._gradient_noise,
-            sample_rate=1.0 if sample_rate is None else sample_rate,
+            sample_rate=1.0 if self.sample_rate is None else self.sample_rate,
             max_grad_norm=self.max_grad_norm,
             clipping=clipping,
             expected_batch_size=self.expected_batch_size,
@@ -195,13 +190,11 @@ class Privacy:
                 raise ValueError(f"{owner}: max_grad_norm has no pattern for {bare[0]!r}, expected one for every layer")
             each = {layer: norms[0] for layer, norms in found.items()}
         elif self.clipping == "per_layer":
-            each = dict.fromkeys(layers, max_grad_norm / math.sqrt(len(layers)))
+            whole = number(owner, "max_grad_norm", max_grad_norm, above=0)
+            each = dict.fromkeys(layers, whole / math.sqrt(len(layers)))
         else:
             each = {"": max_grad_norm}
-        for c in each.values():
-            if not (isinstance(c, (int, float)) and 0 < c < math.inf):
-                raise ValueError(f"{owner}: max_grad_norm is {max_grad_norm!r}, expected a finite number > 0")
-        self._norms = [float(c) for c in each.values()]
+        self._norms = [number(owner, "max_grad_norm", c, above=0) for c in each.values()]
         numbers = {layer: i for i, layer in enumerate(each)}
         self._group_of = {p: numbers.get(name.rpartition(".")[0], 0) for p, name in self._params.items()}
         ends = [0] * len(self._norms)
@@ -213,15 +206,13 @@ class Privacy:
         self.max_grad_norm = math.sqrt(sum(c * c for c in self._norms))
 
     def _quantile(self, owner: str, target: float, rate: float, std: float | None) -> None:
-        self.target_quantile, self.quantile_lr, self.unclipped_num_std = target, rate, None
+        self.target_quantile = number(owner, "target_quantile", target, above=0, below=1)
+        self.quantile_lr, self.unclipped_num_std = number(owner, "quantile_lr", rate, above=0), None
         self._gradient_noise = self.noise_multiplier
         if self.clipping != "quantile":
             return
-        if not 0 < target < 1:
-            raise ValueError(f"{owner}: target_quantile is {target!r}, expected 0 < target_quantile < 1")
-        if not 0 < rate < math.inf:
-            raise ValueError(f"{owner}: quantile_lr is {rate!r}, expected a finite number > 0")
-        self.unclipped_num_std = max(self.expected_batch_size / 20, self.noise_multiplier) if std is None else float(std)
+        std = max(self.expected_batch_size / 20, self.noise_multiplier) if std is None else std
+        self.unclipped_num_std = number(owner, "unclipped_num_std", std, least=0)
         if self.noise_multiplier:
             self._gradient_noise = accounting.gradient_noise_multiplier(self.noise_multiplier, self.unclipped_num_std)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import noise
-from .._checks import integer, number, share
+from .._checks import instance, integer, number, share
 from .._extras import require
 from .accounting import Accountant, Steps, effective_noise_multiplier, epsilon_of
 
@@ -90,7 +90,7 @@ class Ledger:
 
     def record(self, steps: int = 1) -> None:
         """Count `steps` more steps, at least 0, under the settings of the last phase."""
-        self._current += 1 if steps == 1 else integer("Ledger.record", "steps", steps, 0)
+        self._current += integer("Ledger.record", "steps", steps, 0)
 
     def change(self, **settings: Any) -> None:
         """The steps that come have these settings, and the others as before."""
@@ -181,19 +181,23 @@ _HEADERS = ["steps", *(name.replace("_", " ") for name in _COLUMNS)]
 
 
 def _checked(phase: Phase) -> Phase:
+    """The phase, with Python's own numbers."""
     owner = "Ledger"
-    number(owner, "noise_multiplier", phase.noise_multiplier, least=0)
-    share(owner, "sample_rate", phase.sample_rate)
+    instance(owner, "clipping", phase.clipping, str, "a name")
+    if phase.mechanism != "gaussian":
+        raise ValueError(f"{owner}: mechanism is {phase.mechanism!r}, expected 'gaussian'")
+    checked: dict[str, Any] = {
+        "noise_multiplier": number(owner, "noise_multiplier", phase.noise_multiplier, least=0),
+        "sample_rate": share(owner, "sample_rate", phase.sample_rate),
+        "steps": integer(owner, "steps", phase.steps, 0),
+    }
     for name in ("max_grad_norm", "expected_batch_size"):
         value = getattr(phase, name)
         if value is not None:
-            number(owner, name, value, above=0)
+            checked[name] = number(owner, name, value, above=0)
     if phase.unclipped_num_std is not None:
-        number(owner, "unclipped_num_std", phase.unclipped_num_std, least=0)
-    if phase.mechanism != "gaussian":
-        raise ValueError(f"{owner}: mechanism is {phase.mechanism!r}, expected 'gaussian'")
-    integer(owner, "steps", phase.steps, 0)
-    return phase
+        checked["unclipped_num_std"] = number(owner, "unclipped_num_std", phase.unclipped_num_std, least=0)
+    return dataclasses.replace(phase, **checked)
 
 
 def digest(key: noise.Seed) -> bytes:
