@@ -243,14 +243,23 @@ class Cells(nn.Module):
 class States(nn.Module):
     """Initial states that are learned, or made of the sample; a result that is written to."""
 
-    def __init__(self):
+    WIDENED = (
+        lambda h, n: h.expand(-1, n, -1),
+        lambda h, n: h.repeat(1, n, 1),
+        lambda h, n: h.expand(-1, n, -1).contiguous(),
+        lambda h, n: h.expand(-1, n, -1).clone(),
+        lambda h, n: h.repeat_interleave(n, 1),
+    )
+
+    def __init__(self, way=0):
         super().__init__()
+        self.way = way
         self.h, self.c = nn.Parameter(draw(2, 1, 6)), nn.Parameter(draw(2, 1, 6))
         self.lstm, self.gru = nn.LSTM(6, 6, 2, batch_first=True), nn.GRU(6, 6, batch_first=True)
         self.make = nn.Linear(6, 6)
 
     def forward(self, x):
-        out, (h, _) = self.lstm(x, tuple(s.expand(-1, len(x), -1) for s in (self.h, self.c)))
+        out, (h, _) = self.lstm(x, tuple(self.WIDENED[self.way](s, len(x)) for s in (self.h, self.c)))
         out += x
         return torch.cat([self.gru(out, self.make(h[0]).tanh()[None])[0].flatten(1), h[1]], 1)
 
@@ -342,6 +351,7 @@ MODELS = {
     "cells": (Cells, lambda: [draw(5, 3, 6)]),
     "cells, no bias": (lambda: Cells(bias=False), lambda: [draw(5, 3, 6)]),
     "states": (States, lambda: [draw(5, 3, 6)]),
+    **{f"states, way {way}": (lambda way=way: States(way), lambda: [draw(5, 3, 6)]) for way in (1, 2, 3, 4)},
     "shared steps": (SharedSteps, lambda: [draw(5, 2, 3, 6)]),
     "half frozen steps": (HalfFrozenSteps, lambda: [draw(5, 3, 4)]),
     "language": (Language, lambda: [words(11, 5, 6)]),
@@ -467,6 +477,26 @@ def test_samples_along_dimension_1():
     optimizer = private(model, batch_first=False)
     one_number_each(model(x)[0].transpose(0, 1)).sum().backward()
     torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
+
+
+def test_instance_norm_of_samples_along_dimension_1():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(3, 3), nn.InstanceNorm1d(3, affine=True)
+
+        def forward(self, x):
+            return self.norm(self.layer(x).permute(1, 2, 0)).permute(2, 0, 1)
+
+    torch.manual_seed(0)
+    for samples, steps in ((4, 5), (3, 3)):
+        model, x, weights = Normed().to(F64), draw(steps, samples, 3), draw(steps, samples, 3)
+        single = [(model(x[:, i : i + 1]) * weights[:, i : i + 1]).sum() for i in range(samples)]
+        rows = [torch.autograd.grad(loss, [*model.parameters()]) for loss in single]
+        optimizer = private(model, batch_first=False)
+        (model(x) * weights).sum().backward()
+        norms = torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in rows])
+        torch.testing.assert_close(optimizer.privacy.norms, norms, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["compiled", "private"])

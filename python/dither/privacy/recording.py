@@ -560,6 +560,7 @@ def _instance_norm(
     def hat(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         return F.instance_norm(x, weight=weight, bias=bias, eps=eps) if len(x) else x.clone()
 
+    watch = watch.first()
     watch.rows_of("instance_norm", input)
     return _channels(watch, hat(input, _detached(weight), _detached(bias)), weight, bias, hat, input)
 
@@ -607,11 +608,18 @@ def _repeat(watch: Recorder, input: Tensor, *sizes: Any, **kwargs: Any) -> Tenso
     times = [int(n) for n in (given[0] if isinstance(given[0], (tuple, list)) else given)]
     times = [1] * (input.dim() - len(times)) + times
     input = input.expand([1] * (len(times) - input.dim()) + [*input.shape])
-    at = 1 if not watch.batch_first and len(times) > 2 else 0
-    copied = input.shape[at] == 1 and times[at] == watch.batch.size
-    rest = [1 if copied and d == at else n for d, n in enumerate(times)]
+    copied = [size == 1 and n == watch.batch.size for size, n in zip(input.shape, times)]
+    rest = [1 if spread else n for spread, n in zip(copied, times)]
     single = _derived(watch, input.repeat(rest)) if any(n != 1 for n in rest) else input
-    return single.expand([times[at] if copied and d == at else n for d, n in enumerate(single.shape)])
+    return single.expand([n if spread else size for spread, n, size in zip(copied, times, single.shape)])
+
+
+@handles(Tensor.contiguous, Tensor.clone, torch.clone, turning=True)
+def _copy(watch: Recorder, input: Tensor, **kwargs: Any) -> Tensor:
+    """What is expanded along dimension 1 stays so for recurrent layers, whose states have samples there."""
+    if watch.batch_first and input.dim() == 3 and input.shape[1] == watch.batch.size and not input.stride(1):
+        return input
+    return _any_function(watch, torch.clone, "clone", (watch.weight(input),), kwargs)  # type: ignore[no-any-return]
 
 
 @handles(torch.repeat_interleave, Tensor.repeat_interleave)
