@@ -104,7 +104,7 @@ class CAT(Method):
 
     def attend(self, call: Attend, layer: Layer, grid: Grid) -> Tensor:
         if self._kept is None:
-            self._keys[layer.name] = call.k, call.v
+            self._keys[layer.name] = call.k.detach(), call.v.detach()
             return call()
         index = self._kept[:, None, :, None]
         count = index.shape[2]
@@ -115,14 +115,14 @@ class CAT(Method):
             return torch.cat([ours, new[:, :, count:]], 2) if new.shape[2] > count else ours
 
         k, v = (all_of(old, new) for old, new in zip(self._keys[layer.name], (call.k, call.v)))
-        self._keys[layer.name] = k, v
+        self._keys[layer.name] = k.detach(), v.detach()
         return F.scaled_dot_product_attention(call.q, k, v, **call.options)
 
     def fill(self, x: Tensor) -> Tensor:
         if self._kept is not None:
             assert self._output is not None
             x = self._output.scatter(1, self._kept[..., None].expand_as(x), x)
-        self._output = x
+        self._output = x.detach()
         return x
 
     def observe(self, output: Tensor, step: int, grid: Grid) -> None:

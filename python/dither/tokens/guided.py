@@ -70,7 +70,7 @@ class Erase(Method):
         height, width = grid(call.q.shape[2])
         region = F.adaptive_max_pool2d(self.region[None].float(), (height, width))[0].flatten() > 0.5
         region = F.pad(region, (layer.prefix, 0)).to(call.q.device)
-        y = call()
+        y = call().clone()  # autograd keeps the result of attention
         some = (call.q[self.samples], call.k[self.samples], call.v[self.samples])
         suppression = self.suppression if layer.step < self.early else 1.0
         y[self.samples] = redirect_attention(*some, region, suppression, scale=call.options["scale"])

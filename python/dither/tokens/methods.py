@@ -124,10 +124,12 @@ class Method(ABC):
 
 
 def _class_attention(seen: Seen, method: Prune, layer: Layer) -> Tensor:
-    q, k = seen.q[:, :, :1], seen.k
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if k.shape[1] != q.shape[1] else k
-    scale = q.shape[-1] ** -0.5 if seen.scale is None else seen.scale
-    return (q @ k.mT * scale).float().softmax(-1).mean(1)[:, 0]
+    if not layer.prefix:
+        raise ValueError("Prune: score is 'cls', expected a class token: prefix is at least 1")
+    options = seen.options
+    if options["attn_mask"] is not None:
+        options["attn_mask"] = torch.atleast_2d(options["attn_mask"])[..., :1, :]
+    return attention_colsum(seen.q[:, :, :1], seen.k, **options).mean(1)
 
 
 def _pagerank(seen: Seen, method: Prune, layer: Layer) -> Tensor:
@@ -241,6 +243,7 @@ class ToMe(Method):
 
     r: pairs, one number or one for each layer; at most half of the tokens go. threshold: only pairs whose cosine is above it.
     proportional: log of the tokens' sizes is added to the attention logits.
+    Tokens keep their order (the authors' code puts those that were joined last), so pairs differ from the second layer on.
     """
 
     r: int | tuple[int, ...] = 8

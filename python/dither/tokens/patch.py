@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .._checks import instance, integer
+from .._checks import instance, integer, is_real
 from .cat import CAT
 from .guided import PAG, SEG, Erase, NegToMe
 from .merge import MergePlan, merge, unmerge
@@ -50,7 +51,18 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.log_size, self.attend = log_size, attend
         self.seen: Callable[[], Seen] | None = None
+        self.active = False
 
+    def __enter__(self) -> _Watch:
+        self.active = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.active = False
+        super().__exit__(*error)
+
+    @torch.compiler.disable
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -108,12 +120,10 @@ class _Watch(TorchFunctionMode):
             return Seen(q, k, mask if mask is None or mask.dim() == 2 else mask.view(len(q), heads, *mask.shape[1:]))
 
         self.seen = project
-        if self.attend is not None:
-            raise ValueError("patch: attention is nn.MultiheadAttention, expected one of timm or diffusers for this method")
+        if o.get("key_padding_mask") is not None:
+            raise ValueError("patch: attention has a key_padding_mask, expected none: it does not follow the tokens")
         if self.log_size is None:
             return F.multi_head_attention_forward(*args, **kwargs)
-        if o.get("key_padding_mask") is not None:
-            raise ValueError("patch: attention has a key_padding_mask, expected none where tokens are merged")
         return F.multi_head_attention_forward(*args, **{**kwargs, "key_padding_mask": self.log_size.to(o["query"].dtype)})
 
 
@@ -144,11 +154,12 @@ class _Stage:
     """Blocks that follow each other, from the full number of tokens on."""
 
     names: list[str]
+    reached: int = -1  # the block that was called last
     source: Tensor | None = None
     size: Tensor | None = None
 
     def begin(self) -> None:
-        self.source = self.size = None
+        self.reached, self.source, self.size = -1, None, None
 
     def took(self, fewer: Fewer) -> None:
         if fewer.place is None:
@@ -176,12 +187,28 @@ class _Block:
         return self.index == len(self.stage.names) - 1
 
 
-_QUERIES = ("to_q", "qkv", "q_proj", "to_qkv")
+_QUERIES = ("to_q", "qkv", "q_proj", "to_qkv", "query")
 
 
 def _is_attention(module: nn.Module) -> bool:
-    named = "Attention" in type(module).__name__ and any(hasattr(module, name) for name in _QUERIES)
-    return isinstance(module, nn.MultiheadAttention) or named
+    """Whether it has projections of its own, or wraps an attention that has (Hugging Face's)."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    if "Attention" not in type(module).__name__:
+        return False
+    return any(hasattr(module, name) for name in _QUERIES) or any(_is_attention(child) for child in module.children())
+
+
+_PREFIXES = ("cls_token", "class_token", "dist_token", "distillation_token", "register_tokens", "reg_token", "class_embedding")
+
+
+def _prefix(model: nn.Module) -> int:
+    """How many tokens come before those of the image: timm's models tell, or parameters [..., n, C] or [C] of such names."""
+    for module in model.modules():
+        if isinstance(number := getattr(module, "num_prefix_tokens", None), int):
+            return number
+    own = [p for name, p in model.named_parameters() if name.rpartition(".")[2] in _PREFIXES]
+    return sum(p.shape[-2] if p.dim() > 1 else 1 for p in own)
 
 
 def _find(model: nn.Module, patterns: tuple[str, ...] | None) -> list[_Block]:
@@ -216,10 +243,10 @@ class Patch:
         prefix: int | None = None,
         grid: tuple[int, int] | None = None,
     ) -> None:
-        if getattr(model, "_dither_tokens", None) is not None:
+        if any(hasattr(module, "_dither_tokens") for module in model.modules()):
             raise ValueError("patch: model has a token method already, expected none; unpatch it")
         self.model, self.method, self.grid = model, method, grid
-        self.prefix = integer("patch", "prefix", getattr(model, "num_prefix_tokens", 0) if prefix is None else prefix, 0)
+        self.prefix = integer("patch", "prefix", _prefix(model) if prefix is None else prefix, 0)
         self.records: list[Record] = []
         self.step = -1
         self._timestep: float | None = None
@@ -229,61 +256,77 @@ class Patch:
             which = "" if blocks is None else f" named like {blocks}"
             raise ValueError(
                 f"patch: {type(model).__name__} has no block{which} with an attention module of torch, timm or diffusers, "
-                "expected some: modules like nn.MultiheadAttention, or called ...Attention with qkv or to_q"
+                f"expected some: modules like nn.MultiheadAttention, or called ...Attention with {', '.join(_QUERIES)}"
             )
         self._handles: list[Any] = [model.register_forward_pre_hook(self._call, with_kwargs=True)]
         self._replaced: list[nn.Module] = []
         if method.place == "cache":
             if len({id(block.stage) for block in self.blocks}) > 1:
                 raise ValueError("patch: model has several stages of blocks, expected one for a method that keeps results")
+            if self.prefix:
+                raise ValueError(f"patch: prefix is {self.prefix}, expected 0 for a method that keeps results")
             self._handles.append(model.register_forward_hook(self._result))
-        for block in self.blocks:
-            self._hook(block)
-        object.__setattr__(model, "_dither_tokens", self)
+        if method.place == "block" and method.restores and all(len(block.stage.names) == 1 for block in self.blocks):
+            raise ValueError(
+                f"patch: {type(model).__name__} has one block in each stage, expected several for a method that takes tokens "
+                "away after a block and restores them after the last"
+            )
+        try:
+            for block in self.blocks:
+                self._hook(block)
+        except ValueError:
+            self.remove()
+            raise
+        for module in self._marked():
+            object.__setattr__(module, "_dither_tokens", self)
+
+    def _marked(self) -> set[nn.Module]:
+        return {self.model, *(block.module for block in self.blocks)}
 
     def _hook(self, block: _Block) -> None:
         module, attention = block.module, block.attention
         if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
             raise ValueError(f"patch: {block.name!r} has batch_first=False, expected tokens [batch, tokens, channels]")
-        if self.method.place in ("inside", "cache"):
-            self._handles += [
-                attention.register_forward_pre_hook(lambda *_: self._replace(block)),
-                attention.register_forward_hook(lambda *_: self._seen(block), always_call=True),
-            ]
-        if self.method.place == "cache":
+        place = self.method.place
+        if place in ("around", "inside", "cache") and isinstance(attention, nn.MultiheadAttention):
+            raise ValueError(
+                f"patch: {block.name!r} has nn.MultiheadAttention, expected an attention of timm or diffusers for "
+                f"{type(self.method).__name__}"
+            )
+        if place == "around":
+            self._before(attention, self._merge, block)
+            self._after(attention, self._unmerge, block)
+            return
+        self._before(attention, self._replace if place in ("inside", "cache") else self._look, block)
+        self._after(attention, self._seen, block, always_call=True)
+        if place == "cache":
             if block.index == 0:
-                self._handles.append(
-                    module.register_forward_pre_hook(lambda _, a, k: self._choose(block, a, k), with_kwargs=True)
-                )
-            self._handles.append(module.register_forward_hook(lambda _, a, y: self._fill(block, y)))
-        if self.method.place in ("inside", "cache"):
-            return
-        if self.method.place == "around":
-            self._handles += [
-                attention.register_forward_pre_hook(lambda _, a, k: self._merge(block, a, k), with_kwargs=True),
-                attention.register_forward_hook(lambda _, a, y: self._unmerge(block, y)),
-            ]
-            return
-        self._handles += [
-            module.register_forward_pre_hook(lambda *_: self._enter(block)),
-            attention.register_forward_pre_hook(lambda _, a: self._look(block)),
-            attention.register_forward_hook(lambda _, a, y: self._seen(block), always_call=True),
-        ]
-        if self.method.place == "attention":
-            halves = next((make(module) for fits, make in _HALVES if fits(module)), None)
-            if halves is None:
+                self._before(module, self._choose, block)
+            self._after(module, self._fill, block)
+        if place == "attention":
+            if not any(fits(module) for fits, _ in _HALVES):
                 raise ValueError(
-                    f"patch: {block.name!r} is {type(module).__name__}, expected a block of timm or nn.TransformerEncoderLayer "
-                    "for a method between attention and MLP; use place='block'"
+                    f"patch: {block.name!r} is {type(module).__name__}, expected a block of timm or torchvision or "
+                    "nn.TransformerEncoderLayer for a method between attention and MLP; use place='block'"
                 )
-            first, second = halves
-
-            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                return second(self._fewer(block, first(x, *args, **kwargs)))
-
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = partial(self._split, block)  # type: ignore[method-assign]
             self._replaced.append(module)
-        self._handles.append(module.register_forward_hook(lambda _, a, y: self._leave(block, y)))
+        if place in ("attention", "block"):
+            self._before(module, self._enter, block)
+            self._after(module, self._leave, block)
+
+    # Hooks are methods, not closures, so that a copy of the model has a patch of its own; they are not compiled, as
+    # dynamo loses what they keep between them.
+
+    def _before(self, module: nn.Module, hook: Callable[..., Any], block: _Block) -> None:
+        self._handles.append(module.register_forward_pre_hook(partial(hook, block), with_kwargs=True))
+
+    def _after(self, module: nn.Module, hook: Callable[..., Any], block: _Block, always_call: bool = False) -> None:
+        self._handles.append(module.register_forward_hook(partial(hook, block), always_call=always_call))
+
+    def _split(self, block: _Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        first, second = next(make(block.module) for fits, make in _HALVES if fits(block.module))
+        return second(self._fewer(block, first(x, *args, **kwargs)))
 
     # ---- a call of the model
 
@@ -291,26 +334,39 @@ class Patch:
         """The next call is the first step."""
         self.step, self._timestep = -1, None
 
+    @torch.compiler.disable
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         image = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 4), None)
         self._full = None if image is None else (image.shape[-2], image.shape[-1])
-        time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        if (isinstance(time, Tensor) and time.numel() and not time.is_cuda) or isinstance(time, (int, float)):
-            now = float(time.flatten()[0]) if isinstance(time, Tensor) else float(time)
+        time = kwargs.get("timestep", args[1] if len(args) > 1 and image is not None else None)
+        if is_real(time) or (isinstance(time, Tensor) and time.numel() and time.dim() < 2):
+            now = float(time.flatten()[0] if isinstance(time, Tensor) else time)  # type: ignore[arg-type]
             if self._timestep is not None and now > self._timestep:
                 self.step = -1
             self._timestep = now
         self.step += 1
         self.records = []
+        for block in self.blocks:
+            self._seen(block)  # of a call that was interrupted
+            block.stage.begin()
+            block.watch = block.plan = None
 
     def _layer(self, block: _Block) -> Layer:
         return Layer(block.name, block.index, len(block.stage.names), self.prefix, max(self.step, 0), block.stage.size)
 
-    def _enter(self, block: _Block) -> None:
+    @torch.compiler.disable
+    def _enter(self, block: _Block, *_: Any) -> None:
+        stage = block.stage
         if block.index == 0:
-            block.stage.begin()
+            stage.begin()
+        elif block.index <= stage.reached:
+            raise RuntimeError(
+                f"patch: {block.name!r} is called again, expected blocks in their order, without activation checkpointing"
+            )
+        stage.reached = block.index
 
-    def _look(self, block: _Block) -> None:
+    @torch.compiler.disable
+    def _look(self, block: _Block, *_: Any) -> None:
         size = block.stage.size
         log_size = size.log() if size is not None and self.method.proportional else None
         if log_size is None and not self.method.begin(self._layer(block)):
@@ -318,10 +374,14 @@ class Patch:
         block.watch = _Watch(log_size)
         block.watch.__enter__()
 
-    def _seen(self, block: _Block) -> None:
-        if block.watch is not None:
+    @torch.compiler.disable
+    def _seen(self, block: _Block, *_: Any) -> None:
+        if block.watch is not None and block.watch.active:
             block.watch.__exit__(None, None, None)
+            if self.method.place in ("inside", "cache"):
+                block.watch = None
 
+    @torch.compiler.disable
     def _fewer(self, block: _Block, x: Tensor) -> Tensor:
         layer = self._layer(block)
         watch, block.watch = block.watch, None
@@ -332,7 +392,15 @@ class Patch:
                     f"patch: the attention of {block.name!r} did not call scaled_dot_product_attention, expected that it does "
                     "(timm: fused_attn, diffusers: AttnProcessor2_0)"
                 )
-            fewer = self.method.reduce(x, watch.seen(), layer)
+            seen = watch.seen()
+            fewer = self.method.reduce(x, seen, layer)
+            if fewer is not None and fewer.place is not None and not block.last:
+                mask = seen.attn_mask
+                if mask is not None and mask.shape[-1] > 1:
+                    raise ValueError(
+                        f"patch: the attention of {block.name!r} has a mask of {mask.shape[-1]} keys, expected none where "
+                        "tokens leave: it would not fit those of the next block"
+                    )
         if fewer is not None:
             block.stage.took(fewer)
         source = block.stage.source
@@ -341,44 +409,48 @@ class Patch:
         self.records.append(Record(block.name, x.shape[1], x.shape[1] if fewer is None else fewer.x.shape[1], source))
         return x if fewer is None else fewer.x
 
-    def _leave(self, block: _Block, y: Any) -> Any:
+    @torch.compiler.disable
+    def _leave(self, block: _Block, module: nn.Module, args: Any, y: Any) -> Any:
         if self.method.place == "block":
             y = _with_tokens(y, lambda x: self._fewer(block, x))
         stage = block.stage
         if block.last and stage.source is not None and self.method.restores:
             source = stage.source
             y = _with_tokens(y, lambda x: gather_tokens(x, source))
-        if block.last:
-            stage.begin()
         return y
 
     # ---- inside attention
 
-    def _replace(self, block: _Block) -> None:
-        grid = self._grid
+    @torch.compiler.disable
+    def _replace(self, block: _Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = self._layer(block)
+        own = _tokens_of(args, kwargs).shape[1]
 
         def attend(call: Attend) -> Tensor:
-            return self.method.attend(call, layer, lambda tokens: grid(block, tokens - self.prefix))
+            if call.q.shape[2] != own and self.method.place == "inside":
+                raise ValueError(
+                    f"patch: {block.name!r} has joint attention of {own} tokens and {call.q.shape[2] - own} others, expected "
+                    f"self-attention for {type(self.method).__name__}"
+                )
+            return self.method.attend(call, layer, lambda tokens: self._grid(block, tokens - self.prefix))
 
         block.watch = _Watch(None, attend)
         block.watch.__enter__()
 
-    def _choose(self, block: _Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @torch.compiler.disable
+    def _choose(self, block: _Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The tokens that are computed in this call."""
-        name = "hidden_states" if "hidden_states" in kwargs else None
-        x = kwargs[name] if name else args[0]
+        x = _tokens_of(args, kwargs)
         kept = self.method.choose(len(x), x.shape[1], max(self.step, 0))
-        if kept is None:
-            return None
-        y = gather_tokens(x, kept)
-        return (args, {**kwargs, name: y}) if name else ((y, *args[1:]), kwargs)
+        return None if kept is None else _with_input(gather_tokens(x, kept), args, kwargs)
 
-    def _fill(self, block: _Block, y: Any) -> Any:
+    @torch.compiler.disable
+    def _fill(self, block: _Block, module: nn.Module, args: Any, y: Any) -> Any:
         if not block.last:
             return None
         return _with_tokens(y, self.method.fill)
 
+    @torch.compiler.disable
     def _result(self, model: nn.Module, args: Any, output: Any) -> None:
         """What the model gave, [B, C, H, W], for methods that go by it."""
         output = output if isinstance(output, Tensor) else output[0]
@@ -386,23 +458,28 @@ class Patch:
 
     # ---- around attention
 
-    def _merge(self, block: _Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        block.plan = None
-        if kwargs.get("encoder_hidden_states") is not None or len(args) > 1:
+    @torch.compiler.disable
+    def _merge(self, block: _Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        block.plan, x = None, _tokens_of(args, kwargs)
+        if x.dim() != 3:
             return None
-        name = "hidden_states" if "hidden_states" in kwargs else None
-        x = kwargs[name] if name else args[0]
-        if x.dim() != 3 or (isinstance(block.attention, nn.MultiheadAttention)):
-            return None
+        names = ("encoder_hidden_states", "attention_mask", "attn_mask")
+        others = [name for name in names if kwargs.get(name) is not None]
+        if others or len(args) > 1:
+            raise ValueError(
+                f"patch: the attention of {block.name!r} takes {', '.join(others) or 'more than tokens'}, expected tokens "
+                f"alone for {type(self.method).__name__}"
+            )
         grid = self._grid(block, x.shape[1] - self.prefix)
         block.plan = self.method.plan(x, grid, self._full or grid, self._layer(block))
         if block.plan is None:
             return None
         y = merge(x, block.plan)
         self.records.append(Record(block.name, x.shape[1], y.shape[1], block.plan.index))
-        return (args, {**kwargs, name: y}) if name else ((y, *args[1:]), kwargs)
+        return _with_input(y, args, kwargs)
 
-    def _unmerge(self, block: _Block, y: Any) -> Any:
+    @torch.compiler.disable
+    def _unmerge(self, block: _Block, module: nn.Module, args: Any, y: Any) -> Any:
         plan, block.plan = block.plan, None
         return y if plan is None else _with_tokens(y, lambda x: unmerge(x, plan))
 
@@ -421,11 +498,25 @@ class Patch:
         """The model is as it was."""
         for handle in self._handles:
             handle.remove()
+        for block in self.blocks:
+            self._seen(block)
         for module in self._replaced:
             del module.forward
         self._handles, self._replaced = [], []
-        if getattr(self.model, "_dither_tokens", None) is self:
-            object.__delattr__(self.model, "_dither_tokens")
+        for module in self._marked():
+            if getattr(module, "_dither_tokens", None) is self:
+                object.__delattr__(module, "_dither_tokens")
+
+
+def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tokens that a block or an attention is called with."""
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
+    return x
+
+
+def _with_input(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with other tokens."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
 def _with_tokens(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -459,9 +550,18 @@ def _encoder_layer(block: nn.TransformerEncoderLayer) -> tuple[Half, Half]:
     return attend, rest
 
 
+def _torchvision(block: Any) -> tuple[Half, Half]:
+    def attend(x: Tensor) -> Tensor:
+        y = block.ln_1(x)
+        return x + block.dropout(block.self_attention(y, y, y, need_weights=False)[0])  # type: ignore[no-any-return]
+
+    return attend, lambda x: x + block.mlp(block.ln_2(x))
+
+
 _TIMM_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _HALVES: list[tuple[Callable[[Any], bool], Callable[[Any], tuple[Half, Half]]]] = [
     (lambda block: type(block).__name__ == "Block" and all(hasattr(block, part) for part in _TIMM_PARTS), _timm),
+    (lambda block: type(block).__name__ == "EncoderBlock" and hasattr(block, "self_attention"), _torchvision),
     (lambda block: isinstance(block, nn.TransformerEncoderLayer), _encoder_layer),
 ]
 
@@ -488,11 +588,17 @@ def patch(
         method: a `Method`, or one of `METHODS` by name, made with **options.
         blocks: patterns of the names of blocks to look at; all that hold an attention otherwise. Those of one parent module are
             a stage: layers are counted within it, and tokens come back after it where the method restores them.
-        prefix: how many tokens at the beginning are never touched (class token, registers); timm's models tell.
+        prefix: how many tokens at the beginning are never touched (class token, registers); the model's num_prefix_tokens or
+            parameters like cls_token tell.
         grid: height and width of the tokens, for methods that need them; otherwise the model's image input, or a square.
 
     Errors: no block found, blocks that cannot be split for a method between attention and MLP, attention that is not computed
-    by scaled_dot_product_attention, a model that is patched already.
+    by scaled_dot_product_attention, a model that is patched already; in a call: padding masks, masks of fixed size where tokens
+    leave, activation checkpointing. Positions must be in the tokens: rotations of queries and keys do not follow tokens that
+    leave.
+
+    Copies and pickles of the model are patched models of their own; its state_dict is what it was. torch.compile after `patch`,
+    not before it.
     """
     instance("patch", "model", model, nn.Module, "a torch.nn.Module")
     if isinstance(method, str):
@@ -508,7 +614,7 @@ def patch(
 def unpatch(model: nn.Module) -> nn.Module:
     """Take the token method out of a model, which is then as it was; returns it. Without one nothing happens."""
     handle = getattr(model, "_dither_tokens", None)
-    if handle is not None:
+    if handle is not None and handle.model is model:
         handle.remove()
     return model
 

@@ -1,0 +1,429 @@
+"""Token methods in models: without effect to the bit, against their papers written out, and on trained models.
+
+timm needs torchvision, which needs a torch of its own; where timm is there, a module that answers to any name stands in for it.
+"""
+
+import copy
+import importlib.machinery
+import importlib.util
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+from dither import tokens
+from dither.tokens.patch import _prefix
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EXACT = {"rtol": 1e-11, "atol": 1e-12}  # float64, in another order
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def built(make, seed=0):
+    """A model whose random parameters are seeded, all of them away from 0."""
+    torch.manual_seed(seed)
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+# Models
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """As timm's."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), Attention(dim, heads), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.ls1 = self.ls2 = self.drop_path1 = self.drop_path2 = nn.Identity()
+
+    def forward(self, x, **options):
+        x = x + self.attn(self.norm1(x), **options)
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Patches of p x p pixels, a class token, a head."""
+
+    def __init__(self, dim=32, heads=4, depth=4, size=8, patch=1, classes=10):
+        super().__init__()
+        self.embed = nn.Conv2d(1, dim, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.2 * torch.randn(1, (size // patch) ** 2 + 1, dim))
+        self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
+
+    def forward(self, image):
+        x = self.embed(image).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+class EncoderBlock(nn.Module):
+    """As torchvision's."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.ln_1, self.ln_2, self.dropout = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(0.0)
+        self.self_attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.dropout(self.self_attention(y, y, y, need_weights=False)[0])
+        return x + self.mlp(self.ln_2(x))
+
+
+def encoder(norm_first, depth=4, dim=32):
+    layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, batch_first=True, norm_first=norm_first, dropout=0.0)
+    return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+
+class _Stand(types.ModuleType):
+    """A torchvision of which any name can be imported."""
+
+    __path__ = ()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        meta = type("Meta", (type,), {"__getattr__": lambda cls, key: _missing(key)})
+        return meta(name, (nn.Module,), {})
+
+
+def _missing(key):
+    if key.startswith("_"):
+        raise AttributeError(key)
+    return key
+
+
+class _StandFinder:
+    def find_spec(self, name, path=None, target=None):
+        mine = name.split(".")[0] == "torchvision"
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if mine else None
+
+    def create_module(self, spec):
+        return _Stand(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+def import_timm():
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("no timm")
+    if importlib.util.find_spec("torchvision") is not None:
+        return pytest.importorskip("timm")
+    finder = _StandFinder()
+    sys.meta_path.append(finder)
+    try:
+        return pytest.importorskip("timm", exc_type=ImportError)
+    finally:  # what comes later shall not find it
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+def timm_vit():
+    timm = import_timm()
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 4, "num_classes": 10}
+    model = built(lambda: timm.models.vision_transformer.VisionTransformer(**options, init_values=0.5, reg_tokens=1))
+    return model, lambda: model(normal(2, 3, 32, 32))
+
+
+def small_vit():
+    model = built(ViT)
+    return model, lambda: model(normal(2, 1, 8, 8))
+
+
+def torchvision_like():
+    model = built(lambda: nn.Sequential(*[EncoderBlock(32, 4) for _ in range(4)]))
+    return model, lambda: model(normal(2, 17, 32))
+
+
+def pre_norm():
+    model = built(lambda: encoder(True))
+    return model, lambda: model(normal(2, 17, 32))
+
+
+def post_norm():
+    model = built(lambda: encoder(False))
+    return model, lambda: model(normal(2, 17, 32))
+
+
+def dit():
+    made = pytest.importorskip("diffusers").DiTTransformer2DModel
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 1, "out_channels": 1, "num_layers": 4}
+    model = built(lambda: made(**shape, sample_size=8, patch_size=1, norm_num_groups=1, num_embeds_ada_norm=1000))
+    x, label = normal(2, 1, 8, 8), torch.tensor([1, 2])
+    return model, lambda: model(x, timestep=torch.tensor([3, 3]), class_labels=label).sample
+
+
+def unet():
+    made = pytest.importorskip("diffusers").UNet2DConditionModel
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "transformer_layers_per_block": 2,
+        "layers_per_block": 1,
+    }
+    shape = {"block_out_channels": (32, 64), "cross_attention_dim": 16, "attention_head_dim": 8, "norm_num_groups": 8}
+    model = built(lambda: made(sample_size=8, **blocks, **shape))
+    return model, lambda: model(normal(2, 4, 8, 8), 3, normal(2, 5, 16)).sample
+
+
+def sd3():
+    made = pytest.importorskip("diffusers").SD3Transformer2DModel
+    shape = {"num_layers": 3, "attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 4, "out_channels": 4}
+    text = {"joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 16}
+    model = built(lambda: made(sample_size=8, patch_size=1, pos_embed_max_size=16, **shape, **text))
+    given = {"encoder_hidden_states": normal(2, 5, 16), "pooled_projections": torch.ones(2, 16)}
+    return model, lambda: model(normal(2, 4, 8, 8), **given, timestep=torch.tensor([3.0, 3.0])).sample
+
+
+NOTHING = {
+    "at-edm": {"keep": 1.0},
+    "evit": {"keep": 1.0},
+    "zero-tprune": {"keep": 1.0},
+    "prune": {"keep": {}},
+    "tome": {"r": 0},
+    "tomesd": {"ratio": 0},
+    "cat": {"budget": 1.0, "start": 2},
+    "negtome": {"alpha": 0.0},
+    "seg": {"sigma": 0.0},
+    "pag": {"samples": slice(0, 0)},
+}
+SOMETHING = {
+    "at-edm": {"keep": 0.5},
+    "evit": {"keep": 0.5, "layers": (1, 2)},
+    "zero-tprune": {"keep": 0.5, "layers": (1, 2)},
+    "prune": {"keep": 0.5, "rest": "restore", "similarity": "attention"},
+    "tome": {"r": 3},
+    "tomesd": {"ratio": 0.5},
+    "cat": {"budget": 0.3, "start": 2, "clusters": 3},
+    "negtome": {"threshold": -1.0},
+    "seg": {"sigma": 2.0},
+    "pag": {},
+}
+VITS = ("at-edm", "evit", "zero-tprune", "prune", "tome", "negtome")
+IMAGES = {
+    small_vit: (*VITS, "seg", "pag"),
+    timm_vit: (*VITS, "seg", "pag"),
+    torchvision_like: VITS,
+    pre_norm: VITS,
+    post_norm: VITS,
+    dit: ("at-edm", "tomesd", "cat", "negtome", "seg", "pag"),
+    unet: ("at-edm", "tomesd", "negtome", "seg", "pag"),
+    sd3: ("at-edm", "cat", "negtome"),
+}
+EVERYWHERE = [(model, method) for model, methods in IMAGES.items() for method in methods]
+
+
+def state_of(model):
+    """All that a patch may touch."""
+    found = []
+    for name, module in model.named_modules():
+        hooks = [len(getattr(module, kind)) for kind in vars(module) if "hooks" in kind]
+        found.append((name, sorted(vars(module)), sum(hooks)))
+    return found
+
+
+def prefix_of(model):
+    return {} if _prefix(model) or not isinstance(model, (nn.TransformerEncoder, nn.Sequential)) else {"prefix": 1}
+
+
+@pytest.mark.parametrize("make, method", EVERYWHERE, ids=[f"{make.__name__}-{method}" for make, method in EVERYWHERE])
+def test_nothing_changes_to_the_bit(make, method):
+    model, call = make()
+    before, state = state_of(model), {name: t.clone() for name, t in model.state_dict().items()}
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            if not torch.is_grad_enabled():
+                torch.backends.mha.set_fastpath_enabled(False)  # other kernels, other bits
+            dense = [call() for _ in range(4)]
+            with tokens.patched(model, method, **prefix_of(model), **NOTHING[method]):
+                assert all(torch.equal(call(), y) for y in dense)
+                assert list(model.state_dict()) == list(state)
+            with tokens.patched(model, method, **prefix_of(model), **SOMETHING[method]) as handle:
+                changed = [call() for _ in range(4)][-1]
+                assert changed.isfinite().all()
+                same = changed.shape == dense[0].shape and torch.allclose(changed, dense[0])
+                assert same == (method == "cat")  # whose input is what it was, and with it all that was kept
+                assert method in ("cat", "negtome", "seg", "pag") or any(r.after < r.before for r in handle.records)
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.equal(call(), dense[0]) and state_of(model) == before
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert not _get_current_function_mode_stack()
+
+
+# Calls that fail, copies, compilers
+
+
+def test_an_exception_leaves_nothing_behind():
+    class Breaks(nn.Identity):
+        when = 0
+
+        def forward(self, x):
+            self.when -= 1
+            if self.when == 0:
+                raise ArithmeticError("now")
+            return x
+
+    for method in ("tome", "evit", "at-edm", "seg", "negtome"):
+        model, call = small_vit()
+        model.blocks[1].attn.proj = nn.Sequential(model.blocks[1].attn.proj, Breaks())
+        model.blocks[2].mlp = nn.Sequential(Breaks(), model.blocks[2].mlp)
+        with tokens.patched(model, method, **SOMETHING[method]):
+            expected = call()
+            for broken in (model.blocks[1].attn.proj[1], model.blocks[2].mlp[0]):
+                broken.when = 1
+                with pytest.raises(ArithmeticError):
+                    call()
+                assert not _get_current_function_mode_stack()
+                assert torch.equal(call(), expected)
+
+
+def test_an_interrupted_call():
+    """KeyboardInterrupt passes by torch's hooks."""
+    model, call = small_vit()
+    dense = call()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for again in (True, False):
+        handle = tokens.patch(model, "tome", r=3)
+        expected = call()
+        hook = model.blocks[1].attn.proj.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        hook.remove()
+        assert len(_get_current_function_mode_stack()) == 1
+        if again:
+            assert torch.equal(call(), expected) and not _get_current_function_mode_stack()
+        handle.remove()
+        assert not _get_current_function_mode_stack() and torch.equal(call(), dense)
+
+
+def test_a_refused_patch_leaves_nothing():
+    model = nn.Sequential(Block(8, 2), nn.TransformerEncoderLayer(8, 2, 8))
+    before = state_of(model)
+    with pytest.raises(ValueError, match="'1' has batch_first=False"):
+        tokens.patch(model, "tome")
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "at-edm", "seg"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_patched_by_itself(method, copied):
+    model, call = small_vit()
+    dense = call()
+    handle = tokens.patch(model, method, **SOMETHING[method])
+    expected = call()
+    other = copied(model)
+    steps, x = handle.step, normal(2, 1, 8, 8)
+    assert torch.equal(other(x), expected) and handle.step == steps
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert other(x).count_nonzero() == 0 and torch.equal(call(), expected)
+    tokens.unpatch(other)
+    assert torch.equal(call(), expected)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), dense) and state_of(tokens.unpatch(model)) == state_of(other)
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "at-edm", "seg", "prune"])
+def test_compiled(method):
+    """With graph breaks where attention is looked at."""
+    model, call = small_vit()
+    tokens.patch(model, method, **SOMETHING[method])
+    expected = call()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(normal(2, 1, 8, 8)), expected)
+
+
+@pytest.mark.parametrize("make", [small_vit, post_norm])
+@pytest.mark.parametrize("method", VITS)
+def test_training(make, method):
+    """Gradients reach all parameters, as they do without; bfloat16 too."""
+    model, call = make()
+    model.train()
+    with tokens.patched(model, method, **prefix_of(model), **SOMETHING[method]):
+        call().square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call()
+        assert y.shape == expected.shape and y.isfinite().all()
+
+
+def test_activation_checkpointing_is_refused():
+    model, _ = small_vit()
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = model.blocks
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+    model = Checkpointed()
+    x = normal(2, 9, 32)
+    with tokens.patched(model, "tome", r=2), pytest.raises(RuntimeError, match=r"'blocks\.3' is called again, expected blocks"):
+        model(x).sum().backward()
+    with tokens.patched(model, "seg", grid=(3, 3)):
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("method", VITS)
+@pytest.mark.parametrize("make", [pre_norm, lambda: (built(lambda: nn.Sequential(Block(32, 4), Block(32, 4))), None)])
+def test_few_tokens(shape, method, make):
+    model, _ = make()
+    if not shape[0] and (method == "negtome" or (method == "tome" and make is pre_norm)):
+        return  # no reference in the batch; torch's attention refuses an empty batch with a mask
+    for prefix in (1, 3):
+        with tokens.patched(model, method, prefix=prefix, **SOMETHING[method]):
+            y = model(normal(*shape, 32))
+        assert y.shape[0] == shape[0] and y.shape[1] >= min(prefix, shape[1]) and y.isfinite().all()
+
+
+def test_patched_once():
+    model, _ = small_vit()
+    for first, second in ((model, model), (model, model.blocks), (model, model.blocks[2]), (model.blocks[0], model)):
+        tokens.patch(first, "tome")
+        with pytest.raises(ValueError, match="has a token method already, expected none; unpatch it"):
+            tokens.patch(second, "tome")
+        assert tokens.unpatch(tokens.unpatch(first)) is first
+    tokens.unpatch(tokens.patch(model, "tome").model)
