@@ -6,6 +6,7 @@ timm needs torchvision, which needs a torch of its own; where timm is there, a m
 import copy
 import importlib.machinery
 import importlib.util
+import math
 import pickle
 import sys
 import types
@@ -427,3 +428,213 @@ def test_patched_once():
             tokens.patch(second, "tome")
         assert tokens.unpatch(tokens.unpatch(first)) is first
     tokens.unpatch(tokens.patch(model, "tome").model)
+
+
+# Papers written out, in float64, layer by layer and sample by sample
+
+
+def attend(block, x, log_size=None):
+    """What attention adds to x, its maps and its keys."""
+    heads = getattr(block.attn, "heads", None) or block.attn.num_heads
+    q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    logits = q @ k.mT / math.sqrt(q.shape[-1])
+    maps = (logits if log_size is None else logits + log_size[:, None, None]).softmax(-1)
+    return block.ls1(block.attn.proj((maps @ v).transpose(1, 2).flatten(2))), maps, k
+
+
+def rest(block, x):
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def evit_layers(blocks, x, keep, at):
+    """Liang et al. 2022; also where each first token is after each layer."""
+    places, source = [], [list(range(x.shape[1])) for _ in x]
+    for i, block in enumerate(blocks):
+        y, maps, _ = attend(block, x)
+        x = x + y
+        left = math.ceil(keep * (x.shape[1] - 1)) if i in at else x.shape[1] - 1
+        if left < x.shape[1] - 1:
+            rows = []
+            for b, (tokens_, attention) in enumerate(zip(x, maps[:, :, 0].mean(1))):
+                ranked = (attention[1:].argsort(descending=True) + 1).tolist()
+                stay, go = [0, *sorted(ranked[:left])], ranked[left:]
+                rows.append(torch.stack([*tokens_[stay], sum(attention[j] * tokens_[j] for j in go)]))
+                source[b] = [stay.index(j) if j in stay else left + 1 for j in source[b]]
+            x = torch.stack(rows)
+        places.append(torch.tensor(source))
+        x = rest(block, x)
+    return x, places
+
+
+def tome_layers(blocks, x, r, distilled=False):
+    """Bolya et al. 2023, but for the order of tokens."""
+    size, places = torch.ones(x.shape[:2]).double(), []
+    source = [list(range(x.shape[1])) for _ in x]
+    for block in blocks:
+        y, _, k = attend(block, x, size.log())
+        x = x + y
+        metric = F.normalize(k.mean(1), dim=-1)
+        protected = 1 + distilled
+        count = min(r, (x.shape[1] - protected) // 2)
+        merged, sizes = [], []
+        for b in range(len(x)):
+            similar = metric[b, ::2] @ metric[b, 1::2].T
+            similar[0] = -math.inf
+            if distilled:
+                similar[:, 0] = -math.inf
+            best, partner = similar.max(1)
+            goes = {2 * int(i): 2 * int(partner[i]) + 1 for i in best.argsort(descending=True)[:count]}
+            stay = [j for j in range(x.shape[1]) if j not in goes]
+            groups = [[j, *(i for i, to in goes.items() if to == j)] for j in stay]
+            sizes.append(torch.stack([size[b, group].sum() for group in groups]))
+            merged.append(torch.stack([(size[b, g, None] * x[b, g]).sum(0) / size[b, g].sum() for g in groups]))
+            source[b] = [stay.index(goes.get(j, j)) for j in source[b]]
+        x, size = torch.stack(merged), torch.stack(sizes)
+        places.append(torch.tensor(source))
+        x = rest(block, x)
+    return x, places
+
+
+def own_blocks():
+    return built(lambda: nn.Sequential(*[Block(32, 4) for _ in range(3)])).double()
+
+
+def timm_blocks():
+    model, _ = timm_vit()
+    return model.blocks.double()
+
+
+def both(blocks, x, method, published, **options):
+    """Outputs, gradients of all parameters and of x, and maps of a patched model and of a paper's layers are equal."""
+    x = x.requires_grad_()
+    inputs = [x, *blocks.parameters()]
+    expected, places = published(blocks, x)
+    weight = normal(*expected.shape, seed=9, dtype=torch.float64)
+    gradients = torch.autograd.grad((expected * weight).sum(), inputs)
+    with tokens.patched(blocks, method, **options) as handle:
+        y = blocks(x)
+        found = torch.autograd.grad((y * weight).sum(), inputs)
+    torch.testing.assert_close(y, expected, **EXACT)
+    for ours, theirs in zip(found, gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    assert len(handle.records) == len(places) == len(blocks)
+    for record, place in zip(handle.records, places):
+        assert torch.equal(record.source.expand_as(place), place)
+    return handle
+
+
+@pytest.mark.parametrize("make", [own_blocks, timm_blocks])
+@pytest.mark.parametrize("count", [17, 24, 3])
+def test_evit(make, count):
+    x = normal(2, count, 32, dtype=torch.float64)
+    for keep, at in ((0.7, (0, 1)), (0.5, (1, 2)), (0.01, (0,))):
+        handle = both(make(), x, "evit", lambda b, x, k=keep, a=at: evit_layers(b, x, k, a), prefix=1, keep=keep, layers=at)
+    left = max(1, math.ceil(0.01 * (count - 1)))
+    assert handle.records[0].after == (1 + left + 1 if left < count - 1 else count)
+
+
+@pytest.mark.parametrize("make", [own_blocks, timm_blocks])
+@pytest.mark.parametrize("count", [17, 24, 3])
+def test_tome(make, count):
+    x = normal(2, count, 32, dtype=torch.float64)
+    for r, prefix in ((1, 1), (4, 1), (100, 1), (4, 2)):
+        handle = both(make(), x, "tome", lambda b, x, r=r, p=prefix: tome_layers(b, x, r, p == 2), prefix=prefix, r=r)
+    assert handle.prefix == 2
+
+
+def test_tome_of_torch_layers_is_that_of_blocks():
+    """The same weights in nn.TransformerEncoder, which takes the sizes as a padding mask."""
+    blocks = own_blocks()
+    layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, "gelu", batch_first=True, norm_first=True)
+    layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).double()
+    names = {"norm1": "norm1", "norm2": "norm2", "linear1": "mlp.0", "linear2": "mlp.2", "self_attn.out_proj": "attn.proj"}
+    for layer, block in zip(layers.layers, blocks):
+        own = dict(block.named_parameters())
+        given = {f"{ours}.{p}": own[f"{theirs}.{p}"] for ours, theirs in names.items() for p in ("weight", "bias")}
+        given |= {f"self_attn.in_proj_{p}": own[f"attn.qkv.{p}"] for p in ("weight", "bias")}
+        layer.load_state_dict(given)
+    x = normal(2, 17, 32, dtype=torch.float64)
+    for method, options in (("tome", {"r": 3}), ("evit", {"layers": (0, 2)}), ("at-edm", {"keep": 0.5})):
+        expected = tokens.patched(blocks, method, prefix=1, **options)
+        with expected, tokens.patched(layers, method, prefix=1, **options):
+            torch.testing.assert_close(layers.train()(x), blocks(x), **EXACT)
+
+
+def test_at_edm():
+    """Wang et al. 2024: after the block's MLP, PageRank of its maps, three steps; copies of the most similar at the end."""
+    blocks, x = own_blocks(), normal(2, 16, 32, dtype=torch.float64)
+    y, maps, _ = attend(blocks[0], x)
+    first = rest(blocks[0], x + y)
+    score = torch.full((2, 4, 16), 1 / 16).double()
+    for _ in range(3):
+        score = (maps.mT @ score[..., None])[..., 0]
+    kept = score.mean(1).topk(8).indices.sort(1).values
+    fewer = torch.stack([t[i] for t, i in zip(first, kept)])
+    for block in blocks[1:]:
+        fewer = rest(block, fewer + attend(block, fewer)[0])
+    unit = F.normalize(first, dim=-1)
+    copied = torch.stack([(u @ u[i].T).argmax(1) for u, i in zip(unit, kept)])
+    expected = torch.stack([t[i] for t, i in zip(fewer, copied)])
+    with tokens.patched(blocks, "at-edm", keep=0.5) as handle:
+        torch.testing.assert_close(blocks(x), expected, **EXACT)
+    assert all(torch.equal(record.source, copied) for record in handle.records)
+    assert [(record.before, record.after) for record in handle.records] == [(16, 8), (8, 8), (8, 8)]
+
+
+def test_the_source_of_tokens_that_copy_the_others():
+    """Of a chain of reductions: the output of a token is that of the token that its source names."""
+    for method, options in (("prune", {"keep": {0: 0.7, 1: 0.8, 2: 0.5}, "rest": "restore"}), ("tome", {"r": 4})):
+        for place in ("attention", "block"):
+            blocks, x = own_blocks(), normal(2, 21, 32, dtype=torch.float64)
+            with tokens.patched(blocks, method, place=place, prefix=1, **options) as handle:
+                y = blocks(x)
+            last = handle.records[-1]
+            assert last.source.shape == (2, 21) and last.source.min() == 0 and last.source.max() == last.after - 1
+            assert (last.source[:, 0] == 0).all()
+            for before, after in zip(handle.records, handle.records[1:]):
+                same = before.source[:, :, None] == before.source[:, None]
+                assert (after.source[:, :, None] == after.source[:, None])[same].all()
+            if method == "prune":  # tokens of one source came out as one
+                for b in range(2):
+                    one_of = torch.zeros(last.after).long().scatter(0, last.source[b], torch.arange(21))
+                    assert torch.equal(y[b], y[b, one_of[last.source[b]]])
+
+
+def test_dropped_tokens_have_no_source():
+    blocks, x = own_blocks(), normal(2, 21, 32, dtype=torch.float64)
+    with tokens.patched(blocks, "prune", score="random", keep={0: 0.5, 2: 0.5}, prefix=1) as handle:
+        assert blocks(x).shape[1] == 6
+    first, _, last = (record.source for record in handle.records)
+    assert ((first >= 0).sum(1) == 11).all() and ((last >= 0).sum(1) == 6).all()
+    assert all(torch.equal(row[row >= 0], torch.arange(6)) for row in last) and (last[first < 0] == -1).all()
+
+
+def test_tomesd_is_tomesd():
+    """The package's own patch of a U-Net."""
+    tomesd = pytest.importorskip("tomesd")
+    model, call = unet()
+    dense = call()
+    try:
+        tomesd.apply_patch(model, ratio=0.5, max_downsample=2, use_rand=False)
+        expected = call()
+    finally:
+        tomesd.remove_patch(model)
+    assert torch.equal(call(), dense) and not torch.allclose(expected, dense)
+    with tokens.patched(model, "tomesd", ratio=0.5, max_downsample=2) as handle:
+        torch.testing.assert_close(call(), expected)
+    assert [(r.before, r.after) for r in handle.records][:4] == [(64, 32), (64, 32), (16, 8), (16, 8)]
+    with tokens.patched(model, "tomesd", ratio=0.5) as handle:
+        call()
+    assert {r.before for r in handle.records} == {64}
+
+
+def test_pag_is_that_of_diffusers():
+    made = pytest.importorskip("diffusers.models.attention_processor").PAGIdentitySelfAttnProcessor2_0
+    model, _ = unet()
+    x, text = normal(4, 4, 8, 8), normal(4, 5, 16)
+    processors = model.attn_processors
+    model.set_attn_processor({name: made() if ".attn1." in name else own for name, own in processors.items()})
+    expected = model(x, 3, text).sample
+    model.set_attn_processor(processors)
+    with tokens.patched(model, "pag", samples=slice(2, None)):
+        torch.testing.assert_close(model(x, 3, text).sample, expected)

@@ -103,7 +103,8 @@ class Method(ABC):
         raise NotImplementedError
 
     def plan(self, x: Tensor, grid: tuple[int, int], full: tuple[int, int], layer: Layer) -> MergePlan | None:
-        """For "around": what is merged before attention and unmerged after it. grid: of the tokens; full: of the input."""
+        """For "around": what is merged before attention and unmerged after it. x: tokens that come to the block; grid: of the
+        tokens; full: of the model's input."""
         raise NotImplementedError
 
     def attend(self, call: Attend, layer: Layer, grid: Grid) -> Tensor:
@@ -213,7 +214,8 @@ class Prune(Method):
         count = layer.prefix + math.ceil(self._rate(layer) * (length - layer.prefix))
         if count >= length:
             return None
-        scores = self.score(seen.q, seen.k) if callable(self.score) else SCORES[self.score](seen, self, layer)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.rest == "fuse"):  # else they choose, and nothing more
+            scores = self.score(seen.q, seen.k) if callable(self.score) else SCORES[self.score](seen, self, layer)
         scores = scores[:, :length]
         kept = topk_tokens(scores, count, protect=layer.prefix)
         y = gather_tokens(x, kept)

@@ -44,12 +44,12 @@ METHODS: dict[str, Callable[..., Method]] = {
 class _Watch(TorchFunctionMode):
     """Sees what attention is computed of.
 
-    log_size: [B, N], is added to the logits of its keys. attend: what is computed instead.
+    size: [B, N], whose log is added to the logits of its keys. attend: what is computed instead.
     """
 
-    def __init__(self, log_size: Tensor | None, attend: Callable[[Attend], Tensor] | None = None) -> None:
+    def __init__(self, size: Tensor | None, attend: Callable[[Attend], Tensor] | None = None) -> None:
         super().__init__()
-        self.log_size, self.attend = log_size, attend
+        self.size, self.attend = size, attend
         self.seen: Callable[[], Seen] | None = None
         self.active = False
 
@@ -84,7 +84,7 @@ class _Watch(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        seen = Seen(q.detach(), k.detach(), attn_mask, is_causal, scale)
+        seen = Seen(q, k, attn_mask, is_causal, scale)
         self.seen = lambda: seen
         if self.attend is not None:
             options = {
@@ -95,8 +95,8 @@ class _Watch(TorchFunctionMode):
                 "enable_gqa": enable_gqa,
             }
             return self.attend(Attend(q, k, v, options))
-        if self.log_size is not None:
-            bias = F.pad(self.log_size, (0, k.shape[2] - self.log_size.shape[1]))[:, None, None].to(q.dtype)
+        if self.size is not None:
+            bias = F.pad(self._log_size(q.dtype), (0, k.shape[2] - self.size.shape[1]))[:, None, None]
             attn_mask = bias if attn_mask is None else _added(attn_mask, q.dtype) + bias
             is_causal = _not_causal(is_causal)
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -111,8 +111,7 @@ class _Watch(TorchFunctionMode):
             weights = o["in_proj_weight"]
             weights = (o["q_proj_weight"], o["k_proj_weight"]) if weights is None else weights.split(width)
             biases = (None, None) if o["in_proj_bias"] is None else o["in_proj_bias"].split(width)
-            with torch.no_grad():
-                q, k = (F.linear(x.transpose(0, 1), w, b) for x, w, b in zip((o["query"], o["key"]), weights, biases))
+            q, k = (F.linear(x.transpose(0, 1), w, b) for x, w, b in zip((o["query"], o["key"]), weights, biases))
             q, k = (x.unflatten(-1, (heads, width // heads)).transpose(1, 2) for x in (q, k))
             mask = o.get("attn_mask")
             if mask is not None and mask.dtype == torch.bool:
@@ -122,9 +121,13 @@ class _Watch(TorchFunctionMode):
         self.seen = project
         if o.get("key_padding_mask") is not None:
             raise ValueError("patch: attention has a key_padding_mask, expected none: it does not follow the tokens")
-        if self.log_size is None:
+        if self.size is None:
             return F.multi_head_attention_forward(*args, **kwargs)
-        return F.multi_head_attention_forward(*args, **{**kwargs, "key_padding_mask": self.log_size.to(o["query"].dtype)})
+        return F.multi_head_attention_forward(*args, **{**kwargs, "key_padding_mask": self._log_size(o["query"].dtype)})
+
+    def _log_size(self, dtype: torch.dtype) -> Tensor:
+        assert self.size is not None
+        return self.size.to(torch.promote_types(dtype, self.size.dtype)).log().to(dtype)
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,6 +183,7 @@ class _Block:
     stage: _Stage
     index: int
     watch: _Watch | None = None
+    input: Tensor | None = None  # as the block got it, before its norm
     plan: MergePlan | None = None
 
     @property
@@ -294,6 +298,7 @@ class Patch:
                 f"{type(self.method).__name__}"
             )
         if place == "around":
+            self._before(module, self._keep, block)
             self._before(attention, self._merge, block)
             self._after(attention, self._unmerge, block)
             return
@@ -349,7 +354,7 @@ class Patch:
         for block in self.blocks:
             self._seen(block)  # of a call that was interrupted
             block.stage.begin()
-            block.watch = block.plan = None
+            block.watch = block.input = block.plan = None
 
     def _layer(self, block: _Block) -> Layer:
         return Layer(block.name, block.index, len(block.stage.names), self.prefix, max(self.step, 0), block.stage.size)
@@ -367,11 +372,10 @@ class Patch:
 
     @torch.compiler.disable
     def _look(self, block: _Block, *_: Any) -> None:
-        size = block.stage.size
-        log_size = size.log() if size is not None and self.method.proportional else None
-        if log_size is None and not self.method.begin(self._layer(block)):
+        size = block.stage.size if self.method.proportional else None
+        if size is None and not self.method.begin(self._layer(block)):
             return
-        block.watch = _Watch(log_size)
+        block.watch = _Watch(size)
         block.watch.__enter__()
 
     @torch.compiler.disable
@@ -459,8 +463,13 @@ class Patch:
     # ---- around attention
 
     @torch.compiler.disable
+    def _keep(self, block: _Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        block.input = _tokens_of(args, kwargs)
+
+    @torch.compiler.disable
     def _merge(self, block: _Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        block.plan, x = None, _tokens_of(args, kwargs)
+        x, metric = _tokens_of(args, kwargs), block.input
+        block.plan = block.input = None
         if x.dim() != 3:
             return None
         names = ("encoder_hidden_states", "attention_mask", "attn_mask")
@@ -471,7 +480,8 @@ class Patch:
                 f"alone for {type(self.method).__name__}"
             )
         grid = self._grid(block, x.shape[1] - self.prefix)
-        block.plan = self.method.plan(x, grid, self._full or grid, self._layer(block))
+        metric = x if metric is None or metric.shape[:2] != x.shape[:2] else metric
+        block.plan = self.method.plan(metric, grid, self._full or grid, self._layer(block))
         if block.plan is None:
             return None
         y = merge(x, block.plan)
