@@ -638,3 +638,292 @@ def test_pag_is_that_of_diffusers():
     model.set_attn_processor(processors)
     with tokens.patched(model, "pag", samples=slice(2, None)):
         torch.testing.assert_close(model(x, 3, text).sample, expected)
+
+
+# Perturbed attention
+
+
+def test_perturbed_attention_of_a_part_of_the_batch():
+    """The samples that are not asked for are those of the plain model, the others those of the functions."""
+    model, _ = small_vit()
+    block, x = model.blocks[0], normal(4, 65, 32)
+    heads, some = block.attn.heads, slice(1, 3)
+    q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    region = torch.zeros(8, 8).bool()
+    region[2:5, 3:] = True
+    beside = F.pad(region.flatten(), (1, 0))
+    results = {
+        "pag": ({}, lambda: v),
+        "seg": ({"sigma": 1.5}, lambda: F.scaled_dot_product_attention(tokens.query_blur(q, 8, 8, 1.5, prefix=1), k, v)),
+        "erase": ({"region": region, "early": 1}, lambda: tokens.redirect_attention(q, k, v, beside, 0.3)),
+    }
+    for method, (options, expected) in results.items():
+        want = block(x)
+        want[some] = rest(block, x + block.attn.proj(expected().transpose(1, 2).flatten(2)))[some]
+        with tokens.patched(block, method, prefix=1, samples=some, **options):
+            y = block(x.requires_grad_())
+        torch.testing.assert_close(y, want)
+        assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+def test_erase_suppresses_lookalikes_in_early_calls_alone():
+    model, call = small_vit()
+    region = torch.arange(64).view(8, 8) < 20
+    with tokens.patched(model, "erase", region=region, early=2, suppression=0.1) as handle:
+        outputs = [call() for _ in range(4)]
+        handle.reset()
+        assert torch.equal(call(), outputs[0])
+    with tokens.patched(model, "erase", region=region, early=0):
+        late = call()
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[2], late) and torch.equal(outputs[3], late)
+    assert not torch.allclose(outputs[1], late)
+    fine = region.repeat_interleave(3, 0).repeat_interleave(3, 1)  # of pixels
+    with tokens.patched(model, "erase", region=fine, early=0):
+        assert torch.equal(call(), late)
+
+
+def test_negtome():
+    """After each block, all tokens but the class token; in the calls that are asked for."""
+    model, _ = small_vit()
+    x = normal(3, 65, 32)
+    expected = x
+    for block in model.blocks:
+        expected = block(expected)
+        expected = torch.cat([expected[:, :1], tokens.negtome(expected[:, 1:], 1, 0.5, 0.2)], 1)
+    blocks = model.blocks
+    chain = nn.Sequential(*blocks)
+    dense = chain(x)
+    with tokens.patched(chain, "negtome", alpha=0.5, threshold=0.2, reference=1, first=1, last=2, prefix=1):
+        first, *pushed, late = (chain(x) for _ in range(4))
+    assert torch.equal(first, dense) and torch.equal(late, dense)
+    for y in pushed:
+        torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(expected[1], dense[1])
+    assert (expected[0] - dense[0]).abs().max() > 0.1
+
+
+# What attention may be
+
+
+class Grouped(nn.Module):
+    """Fewer key heads than heads, projections by other names, masks."""
+
+    def __init__(self, causal=False, mask=None):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+        self.causal, self.mask = causal, mask
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.causal, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(Grouped):
+    pass
+
+
+class WrappedAttention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention, self.dense = SelfAttention(**options), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.dense(self.attention(x))
+
+
+class WrappedLayer(nn.Module):
+    """As in Hugging Face's transformers, where the attention of a block holds another."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.norm, self.attention, self.mlp = nn.LayerNorm(32), WrappedAttention(**options), nn.Linear(32, 32)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(x)
+
+
+def wrapped(**options):
+    return built(lambda: nn.Sequential(*[WrappedLayer(**options) for _ in range(3)])).double()
+
+
+def maps_of(layer, x):
+    """[B, H, N, N], of grouped queries and masks."""
+    inner = layer.attention.attention
+    q, k = (f(layer.norm(x)).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (inner.query, inner.key))
+    logits = q @ k.repeat_interleave(2, 1).mT / math.sqrt(8)
+    if inner.causal:
+        logits = logits.masked_fill(~torch.ones(x.shape[1], x.shape[1]).bool().tril(), -math.inf)
+    if inner.mask is not None:
+        logits = logits.masked_fill(~inner.mask, -math.inf)
+    return logits.softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"mask": torch.arange(13)[None] % 3 != 1}], ids=["free", "causal", "mask"]
+)
+def test_ranking_of_grouped_and_masked_attention(options):
+    """Tokens that rank highest stay: of grouped queries, under causal and boolean masks."""
+    model, x = wrapped(**options), normal(2, 13, 32, dtype=torch.float64)
+    maps = maps_of(model[0], x)
+    page = torch.full((2, 4, 13), 1 / 13).double()
+    for _ in range(3):
+        page = (maps.mT @ page[..., None])[..., 0]
+    ranks = {"pagerank": page.mean(1), "colsum": maps.sum(2).mean(1), "cls": maps[:, :, 0].mean(1)}
+    for score, expected in ranks.items():
+        if score == "cls" and options.get("causal"):
+            continue  # it sees itself alone
+        one = model[:1]
+        with tokens.patched(one, "prune", score=score, keep=0.5, prefix=1) as handle:
+            assert one(x).shape == (2, 7, 32)
+        expected[:, 0] = math.inf
+        stay = torch.zeros(2, 13).bool().scatter(1, expected.topk(7).indices, True)
+        assert torch.equal(handle.records[0].source >= 0, stay)
+
+
+def test_tome_under_masks():
+    for options in ({}, {"mask": torch.arange(13)[None] % 3 != 1}):
+        model, x = wrapped(**options)[:1], normal(2, 13, 32, dtype=torch.float64)
+        with tokens.patched(model, "tome", r=4, place="block"):
+            assert model(x).shape == (2, 9, 32)
+    with tokens.patched(wrapped(causal=True), "tome", r=4, place="block") as handle:
+        with pytest.raises(ValueError, match="attention is causal, expected none where tokens are merged"):
+            handle.model(x)
+        assert not _get_current_function_mode_stack()
+
+
+def test_class_tokens_are_found():
+    for model, prefix in (
+        (ViT(), 1),
+        (nn.Sequential(ViT(), nn.Identity()), 1),
+        (nn.Sequential(Block(32, 4)), 0),
+        (nn.ParameterDict({"class_embedding": torch.zeros(8), "register_tokens": torch.zeros(1, 4, 8)}), 5),
+    ):
+        assert _prefix(model) == prefix
+    model, _ = timm_vit()
+    assert _prefix(nn.Sequential(model, nn.Identity())) == 2
+
+
+def test_blocks_by_name():
+    model, call = small_vit()
+    with tokens.patched(model, "tome", r=4, blocks=("blocks.1", "blocks.3")) as handle:
+        call()
+    assert [(r.layer, r.before, r.after) for r in handle.records] == [("blocks.1", 65, 61), ("blocks.3", 61, 57)]
+    with tokens.patched(model, "tome", r=(4, 0, 2), blocks="blocks.*") as handle:
+        call()
+    assert [r.after for r in handle.records] == [61, 61, 59, 59]
+
+
+def test_a_new_run_begins_with_a_larger_timestep():
+    model, _ = unet()
+    x, text = normal(2, 4, 8, 8), normal(2, 5, 16)
+    with tokens.patched(model, "tomesd", seed=1) as handle:
+        steps = []
+        for t in (900, 500, 100, torch.tensor(900), torch.tensor([500, 500]), 100.0, 900):
+            model(x, t, encoder_hidden_states=text)
+            steps.append(handle.step)
+        assert steps == [0, 1, 2, 0, 1, 2, 0]
+        model(x, timestep=100, encoder_hidden_states=text)
+        assert handle.step == 1
+
+
+# Refusals
+
+BAD = [
+    (lambda: tokens.patch(nn.Linear(2, 2), "tome"), r"patch: Linear has no block with an attention module of torch, timm or"),
+    (lambda: tokens.patch(ViT(), "tome", blocks="layers.*"), r"ViT has no block named like \('layers.\*',\) with an attention"),
+    (lambda: tokens.patch(ViT(), "merge"), r"patch: method is 'merge', expected 'prune', 'at-edm',"),
+    (lambda: tokens.patch(ViT(), tokens.ToMe(), r=3), r"patch: unexpected r, which only methods by name take"),
+    (lambda: tokens.patch(ViT(), 3), r"patch: method is int, expected a Method or its name"),
+    (lambda: tokens.patch(ViT, "tome"), r"patch: model is type, expected a torch.nn.Module"),
+    (lambda: tokens.patch(ViT(), "tome", prefix=-1), r"patch: prefix is -1, expected at least 0"),
+    (lambda: tokens.patch(encoder(True), "tomesd"), r"'layers.0' has nn.MultiheadAttention, expected an attention of timm or"),
+    (lambda: tokens.patch(encoder(True), "seg"), r"expected an attention of timm or diffusers for SEG"),
+    (lambda: tokens.patch(ViT(), "cat"), r"patch: prefix is 1, expected 0 for a method that keeps results"),
+    (lambda: tokens.patch(wrapped(), "tome"), r"'0' is WrappedLayer, expected a block of timm or torchvision or nn.Transf"),
+    (lambda: tokens.patch(wrapped()[:1], "at-edm"), r"Sequential has one block in each stage, expected several for a method"),
+    (
+        lambda: called(encoder(True), "evit", layers=(0,)),
+        r"Prune: score is 'cls', expected a class token: prefix is at le",
+    ),
+    (
+        lambda: called(encoder(True), "prune", score=lambda q, k: q),
+        r"Prune: score has shape \[2, 4, 12, 8\], expected \[2, 1",
+    ),
+    (lambda: called(wrapped().float(), "tomesd"), r"patch: '0' has 12 tokens, which is no square, expected grid=\(height, wid"),
+    (
+        lambda: called(wrapped(mask=torch.ones(12, 12) > 0).float(), "prune"),
+        r"'0' has a mask of 12 keys, expected none where",
+    ),
+    (
+        lambda: called(encoder(True), "prune", also={"src_key_padding_mask": torch.zeros(2, 12) > 0}),
+        r"has a key_padding_mas",
+    ),
+    (lambda: called(unfused(), "prune"), r"'0' did not call scaled_dot_product_attention, expected that it does"),
+    (lambda: called(encoder(True), "pag"), r"expected an attention of timm or diffusers for PAG"),
+    (
+        lambda: called(wrapped(causal=True).float(), "erase", region=torch.ones(3, 4) > 0),
+        r"Erase: attention has a mask or ot",
+    ),
+    (
+        lambda: joint("seg"),
+        r"'transformer_blocks.0' has joint attention of 64 tokens and 5 others, expected self-attention",
+    ),
+    (lambda: joint("tomesd"), r"'transformer_blocks.0' takes encoder_hidden_states, expected tokens alone for ToMeSD"),
+    (lambda: tokens.Prune(0.0), r"Prune: keep is 0.0, expected 0 < keep <= 1"),
+    (lambda: tokens.Prune({-1: 0.5}), r"Prune: a layer of keep is -1, expected at least 0"),
+    (
+        lambda: tokens.Prune(score="norm"),
+        r"Prune: score is 'norm', expected 'pagerank', 'colsum', 'cls', 'random' or a fun",
+    ),
+    (lambda: tokens.Prune(rest="merge"), r"Prune: rest is 'merge', expected 'drop', 'fuse', 'restore'"),
+    (lambda: tokens.Prune(place="around"), r"Prune: place is 'around', expected 'attention', 'block'"),
+    (lambda: tokens.Prune(heads="median"), r"Prune: heads is 'median', expected 'mean', 'rms', 'max' or a tensor"),
+    (lambda: tokens.ToMe((3, -1)), r"ToMe: r is -1, expected at least 0"),
+    (lambda: tokens.ToMe(threshold=2), r"ToMe: threshold is 2, expected a cosine in \[-1, 1\] or None"),
+    (lambda: tokens.ToMeSD(1.0), r"ToMeSD: ratio is 1.0, expected 0 <= ratio < 1"),
+    (lambda: tokens.ToMeSD(stride=2.5), r"ToMeSD: stride is 2.5, expected two integers"),
+    (lambda: tokens.CAT(start=1), r"CAT: start is 1, expected at least 2"),
+    (lambda: tokens.CAT(0), r"CAT: budget is 0, expected 0 < budget <= 1"),
+    (lambda: tokens.Erase(torch.ones(3, 3)), r"Erase: region is torch.float32 \[3, 3\], expected bool \[H, W\]"),
+    (lambda: tokens.Erase(None), r"Erase: region is NoneType, expected a tensor"),
+    (lambda: tokens.Erase(torch.ones(3, 3) > 0, 2.0), r"Erase: suppression is 2.0, expected 0 <= suppression <= 1"),
+    (lambda: tokens.SEG(-1.0), r"SEG: sigma is -1.0, expected a number >= 0"),
+    (lambda: tokens.PAG(2), r"PAG: samples is int, expected a slice"),
+    (lambda: tokens.NegToMe(reference=0.5), r"NegToMe: reference is 0.5, expected an integer"),
+    (lambda: tokens.keep_schedule(1.5), r"keep_schedule: rate is 1.5, expected 0 < rate <= 1"),
+]
+
+
+def called(model, method, also=None, **options):
+    tokens.patch(model, method, **options)
+    model(torch.randn(2, 12, 32), **(also or {}))
+
+
+def joint(method):
+    model, call = sd3()
+    tokens.patch(model, method)
+    call()
+
+
+def unfused():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.qkv(x)
+
+    model = wrapped().float()
+    for layer in model:
+        layer.attention = Attention()
+    return model
+
+
+@pytest.mark.parametrize("call, message", BAD, ids=[message[:50] for _, message in BAD])
+def test_refused(call, message):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        call()
+    assert not _get_current_function_mode_stack()

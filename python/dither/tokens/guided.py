@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import integer
+from .._checks import instance, integer, number, tensor
 from .methods import Attend, Fewer, Grid, Layer, Method, Place, Seen
 from .negative import negtome
 from .perturb import identity_attention, query_blur, redirect_attention
@@ -24,6 +25,9 @@ class PAG(Method):
     samples: slice = field(default_factory=lambda: slice(None))
     place: Place = "inside"
 
+    def __post_init__(self) -> None:
+        _samples("PAG", self.samples)
+
     def attend(self, call: Attend, layer: Layer, grid: Grid) -> Tensor:
         perturbed = torch.zeros(len(call.q), dtype=torch.bool)
         perturbed[self.samples] = True
@@ -38,6 +42,10 @@ class SEG(Method):
     sigma: float = 10.0
     samples: slice = field(default_factory=lambda: slice(None))
     place: Place = "inside"
+
+    def __post_init__(self) -> None:
+        number("SEG", "sigma", self.sigma, least=0, most=math.inf)
+        _samples("SEG", self.samples)
 
     def attend(self, call: Attend, layer: Layer, grid: Grid) -> Tensor:
         some = call.q[self.samples]
@@ -61,9 +69,11 @@ class Erase(Method):
     place: Place = "inside"
 
     def __post_init__(self) -> None:
-        if self.region.dtype != torch.bool or self.region.dim() != 2:
+        if tensor("Erase", "region", self.region).dtype != torch.bool or self.region.dim() != 2:
             raise ValueError(f"Erase: region is {self.region.dtype} {list(self.region.shape)}, expected bool [H, W]")
+        number("Erase", "suppression", self.suppression, least=0, most=1)
         integer("Erase", "early", self.early, 0)
+        _samples("Erase", self.samples)
 
     def attend(self, call: Attend, layer: Layer, grid: Grid) -> Tensor:
         _unmasked("Erase", call)
@@ -91,6 +101,12 @@ class NegToMe(Method):
     last: int | None = None
     place: Place = "block"
 
+    def __post_init__(self) -> None:
+        number("NegToMe", "alpha", self.alpha)
+        number("NegToMe", "threshold", self.threshold)
+        integer("NegToMe", "reference", self.reference)
+        integer("NegToMe", "first", self.first, 0)
+
     def begin(self, layer: Layer) -> bool:
         return self.first <= layer.step and (self.last is None or layer.step <= self.last)
 
@@ -98,6 +114,10 @@ class NegToMe(Method):
         image = x[:, layer.prefix :]
         y = negtome(image, self.reference, self.alpha, self.threshold)
         return Fewer(torch.cat([x[:, : layer.prefix], y], 1))
+
+
+def _samples(owner: str, samples: slice) -> None:
+    instance(owner, "samples", samples, slice, "a slice")
 
 
 def _unmasked(owner: str, call: Attend) -> None:

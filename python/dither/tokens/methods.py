@@ -190,12 +190,14 @@ class Prune(Method):
         for layer, rate in rates.items():
             integer("Prune", "a layer of keep", layer, 0)
             share("Prune", "keep", rate)
-        if not callable(self.score) and self.score not in SCORES:
-            raise ValueError(f"Prune: score is {self.score!r}, expected {', '.join(map(repr, SCORES))} or a function of (q, k)")
+        if not callable(self.score):
+            _one_of("Prune", "score", self.score, tuple(SCORES), " or a function of (q, k)")
         _one_of("Prune", "place", self.place, ("attention", "block"))
         _one_of("Prune", "rest", self.rest, ("drop", "fuse", "restore"))
         _one_of("Prune", "similarity", self.similarity, ("features", "attention"))
         integer("Prune", "iterations", self.iterations, 1)
+        if not isinstance(self.heads, Tensor):
+            _one_of("Prune", "heads", self.heads, ("mean", "rms", "max"), " or a tensor of weights")
         integer("Prune", "early", self.early, 0)
         self.restores = self.rest == "restore"
 
@@ -216,6 +218,8 @@ class Prune(Method):
             return None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.rest == "fuse"):  # else they choose, and nothing more
             scores = self.score(seen.q, seen.k) if callable(self.score) else SCORES[self.score](seen, self, layer)
+        if scores.dim() != 2 or len(scores) != len(x) or scores.shape[1] < length:
+            raise ValueError(f"Prune: score has shape {list(scores.shape)}, expected {[len(x), length]}")
         scores = scores[:, :length]
         kept = topk_tokens(scores, count, protect=layer.prefix)
         y = gather_tokens(x, kept)
@@ -297,6 +301,10 @@ class ToMeSD(Method):
     def __post_init__(self) -> None:
         if not (is_real(self.ratio) and 0 <= self.ratio < 1):
             raise ValueError(f"ToMeSD: ratio is {self.ratio!r}, expected 0 <= ratio < 1")
+        if not (isinstance(self.stride, tuple) and len(self.stride) == 2):
+            raise ValueError(f"ToMeSD: stride is {self.stride!r}, expected two integers, (height, width)")
+        for stride in self.stride:
+            integer("ToMeSD", "stride", stride, 1)
         integer("ToMeSD", "max_downsample", self.max_downsample, 1)
         _threshold("ToMeSD", self.threshold)
 
@@ -326,9 +334,9 @@ def zero_tprune(keep: float = 0.7, layers: tuple[int, ...] = (1, 3, 6, 9), **opt
     return Prune(keep_schedule(keep, layers), **{"score": "pagerank", "heads": "rms", "iterations": 10, **options})
 
 
-def _one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...], other: str = "") -> None:
     if value not in allowed:
-        raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}{other}")
 
 
 def _threshold(owner: str, value: float | None) -> None:
