@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .._checks import integer
+from .._checks import integer, tensor
 from .._extras import require
 from .methods import Method
 from .patch import Patch, Record, patched
@@ -141,11 +141,13 @@ def draw_tokens(
     plt = require("matplotlib.pyplot", extra="demo")
     records = handle.records if isinstance(handle, Patch) else handle
     prefix = (handle.prefix if isinstance(handle, Patch) else 0) if prefix is None else prefix
-    shown = [record for i, record in enumerate(records) if record.after < record.before]
-    if images.dim() != 4 or images.shape[1] not in (1, 3):
+    shown = [record for record in records if record.after < record.before]
+    if tensor("draw_tokens", "images", images).dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"draw_tokens: images have shape {list(images.shape)}, expected [B, 1 or 3, H, W]")
     if not shown:
         raise ValueError("draw_tokens: no layer has fewer tokens after it than before, expected a call of a patched model")
+    if any(len(record.source) not in (1, len(images)) for record in shown):
+        raise ValueError(f"draw_tokens: images has {len(images)} pictures, expected {len(shown[0].source)} like the records")
     length = shown[0].source.shape[1] - prefix
     height, width = (round(math.sqrt(length)),) * 2 if grid is None else grid
     if height * width != length:
