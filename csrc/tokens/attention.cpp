@@ -25,7 +25,7 @@ static void check(const char* op, const char* name, const Tensor& t, ScalarType 
   DITHER_CHECK(device_of(t) == device_of(q), op, ": ", name, " is on ", device_of(t), ", expected ", device_of(q), " like q");
 }
 
-// All but the data of q and k, which the caller holds.
+// All but set_data, of tensors that the caller holds.
 static Attention checked(const char* op, const Tensor& q, const Tensor& k, const std::optional<Tensor>& mask, bool causal,
                          double scale) {
   Attention a{};
@@ -54,6 +54,12 @@ static Attention checked(const char* op, const Tensor& q, const Tensor& k, const
     a.mask_column = mask->stride(3);
   }
   return a;
+}
+static void set_data(Attention& a, const Tensor& q, const Tensor& k) {
+  a.q = q.const_data_ptr();
+  a.k = k.const_data_ptr();
+  a.q_at = strides_of(q);
+  a.k_at = strides_of(k);
 }
 static ScalarType type_of_sums(const Attention& a) { return a.type == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
@@ -117,10 +123,7 @@ static void attention_lse_(const Tensor& q, const Tensor& k, const std::optional
     return;
   }
   const Tensor queries = rows_in_order(q), keys = rows_in_order(k);
-  a.q = queries.const_data_ptr();
-  a.k = keys.const_data_ptr();
-  a.q_at = strides_of(queries);
-  a.k_at = strides_of(keys);
+  set_data(a, queries, keys);
   a.lse_out = out.mutable_data_ptr();
   if constexpr (device == Device::cpu) {
     on_cpu(a);
@@ -148,10 +151,7 @@ static void attention_colsum_(const Tensor& q, const Tensor& k, const std::optio
     return;
   }
   const Tensor queries = rows_in_order(q), keys = rows_in_order(k);
-  a.q = queries.const_data_ptr();
-  a.k = keys.const_data_ptr();
-  a.q_at = strides_of(queries);
-  a.k_at = strides_of(keys);
+  set_data(a, queries, keys);
   a.sums = out.mutable_data_ptr();
   if (weight) {
     a.weight = weight->const_data_ptr();
@@ -172,6 +172,32 @@ static void attention_colsum_(const Tensor& q, const Tensor& k, const std::optio
     DITHER_CUDA_OK(op, attention_colsum_cuda(a, current_stream(q)));
   }
 }
+
+// CPU alone: CUDA computes scores again, faster than it would read them.
+[[maybe_unused]] static void attention_pagerank_(const Tensor& q, const Tensor& k, const Tensor& init,
+                                                 const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
+                                                 int64_t iterations, double tol, const Tensor& out) {
+  const char* op = "attention_pagerank_";
+  Attention a = checked(op, q, k, attn_mask, is_causal, scale);
+  const ScalarType type = type_of_sums(a);
+  DITHER_CHECK(a.keys == a.queries, op, ": k has ", a.keys, " keys, expected ", a.queries, ", as many as q has queries");
+  check(op, "init", init, type, {a.batch, a.heads, a.queries}, q, false);
+  DITHER_CHECK(iterations >= 1, op, ": iterations is ", iterations, ", expected at least 1");
+  check(op, "out", out, type, {a.batch, a.heads, a.keys}, q, true);
+  if (out.numel() == 0) return;
+  const Tensor queries = rows_in_order(q), keys = rows_in_order(k);
+  set_data(a, queries, keys);
+  a.weight = init.const_data_ptr();
+  a.weight_at = strides_of(init);
+  a.sums = out.mutable_data_ptr();
+  const int64_t item = a.type == DType::f64 ? 8 : 4, bytes = pagerank_scratch(a, item);
+  const int64_t work = a.keys * a.queries * (a.dim + 16);
+  const auto heads = DITHER_PICK_ISA(attention_pagerank);
+  parallel(a.pairs(), std::max<int64_t>(1, kWorthThreads / work), [&](int64_t lo, int64_t hi) {
+    const Scratch scratch(bytes);
+    heads(a, lo, hi, scratch.get(), iterations, tol);
+  });
+}
 }  // namespace dither
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
@@ -179,11 +205,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
   m.def(
       "attention_colsum_(Tensor q, Tensor k, Tensor? weight, Tensor? lse, Tensor? attn_mask, bool is_causal, float scale, "
       "Tensor(a!)? lse_out, Tensor(b!) out) -> ()");
+  m.def(
+      "attention_pagerank_(Tensor q, Tensor k, Tensor init, Tensor? attn_mask, bool is_causal, float scale, int iterations, "
+      "float tol, Tensor(a!) out) -> ()");
 }
 #if !defined(DITHER_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {
   m.impl("attention_lse_", TORCH_BOX(&dither::attention_lse_<dither::Device::cpu>));
   m.impl("attention_colsum_", TORCH_BOX(&dither::attention_colsum_<dither::Device::cpu>));
+  m.impl("attention_pagerank_", TORCH_BOX(&dither::attention_pagerank_));
 }
 #endif
 #if defined(DITHER_CUDA) || defined(DITHER_EMULATE)

@@ -126,6 +126,22 @@ DITHER_PER_ISA(void attention_rows(const Attention&, int64_t lo, int64_t hi, voi
 // With lse, a unit is a block of keys of a head, all queries one after the other: it writes sums.
 DITHER_PER_ISA(void attention_columns(const Attention&, int64_t lo, int64_t hi, void* scratch))
 
+// PageRank with the probabilities of a head kept: as many queries as keys, in whole strips and panels. An odd number of cache
+// lines to a row, or the rows of a strip would compete for one set of the cache.
+struct Kept {
+  int64_t length, pitch;
+};
+inline Kept kept_of(const Attention& a, int64_t item) {
+  const int64_t length = whole_panels(parts_of(a.queries, kStrip) * kStrip, item);
+  return {length, length + kFoldBytes / item};
+}
+inline int64_t pagerank_scratch(const Attention& a, int64_t item) {
+  const Kept kept = kept_of(a, item);
+  return (kept.length * (a.dim + kept.pitch + 3) + kStripPitch * a.dim) * item;
+}
+// A unit is a head: weight is the first s, sums the last. A head stops when the L1 norm of its change is below tol.
+DITHER_PER_ISA(void attention_pagerank(const Attention&, int64_t lo, int64_t hi, void* scratch, int64_t iterations, double tol))
+
 // CUDA: the lse, or sums with a given lse.
 int attention_lse_cuda(const Attention&, Stream);
 int attention_colsum_cuda(const Attention&, Stream);

@@ -164,9 +164,93 @@ static void exponentials(T* x, int64_t n, T& sum, T& most) {
   sum = fold<T>(total, [](T a, T b) { return a + b; });
 }
 
+// The L1 norm of x - y, of n numbers, a multiple of kFold.
+template <class T>
+static T distance(const T* x, const T* y, int64_t n) {
+  constexpr int L = Lanes<T>::count, kParts = kFold<T> / L;
+  Vector<T> total[kParts] = {};
+  for (int64_t j = 0; j < n; j += kFold<T>)
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const Vector<T> d = load(x + j + p * L) - load(y + j + p * L);
+      total[p] += d < Vector<T>{} ? -d : d;
+    }
+  return fold<T>(total, [](T a, T b) { return a + b; });
+}
+
 template <class T>
 static INLINE T weight_of(const Attention& a, const Place& at, int64_t row) {
   return a.weight ? static_cast<const T*>(a.weight)[a.weight_at.at(at.b, at.h, at.first + row)] : T(1);
+}
+
+// The keys of a head, panel by panel.
+template <class T, class S>
+static void pack_keys(const Attention& a, const Place& at, int64_t begin, int64_t end, T* to) {
+  const S* k = static_cast<const S*>(a.k) + a.k_at.at(at.b, at.h / a.group, 0);
+  for (int64_t j = begin; j < end; j += kPanel<T>)
+    pack(k + j * a.k_at.row, a.k_at.row, smaller<int64_t>(kPanel<T>, end - j), a.dim, to + (j - begin) * a.dim, kPanel<T>,
+         kPanel<T>);
+}
+
+// The strip of `count` queries from at.first on, and the keys that it sees, in whole panels. Causal: nobody sees a later key.
+struct Strip {
+  Place at;
+  int64_t count, seen, width;
+};
+template <class T>
+static INLINE Strip strip_of(const Attention& a, const Place& at, int64_t last) {
+  const int64_t count = smaller(kStrip, last - at.first), seen = a.causal ? smaller(a.keys, at.first + count) : a.keys;
+  return {at, count, seen, whole_panels(seen, sizeof(T))};
+}
+
+// Probabilities times total[query]: the largest of a query is 1. A query with a bad score has NaN for its keys, and total 1.
+template <class T, class S>
+static void probabilities(const Attention& a, const Strip& strip, const T* packed, T* q, T* held, int64_t pitch, T* total) {
+  const Place& at = strip.at;
+  const int64_t n = strip.width;
+  pack(static_cast<const S*>(a.q) + a.q_at.at(at.b, at.h, at.first), a.q_at.row, strip.count, a.dim, q, kStripPitch,
+       kStripPitch);
+  for (int64_t j = 0; j < n; j += kPanel<T>) scores(q, packed + j * a.dim, a.dim, T(a.scale), held + j, pitch);
+  for (int64_t r = 0; r < strip.count; ++r) {
+    T* row = held + r * pitch;
+    const int64_t hidden = a.mask ? 0 : a.causal ? smaller(strip.seen, at.first + r + 1) : a.keys;
+    if (hidden < n) hide(a, at, r, hidden, n, row + hidden);
+    T most;
+    exponentials(row, n, total[r], most);
+    const T bad = total[r] - total[r];
+    if (a.lse_out)
+      static_cast<T*>(a.lse_out)[(at.b * a.heads + at.h) * a.queries + at.first + r] =
+          T(double(most) * kLn2 + logarithm(double(total[r])) + double(bad));
+    if (bad == T(0)) continue;
+    for (int64_t j = 0; j < n; ++j) row[j] = j < a.keys && a.takes_part(at.b, at.h, at.first + r, j) ? bad : T(0);
+    total[r] = 1;
+  }
+  for (int64_t r = strip.count; r < kStrip; ++r) {
+    for (int64_t j = 0; j < n; ++j) held[r * pitch + j] = 0;
+    total[r] = 0;
+  }
+}
+
+// sums_j += sum_r weight_r P_rj, of probabilities times total.
+template <class T>
+static void add_columns(const Attention& a, const Strip& strip, const T* held, int64_t pitch, const T* total, const T* weight,
+                        T* sums) {
+  constexpr int L = Lanes<T>::count;
+  const Place& at = strip.at;
+  T factor[kStrip];
+  for (int64_t r = 0; r < kStrip; ++r) {
+    factor[r] = total[r] == T(0) ? T(0) : weight[r] / total[r];
+    if (factor[r] - factor[r] == T(0)) continue;
+    for (int64_t j = 0; j < smaller(a.keys, strip.width); ++j)  // not finite: for those alone that take part
+      if (a.takes_part(at.b, at.h, at.first + r, j)) sums[j] += factor[r] * held[r * pitch + j];
+    factor[r] = 0;
+  }
+  for (int64_t j = 0; j < strip.width; j += L) {
+    Vector<T> sum = load(held + j) * factor[0];
+#pragma GCC unroll 12
+    for (int r = 1; r < kStrip; ++r) sum += load(held + r * pitch + j) * factor[r];
+    store(sums + j, load(sums + j) + sum);
+  }
 }
 
 template <class T, class S>
@@ -174,54 +258,58 @@ static void rows(const Attention& a, int64_t lo, int64_t hi, T* scratch, T* part
   const Chunks chunks = query_chunks(a);
   const int64_t keys = whole_panels(a.keys, sizeof(T));
   T *packed = scratch, *held = packed + keys * a.dim, *q = held + keys * kStrip;
-  const T scale = T(a.scale);
   int64_t packed_head = -1;
   for (int64_t unit = lo; unit < hi; ++unit) {
     const int64_t pair = unit / chunks.count, first = unit % chunks.count * chunks.size;
     const int64_t last = smaller(a.queries, first + chunks.size);
     Place at{pair / a.heads, pair % a.heads, first};
     if (const int64_t head = pair / a.group; head != packed_head) {
-      const S* k = static_cast<const S*>(a.k) + a.k_at.at(at.b, at.h / a.group, 0);
-      for (int64_t j = 0; j < a.keys; j += kPanel<T>)
-        pack(k + j * a.k_at.row, a.k_at.row, smaller<int64_t>(kPanel<T>, a.keys - j), a.dim, packed + j * a.dim, kPanel<T>,
-             kPanel<T>);
+      pack_keys<T, S>(a, at, 0, a.keys, packed);
       packed_head = head;
     }
     T* sums = partial ? partial + unit * keys : nullptr;
     for (int64_t j = 0; sums && j < keys; ++j) sums[j] = 0;
     for (; at.first < last; at.first += kStrip) {
-      const int64_t count = smaller(kStrip, last - at.first);
-      // Causal: nobody of the strip sees a later key.
-      const int64_t seen = a.causal ? smaller(a.keys, at.first + count) : a.keys, n = whole_panels(seen, sizeof(T));
-      pack(static_cast<const S*>(a.q) + a.q_at.at(at.b, at.h, at.first), a.q_at.row, count, a.dim, q, kStripPitch, kStripPitch);
-      for (int64_t j = 0; j < n; j += kPanel<T>) scores(q, packed + j * a.dim, a.dim, scale, held + j, keys);
-      T factor[kStrip] = {};
-      for (int64_t r = 0; r < count; ++r) {
-        T* row = held + r * keys;
-        const int64_t hidden = a.mask ? 0 : a.causal ? smaller(seen, at.first + r + 1) : a.keys;
-        if (hidden < n) hide(a, at, r, hidden, n, row + hidden);
-        T sum, most;
-        exponentials(row, n, sum, most);
-        const int64_t index = pair * a.queries + at.first + r;
-        if (a.lse_out) static_cast<T*>(a.lse_out)[index] = T(double(most) * kLn2 + logarithm(double(sum)) + double(sum - sum));
-        factor[r] = sum == T(0) ? T(0) : weight_of<T>(a, at, r) / sum;
-        if (!sums || factor[r] - factor[r] == T(0)) continue;
-        for (int64_t j = 0; j < n; ++j) {  // not finite: for those alone that take part
-          if (j < a.keys && a.takes_part(at.b, at.h, at.first + r, j)) sums[j] += factor[r] * row[j];
-          row[j] = 0;
-        }
-        factor[r] = 0;
-      }
-      for (int64_t r = count; r < kStrip; ++r)
-        for (int64_t j = 0; j < n; ++j) held[r * keys + j] = 0;
-      constexpr int L = Lanes<T>::count;
-      for (int64_t j = 0; sums && j < n; j += L) {
-        Vector<T> sum = load(held + j) * factor[0];
-#pragma GCC unroll 12
-        for (int r = 1; r < kStrip; ++r) sum += load(held + r * keys + j) * factor[r];
-        store(sums + j, load(sums + j) + sum);
-      }
+      const Strip strip = strip_of<T>(a, at, last);
+      T total[kStrip], weight[kStrip];
+      probabilities<T, S>(a, strip, packed, q, held, keys, total);
+      if (!sums) continue;
+      for (int64_t r = 0; r < strip.count; ++r) weight[r] = weight_of<T>(a, at, r);
+      add_columns(a, strip, held, keys, total, weight, sums);
     }
+  }
+}
+
+// s <- P^T s of a whole head, whose probabilities are kept: weight is s at first, and sums the last s.
+template <class T, class S>
+static void pagerank(const Attention& a, int64_t lo, int64_t hi, T* scratch, int64_t iterations, T tol) {
+  const Kept kept = kept_of(a, sizeof(T));
+  T *packed = scratch, *held = packed + kept.length * a.dim, *q = held + kept.length * kept.pitch;
+  T *total = q + kStripPitch * a.dim, *s = total + kept.length, *next = s + kept.length;
+  int64_t packed_head = -1;
+  for (int64_t pair = lo; pair < hi; ++pair) {
+    Place at{pair / a.heads, pair % a.heads, 0};
+    if (const int64_t head = pair / a.group; head != packed_head) {
+      pack_keys<T, S>(a, at, 0, a.keys, packed);
+      packed_head = head;
+    }
+    for (int64_t i = 0; i < kept.length; ++i) s[i] = i < a.queries ? weight_of<T>(a, at, i) : T(0);
+    for (int64_t t = 0; t < iterations; ++t) {
+      for (int64_t j = 0; j < kept.length; ++j) next[j] = 0;
+      for (at.first = 0; at.first < a.queries; at.first += kStrip) {
+        const Strip strip = strip_of<T>(a, at, a.queries);
+        T* rows = held + at.first * kept.pitch;
+        if (t == 0) probabilities<T, S>(a, strip, packed, q, rows, kept.pitch, total + at.first);
+        add_columns(a, strip, rows, kept.pitch, total + at.first, s + at.first, next);
+      }
+      const T change = distance(s, next, kept.length);
+      T* before = s;
+      s = next;
+      next = before;
+      if (change < tol) break;
+    }
+    T* out = static_cast<T*>(a.sums) + pair * a.keys;
+    for (int64_t j = 0; j < a.keys; ++j) out[j] = s[j];
   }
 }
 
@@ -235,10 +323,7 @@ static void columns(const Attention& a, int64_t lo, int64_t hi, T* scratch) {
     const int64_t pair = unit / blocks.count, begin = unit % blocks.count * blocks.size;
     const int64_t end = smaller(a.keys, begin + blocks.size);
     Place at{pair / a.heads, pair % a.heads, a.causal ? begin / kStrip * kStrip : 0};
-    const S* k = static_cast<const S*>(a.k) + a.k_at.at(at.b, at.h / a.group, 0);
-    for (int64_t j = begin; j < end; j += kPanel<T>)
-      pack(k + j * a.k_at.row, a.k_at.row, smaller<int64_t>(kPanel<T>, end - j), a.dim, packed + (j - begin) * a.dim, kPanel<T>,
-           kPanel<T>);
+    pack_keys<T, S>(a, at, begin, end, packed);
     for (int64_t j = 0; j < blocks.size; ++j) sums[j] = 0;
     for (; at.first < a.queries; at.first += kStrip) {
       const int64_t count = smaller(kStrip, a.queries - at.first);
@@ -291,5 +376,11 @@ void attention_rows(const Attention& a, int64_t lo, int64_t hi, void* scratch, v
 void attention_columns(const Attention& a, int64_t lo, int64_t hi, void* scratch) {
   with_type(a.type,
             [&]<class S>(S) { columns<decltype(widen(S{})), S>(a, lo, hi, static_cast<decltype(widen(S{}))*>(scratch)); });
+}
+void attention_pagerank(const Attention& a, int64_t lo, int64_t hi, void* scratch, int64_t iterations, double tol) {
+  with_type(a.type, [&]<class S>(S) {
+    using T = decltype(widen(S{}));
+    pagerank<T, S>(a, lo, hi, static_cast<T*>(scratch), iterations, T(tol));
+  });
 }
 }  // namespace dither::DITHER_ISA

@@ -49,6 +49,7 @@ _OPS = {
     "merge_plan_": reference.token_merging.merge_plan_,
     "attention_lse_": reference.tokens.attention_lse_,
     "attention_colsum_": reference.tokens.attention_colsum_,
+    "attention_pagerank_": reference.tokens.attention_pagerank_,
 }
 
 native: Any

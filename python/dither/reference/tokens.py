@@ -54,3 +54,27 @@ def attention_colsum_(
     if weight is not None:
         p = p * weight.unsqueeze(-1)
     out.copy_(torch.where(part & (lse != -torch.inf).unsqueeze(-1), p, 0).sum(-2))
+
+
+def attention_pagerank_(
+    q: Tensor,
+    k: Tensor,
+    init: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    iterations: int,
+    tol: float,
+    out: Tensor,
+) -> None:
+    """`dither::attention_pagerank_` where no kernel is available: out_j = sum_i out_i exp(s_ij - lse_i), from out = init on.
+
+    A head stops when the L1 norm of its change is below tol.
+    """
+    out.copy_(init)
+    lse, moving, after = lse_of(scores(q, k, attn_mask, is_causal, scale)[0]), out.new_ones(()).bool(), torch.empty_like(out)
+    for _ in range(iterations):
+        attention_colsum_(q, k, out, lse, attn_mask, is_causal, scale, None, after)
+        change = (after - out).abs().sum(-1, keepdim=True)
+        out.copy_(torch.where(moving, after, out))
+        moving = moving & ~(change < tol)

@@ -1,5 +1,8 @@
 """Column sums of softmax attention, its logsumexp, and weighted PageRank over heads; memory is linear in the tokens.
 
+PageRank without gradients on the CPU keeps the map of the head that each thread works on, if it has up to 64 MiB (4096 tokens,
+2896 in float64): threads x N^2 numbers. Else, and on other devices, each iteration computes the scores again.
+
 q: [B, H, Nq, d]; k: [B, Hk, Nk, d], H a multiple of Hk (grouped queries: head h reads key head h // (H / Hk)), d <= 256;
 float32, bfloat16, float16 (computed in float32) or float64. Any strides whose last is 1 are read in place.
 
@@ -20,8 +23,9 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, integer, is_real, tensor
-from ..ops import write
+from ..ops import apply, write
 
+_KEPT = 1 << 26  # bytes of a head's map that PageRank keeps
 _STRIP = 1 << 21  # elements of P at a time in the backward pass
 
 
@@ -30,7 +34,7 @@ def attention_lse(
 ) -> Tensor:
     """ln sum_j exp(S_ij): [B, H, Nq], float64 for float64, else float32."""
     setting = _setting("attention_lse", q, k, scale, attn_mask, is_causal)
-    lse: Tensor = _Lse.apply(q, k, *setting)
+    lse: Tensor = apply(_Lse, q, k, *setting)
     return lse
 
 
@@ -66,8 +70,9 @@ def pagerank(
     """Importance of tokens, [B, N]: weighted PageRank on the graph whose edges are attention (Zero-TPrune, Wang et al. 2023;
     AT-EDM, Wang et al. 2024).
 
-    In every head s <- P^T s from s = 1/N, or `init` of shape [B, N] or [B, H, N], `iterations` times or until the L1 norm of
-    the change is below `tol` in all heads. heads: "mean"; "rms", sqrt(mean_h s_h^2); "max"; or weights [H], sum_h w_h s_h.
+    In every head of every sample s <- P^T s from s = 1/N, or `init` of shape [B, N] or [B, H, N], `iterations` times or until
+    the L1 norm of its own change is below `tol`, whatever the others do.
+    heads: "mean"; "rms", sqrt(mean_h s_h^2); "max"; or weights [H], sum_h w_h s_h.
     return_heads: also s of the heads, [B, H, N].
     """
     op = "pagerank"
@@ -91,18 +96,32 @@ def pagerank(
         if init.shape not in ((batch, n), (batch, count, n)):
             raise ValueError(f"{op}: init has shape {list(init.shape)}, expected {[batch, n]} or {[batch, count, n]}")
         s = (init if init.dim() == 3 else init.unsqueeze(1)).to(wide).expand(batch, count, n)
-    lse = None
-    for _ in range(iterations):
-        before = s
-        s, found = _colsum(op, q, k, s, lse, setting)
-        lse = found if lse is None else lse
-        if tol is not None and s.numel() and float((s - before).abs().sum(-1).amax()) < tol:
-            break
+    tol = float(tol or 0)
+    by_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, s))
+    if q.device.type == "cpu" and not by_gradient and n * n * s.element_size() <= _KEPT:
+        s = apply(_PageRank, q, k, s, *setting, iterations, tol)
+    else:
+        s = _power_iteration(op, q, k, s, setting, iterations, tol)
     if isinstance(heads, Tensor):
         score = (s * heads.to(wide).unsqueeze(-1)).sum(1)
     else:
         score = s.amax(1) if heads == "max" else s.mean(1) if heads == "mean" else s.square().mean(1).sqrt()
     return (score, s) if return_heads else score
+
+
+def _power_iteration(op: str, q: Tensor, k: Tensor, s: Tensor, setting: _Setting, iterations: int, tol: float) -> Tensor:
+    lse, moving = None, None
+    for _ in range(iterations):
+        before = s
+        s, found = _colsum(op, q, k, s, lse, setting)
+        lse = found if lse is None else lse
+        if tol:
+            if moving is not None:
+                s = torch.where(moving, s, before)
+            moving = ~((s - before).abs().sum(-1, keepdim=True) < tol)
+            if not moving.any():
+                break
+    return s
 
 
 _Setting = tuple[Tensor | None, bool, float]  # attn_mask as [B, H, Nq, Nk], is_causal, scale
@@ -141,7 +160,7 @@ def _colsum(
         weight = _expanded(op, "weight", tensor(op, "weight", weight).to(_wide(q)), tuple(q.shape[:3]))
     if lse is not None:
         lse = tensor(op, "lse", lse).contiguous()
-    sums: tuple[Tensor, Tensor | None] = _Colsum.apply(q, k, weight, lse, *setting)
+    sums: tuple[Tensor, Tensor | None] = apply(_Colsum, q, k, weight, lse, *setting)
     return sums
 
 
@@ -160,6 +179,26 @@ class _Lse(torch.autograd.Function):
         q, k, attn_mask = ctx.saved_tensors
         dq, dk, *_ = _gradients(q, k, None, None, (attn_mask, *ctx.setting), None, g)
         return dq, dk, None, None, None
+
+
+class _PageRank(torch.autograd.Function):
+    """Without gradients; as a function, so that forward differentiation is refused."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        s: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        iterations: int,
+        tol: float,
+    ) -> Tensor:
+        out = torch.empty_like(s, memory_format=torch.contiguous_format)
+        write("attention_pagerank_", [out], q, k, s, attn_mask, is_causal, scale, iterations, tol, out)
+        return out
 
 
 class _Colsum(torch.autograd.Function):

@@ -29,6 +29,10 @@ def _scores_flops(q: Any, k: Any, *_: Any, out_shape: Any = None, **__: Any) -> 
     return 2 * math.prod(q[:3]) * k[2] * q[3]
 
 
+def _pagerank_flops(q: Any, k: Any, s: Any, mask: Any, causal: Any, scale: Any, iterations: int, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + iterations)
+
+
 def _match_flops(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * math.prod(a) * b[1]  # type: ignore[no-any-return]
 
@@ -40,6 +44,7 @@ def count_flops(call: Callable[[], Any]) -> int:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         ours.attention_lse_: _scores_flops,
         ours.attention_colsum_: _scores_flops,
+        ours.attention_pagerank_: _pagerank_flops,
         ours.bipartite_match_: _match_flops,
     }
     fused = torch.backends.mha.get_fastpath_enabled()
