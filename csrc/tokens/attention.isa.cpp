@@ -130,29 +130,33 @@ static void hide(const Attention& a, const Place& at, int64_t row, int64_t lo, i
   for (int64_t j = end; j < hi; ++j) scores[j - lo] = none;
 }
 
-template <class T, class Fold>
-static INLINE T fold(Vector<T>* parts, const Fold& join) {
-  T lanes[kFold<T>];
-  __builtin_memcpy(lanes, parts, sizeof lanes);
-  for (int half = kFold<T> / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] = join(lanes[l], lanes[l + half]);
-  return lanes[0];
+// Lane by lane, then the lanes of one vector by halves.
+template <int kHalf, class V, class Fold>
+static INLINE V fold_lanes(V v, const Fold& join) {
+  if constexpr (kHalf == 0) return v;
+  else return fold_lanes<kHalf / 2>(join(v, shuffle(v, v, [](int i) { return i + kHalf; })), join);
+}
+template <class T, int kParts, class Fold>
+static INLINE T fold(Vector<T> (&parts)[kParts], const Fold& join) {
+#pragma GCC unroll 3
+  for (int half = kParts / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+    for (int p = 0; p < half; ++p) parts[p] = join(parts[p], parts[p + half]);
+  return fold_lanes<Lanes<T>::count / 2>(parts[0], join)[0];
 }
 
-// n scores, a multiple of kFold, become powers of 2, the largest of them 1; their sum, and what was taken from each.
+// n scores, whole panels, become powers of 2, the largest of them 1; their sum, and what was taken from each.
 template <class T>
 static void exponentials(T* x, int64_t n, T& sum, T& most) {
-  constexpr int L = Lanes<T>::count, kParts = kFold<T> / L;
+  constexpr int L = Lanes<T>::count, kParts = kFold<T> / L, kHighs = kPanel<T> / L;
   constexpr T none = T(-__builtin_inf());
-  Vector<T> high[kParts], total[kParts] = {};
-  for (int p = 0; p < kParts; ++p) high[p] = Vector<T>{} + none;
-  for (int64_t j = 0; j < n; j += kFold<T>)
-#pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) {
-      const Vector<T> v = load(x + j + p * L);
-      high[p] = v > high[p] ? v : high[p];
-    }
-  most = fold<T>(high, [](T a, T b) { return a > b ? a : b; });
+  const auto larger_of = [](auto a, auto b) { return a > b ? a : b; };
+  Vector<T> high[kHighs], total[kParts] = {};
+  for (int p = 0; p < kHighs; ++p) high[p] = Vector<T>{} + none;
+  for (int64_t j = 0; j < n; j += kPanel<T>)
+#pragma GCC unroll 8
+    for (int p = 0; p < kHighs; ++p) high[p] = larger_of(load(x + j + p * L), high[p]);
+  most = fold<T>(high, larger_of);
   const T base = most == none ? T(0) : most;
   for (int64_t j = 0; j < n; j += kFold<T>)
 #pragma GCC unroll 4
@@ -161,7 +165,7 @@ static void exponentials(T* x, int64_t n, T& sum, T& most) {
       store(x + j + p * L, e);
       total[p] += e;
     }
-  sum = fold<T>(total, [](T a, T b) { return a + b; });
+  sum = fold<T>(total, [](auto a, auto b) { return a + b; });
 }
 
 // The L1 norm of x - y, of n numbers, a multiple of kFold.
@@ -175,7 +179,7 @@ static T distance(const T* x, const T* y, int64_t n) {
       const Vector<T> d = load(x + j + p * L) - load(y + j + p * L);
       total[p] += d < Vector<T>{} ? -d : d;
     }
-  return fold<T>(total, [](T a, T b) { return a + b; });
+  return fold<T>(total, [](auto a, auto b) { return a + b; });
 }
 
 template <class T>
