@@ -2,6 +2,9 @@
 
 #include <cmath>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../common/torch.h"
 
@@ -65,7 +68,13 @@ static ScalarType type_of_sums(const Attention& a) { return a.type == DType::f64
 
 class Scratch {  // whole cache lines
  public:
-  explicit Scratch(int64_t bytes) : data_(::operator new(size_t(bytes), kLine)) {}
+  explicit Scratch(int64_t bytes) : data_(::operator new(size_t(bytes), kLine)) {
+#if defined(__linux__)  // large pages, if the system grants them: the first touch of small ones would take as long as the work
+    constexpr uintptr_t kPage = 1 << 16, kLarge = 1 << 22;
+    const auto first = (reinterpret_cast<uintptr_t>(data_) + kPage - 1) / kPage * kPage;
+    if (uintptr_t(bytes) >= kLarge) madvise(reinterpret_cast<void*>(first), size_t(bytes) - kPage, MADV_HUGEPAGE);
+#endif
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { ::operator delete(data_, kLine); }

@@ -98,7 +98,8 @@ def pagerank(
         s = (init if init.dim() == 3 else init.unsqueeze(1)).to(wide).expand(batch, count, n)
     tol = float(tol or 0)
     by_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, s))
-    if q.device.type == "cpu" and not by_gradient and n * n * s.element_size() <= _KEPT:
+    worth = iterations > 1 and n * n * s.element_size() <= _KEPT
+    if q.device.type == "cpu" and worth and not by_gradient:
         s = apply(_PageRank, q, k, s, *setting, iterations, tol)
     else:
         s = _power_iteration(op, q, k, s, setting, iterations, tol)
