@@ -1045,10 +1045,38 @@ def test_cat_beats_other_choices(denoiser, monkeypatch):
     assert (half < 1.02 * errors["one cluster"]).all()
 
 
+def test_cat_in_run_after_run():
+    """A run begins anew with a larger timestep, of another size too; in the midst of one, shapes stay."""
+    model = built(Denoiser).requires_grad_(False)
+    whole_run = sampled(model, 0, count=2, steps=12)
+    with tokens.patched(model, "cat", budget=0.3, start=3, clusters=4) as handle:
+        first = sampled(model, 0, count=2, steps=12)
+        assert handle.step == 11 and not torch.allclose(first, whole_run)
+        sampled(model, 1, count=3, steps=5)
+        assert torch.equal(sampled(model, 0, count=2, steps=12), first)
+        with pytest.raises(ValueError, match=r"CAT: model is called with 5 x 64 tokens, expected 2 x 64 as before"):
+            model(normal(5, 1, 8, 8), torch.full((5,), 0.01), torch.arange(5))
+        handle.reset()
+        assert torch.equal(sampled(model, 0, count=2, steps=12), first)
+    assert torch.equal(sampled(model, 0, count=2, steps=12), whole_run)
+
+
+def test_cat_computes_its_budget():
+    """Of a model that is called with one input, and so gives what it gave; k and v of all tokens are there."""
+    model = built(Denoiser).requires_grad_(False)
+    given = normal(2, 1, 8, 8), torch.tensor([0.5, 0.5]), torch.tensor([1, 2])
+    dense, widths = model(*given), []
+    model.blocks[1].mlp.register_forward_pre_hook(lambda m, args: widths.append(args[0].shape[1]))
+    with tokens.patched(model, "cat", budget=0.25, start=2, clusters=4):
+        for _ in range(6):
+            torch.testing.assert_close(model(*given), dense)
+    assert widths == [64, 64, 16, 16, 16, 16]
+
+
 def test_at_edm_keeps_what_matters(denoiser):
-    """0.35 by PageRank, 0.70 by the lowest PageRank, where 0.7 of the tokens stay. Tokens drawn in each call give 0.15, and 0.28
-    if they are drawn once: what the others copy is then spread over the image, which serves a model of single pixels better
-    than any rank of attention. That AT-EDM's ranking loses less than chance does not show on such a model."""
+    """0.35 by PageRank, 0.70 by the lowest PageRank, where 0.7 of the tokens stay. Tokens drawn in each call give 0.15, and
+    0.28 if they are drawn once: what the others copy is then spread over the image, which serves a model of single pixels
+    better than any rank of attention. That AT-EDM's ranking loses less than chance does not show on such a model."""
     best = sampling_error(denoiser, "at-edm", keep={0: 0.7})
     worst = sampling_error(denoiser, "at-edm", keep={0: 0.7}, score=lambda q, k: -tokens.pagerank(q, k))
     assert (best < 0.7 * worst).all()
@@ -1085,8 +1113,7 @@ def test_rankings_of_a_classifier(classifier):
 
 def test_attention_of_the_tokens_that_rank_highest():
     """A few tokens are looked at by all, the others are of five kinds: attention over a quarter of the tokens, which the others
-    copy, is nearest to that over all where rank chose them: 0.26 and 0.24 by column
-    sums against 0.64 by chance, means of 20 draws."""
+    copy, is nearest to that over all where rank chose them. Means of 20 draws: 0.26, by column sums 0.24, by chance 0.64."""
     errors = {"pagerank": [], "colsum": [], "random": []}
     for seed in range(20):
         kinds = normal(5, 16, seed=seed).repeat_interleave(12, 0) + 0.2 * normal(60, 16, seed=seed + 100)

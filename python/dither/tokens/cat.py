@@ -98,8 +98,9 @@ class CAT(Method):
     def choose(self, batch: int, length: int, step: int) -> Tensor | None:
         if step < self.start:
             self._kept = None
-        if self._kept is not None and len(self._kept) != batch:
-            raise ValueError(f"CAT: model is called with {batch} samples, expected {len(self._kept)} as before")
+        if self._kept is not None and self._output is not None and self._output.shape[:2] != (batch, length):
+            before = " x ".join(map(str, self._output.shape[:2]))
+            raise ValueError(f"CAT: model is called with {batch} x {length} tokens, expected {before} as before")
         return self._kept
 
     def attend(self, call: Attend, layer: Layer, grid: Grid) -> Tensor:

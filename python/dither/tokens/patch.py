@@ -235,7 +235,8 @@ class Patch:
     """A token method in a model, until `remove`. model(...) itself runs it.
 
     records: what the layers did in the last call. step: how many times the model was called since `reset`, which
-    methods for diffusion go by; a call with a larger timestep than the one before it begins anew by itself.
+    methods for diffusion go by; a call with a larger timestep (its argument of that name, or the second after an image; read
+    from its device) than the one before it begins anew by itself.
     """
 
     def __init__(
