@@ -216,6 +216,17 @@ def test_demo_private_training(out):
     assert_is_picture(out / "privacy.png", panels=1)
 
 
+def test_demo_tokens(out):
+    """Measured at 10 % kept: all signs by PageRank and by column sums, a tenth of them by chance."""
+    cells = cells_of((out / "report.md").read_text(encoding="utf-8"))
+    found = {name: float(cells[f"4 {name}, 10% kept"][1].removesuffix(" %")) for name in ("PageRank", "column sums", "random")}
+    assert found["PageRank"] > found["random"] + 30 and found["column sums"] > found["random"] + 30
+    assert cells["4 all tokens"][1:] == ["100.0 %", "100.0 %"] and cells["4 ToMe, half merged"][1:] == ["merged", "50.0 %"]
+    dense, fewer = map(float, cells["5 random, 60% kept"][:2])
+    assert 0.5 * dense < fewer < 0.75 * dense
+    assert_is_picture(out / "tokens.png", panels=1)
+
+
 def test_demo_runs_repeat(demo, one_thread):
     from dither.demo.data import digits
     from dither.demo.experiments import DEEP, DEEP_ARMS
@@ -236,14 +247,19 @@ def test_demo_grid_in_report_and_figure(demo, tmp_path, capsys):
     from dither.demo import report
     from dither.demo.experiments import DEEP_ARMS, GRID_ETA, GRID_LR, SMALL_ARMS, SPARSE_ARMS, Results, Settings
     from dither.demo.private import PrivateRun
+    from dither.demo.tokens import TokenResults, TokenRun
     from dither.demo.train import Run
+    from dither.tokens import Comparison, Record
 
     masks = [(step, torch.arange(64).view(8, 8) % step == 0) for step in (2, 3)]
     run = Run([2.0] * 30, validation=0.5, test=0.5, weight_rms=0.1, seconds=1.0, memory=1024, density=1.0, masks=masks)
     deep, small, sparse = ({arm.name: [run] for arm in arms} for arms in (DEEP_ARMS, SMALL_ARMS, SPARSE_ARMS))
     private = {e: [PrivateRun(e, 1 / e, validation=0.5, test=0.5, step_seconds=1.0)] for e in (math.inf, 8.0, 1.0)}
     grid = {(lr, eta): lr + eta for lr in GRID_LR for eta in GRID_ETA}
-    report.write(Results(Settings(seeds=1), "cpu", deep, small, sparse, private, grid, seconds=1.0), tmp_path)
+    record = Record("random", 4, 2, torch.tensor([[0, -1, -1, 1]] * 2))
+    fewer = Comparison("prune", (2, 1), (2.0, 1.0), 0.1, [record])
+    found = TokenResults([TokenRun("x", 0.5, 0.5, 1.0)], {"x": fewer}, torch.rand(2, 3, 16, 16), [record])
+    report.write(Results(Settings(seeds=1), "cpu", deep, small, sparse, private, found, grid, seconds=1.0), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert cells_of(text)["1 lr 0.1"] == ["10.0 %", "11.0 %", "15.0 %", "40.0 %"]
     assert "no learning rate gets beyond 30.0 %; with the best amount: 33.0 % at lr 0.03" in re.sub(r"\s+", " ", text)
@@ -293,6 +309,12 @@ def test_sparse_training():
     """Measured: 97.4, 31.5, 97.2, 96.9 %."""
     dense, cut, repaired, decayed = (float(n) for n in numbers_of("sparse_training.py", r": ([\d.]+) %\n"))
     assert dense > 95 and cut < 80 and repaired > 94 and decayed > 94
+
+
+def test_token_pruning():
+    """Measured: 95.6, 80.0, 92.8, 79.4, 83.6 %; seeds 1 and 2: 96, 90, 88, 78, 88 and 97, 87, 95, 75, 81 %."""
+    full, by_class, ranked, chance, merged = (float(n) for n in numbers_of("token_pruning.py", r": ([\d.]+) %"))
+    assert full > 90 and ranked > 82 and ranked > chance + 3 and min(by_class, merged) > 50
 
 
 @pytest.mark.parametrize(("data", "least"), [("digits", (95, 90, 82)), ("breast_cancer", (87, 86, 83))])

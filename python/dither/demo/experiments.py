@@ -1,11 +1,11 @@
-"""What the demonstration trains: three networks, in several ways each, over several seeds."""
+"""What the demonstration trains: three networks, in several ways each, over several seeds; and a transformer, once."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from .. import optim, sparsity
 from .._extras import require
 from .data import digits
 from .private import EPSILONS, PrivateRun, train_privately
+from .tokens import QUICK_PLAN, Plan, TokenResults, measure_tokens
 from .train import Arm, Run, train
 
 tqdm = require("tqdm", extra="demo").tqdm
@@ -75,10 +76,11 @@ class Settings:
     small_steps: int = 700
     private_steps: int = 200
     epsilons: tuple[float, ...] = EPSILONS
+    tokens: Plan = field(default_factory=Plan)
     grid: bool = True
 
 
-QUICK = Settings(seeds=2, deep_steps=800, small_steps=200, epsilons=(8.0,), grid=False)
+QUICK = Settings(seeds=2, deep_steps=800, small_steps=200, epsilons=(8.0,), tokens=QUICK_PLAN, grid=False)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Results:
     small: dict[str, list[Run]]
     sparse: dict[str, list[Run]]
     private: dict[float, list[PrivateRun]]
+    tokens: TokenResults
     grid: dict[tuple[float, float], float]
     seconds: float
 
@@ -107,7 +110,7 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
     deep_runs = len(DEEP_ARMS) * settings.seeds + len(grid_arms)
     total = deep_runs * settings.deep_steps + (len(SMALL_ARMS) + len(SPARSE_ARMS)) * settings.seeds * settings.small_steps
     epsilons = (math.inf, *reversed(settings.epsilons))
-    total += len(epsilons) * settings.seeds * settings.private_steps
+    total += len(epsilons) * settings.seeds * settings.private_steps + settings.tokens.steps
     threads, begin = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1)
     try:
@@ -119,7 +122,8 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
             for seed in seeds:  # in turns: their times are compared
                 for epsilon, runs in private.items():
                     runs.append(train_privately(epsilon, data, settings.private_steps, seed, bar))
+            found = measure_tokens(data, settings.tokens, bar)
             grid = {at: train(arm, DEEP, data, settings.deep_steps, 0, bar).validation for at, arm in grid_arms.items()}
     finally:
         torch.set_num_threads(threads)
-    return Results(settings, device, deep, small, sparse, private, grid, time.perf_counter() - begin)
+    return Results(settings, device, deep, small, sparse, private, found, grid, time.perf_counter() - begin)

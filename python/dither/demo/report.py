@@ -16,9 +16,11 @@ import torch
 from .._extras import require
 from ..ops import build_info
 from ..sparsity import plot_masks_over_time
+from ..tokens import draw_tokens
 from .experiments import DEEP, ETA, GRID_ETA, GRID_LR, LR, MAX_NORM, POOR, SMALL, SMALL_ARMS, Results, Settings
 from .private import DELTA, MAX_GRAD_NORM, WIDTHS, PrivateRun
 from .private import LR as PRIVATE_LR
+from .tokens import DEPTH, LARGE, PATCH, SIDE, SIGNS, WIDTH, TokenResults
 from .train import BATCH, Run
 
 console = require("rich.console", extra="demo")
@@ -97,6 +99,26 @@ def _private_table(title: str, arms: dict[float, list[PrivateRun]]) -> Table:
     return Table(title, columns, rows)
 
 
+def _token_tables(found: TokenResults) -> list[Table]:
+    rows = [
+        [run.name, f"{100 * run.accuracy:.1f}", "merged" if math.isnan(run.found) else percent(run.found), percent(run.keep)]
+        for run in found.runs
+    ]
+    title = f"Fewer tokens: {DEPTH} layers of {WIDTH}, {(SIDE // PATCH) ** 2} tokens"
+    tables = [Table(title, ["", "accuracy, %", "signs kept", "tokens kept"], rows)]
+    rows = [
+        [
+            name,
+            *(f"{n / 1e9:.2f}" for n in c.flops),
+            *(f"{1e3 * s:.1f}" for s in c.seconds),
+            f"{c.seconds[0] / c.seconds[1]:.2f}",
+        ]
+        for name, c in found.comparisons.items()
+    ]
+    columns = ["", "GFLOP, all", "fewer", "ms, all", "fewer", "times as fast"]
+    return [*tables, Table(f"What they cost: {(LARGE // PATCH) ** 2:,} tokens, one image", columns, rows)]
+
+
 def tables(results: Results) -> list[Table]:
     seeds = f"seeds: {results.settings.seeds}"
     depth = f"{len(DEEP) - 2} hidden layers of {DEEP[1]}"
@@ -108,6 +130,7 @@ def tables(results: Results) -> list[Table]:
     found.append(_sparse_table(title, results.sparse, results.settings.small_steps))
     title = f"Private training: {' - '.join(map(str, WIDTHS))}, delta {DELTA:g}, {seeds}"
     found.append(_private_table(title, results.private))
+    found += _token_tables(results.tokens)
     if results.grid:
         rows = [[f"lr {lr}", *(percent(results.grid[lr, eta]) for eta in GRID_ETA)] for lr in GRID_LR]
         columns = ["validation accuracy", *(f"eta {eta}" if eta else "no noise" for eta in GRID_ETA)]
@@ -188,6 +211,15 @@ def private_figure(results: Results, path: Path) -> None:
     fig.savefig(path, dpi=150)
 
 
+def token_figure(found: TokenResults, path: Path) -> None:
+    """Two images of the test, and their tokens after the first layer."""
+    fig = draw_tokens(found.pictures, found.records)
+    fig.set_size_inches(2.4 * (1 + len(found.records)), 5.1)
+    for ax in fig.axes:
+        ax.title.set_fontsize(11)
+    fig.savefig(path, dpi=100)
+
+
 def cost(results: Results) -> str:
     """Time, and the most memory that the process had resident, libraries and all."""
     try:
@@ -209,6 +241,14 @@ PRIVATE = f"""AdamW, lr {PRIVATE_LR}, Poisson batches of a quarter of the images
 {MAX_GRAD_NORM:.0f}, noise for epsilon at delta {DELTA:g}; without privacy the same batches, the mean loss and no
 clipping. ms/step: the median step, and how many times that without privacy; the network is so small that calls count more than
 arithmetic. The learning rate was better than 0.003 on the validation images; looking at them is not counted in epsilon."""
+
+
+TOKENS = f"""The largest of {SIGNS} digits, each of them one token of a crop of a photograph (tested on another part of it):
+patches of {PATCH} x {PATCH} pixels, no positions, the mean of all tokens to the classifier, AdamW, one seed. Tokens go after
+the first layer, by PageRank or column sums of its attention, or by chance; signs kept: how many of the digits are among those
+that stay. ToMe joins the most similar tokens instead. The first attention has already handed on part of what the signs say, so
+chance does better than its share of signs. GFLOP and ms: of a call with all tokens, in torch's fused layers, and with fewer,
+ranking included; medians of calls in turns. Picture: tokens that are gone are white, merged ones have their mean colour."""
 
 
 def _fill(text: str, indent: str = "") -> str:
@@ -265,13 +305,15 @@ def conditions(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    deep, small, sparse, privately, *grid = (f"**{table.title}**\n\n{table.markdown()}" for table in tables(results))
+    deep, small, sparse, privately, kept, cost_of_tokens, *grid = (
+        f"**{table.title}**\n\n{table.markdown()}" for table in tables(results)
+    )
     bfloat16 = _fill(
         """AdamW bfloat16 keeps parameters, gradients and both moments in bfloat16 and rounds stochastically: half
         their bytes. Differences smaller than the spread of the seeds mean nothing (one test image is 0.28 %)."""
     )
     paragraphs = [
-        "# Gradient noise, fused optimizers, N:M sparsity and privacy on real digits",
+        "# Gradient noise, fused optimizers, N:M sparsity, privacy and fewer tokens on real digits",
         "![Loss curves and accuracies](figure.png)",
         "## Gradient noise",
         deep,
@@ -288,6 +330,11 @@ def markdown(results: Results) -> str:
         privately,
         _fill(PRIVATE),
         "![Accuracy against epsilon](privacy.png)",
+        "## Fewer tokens",
+        kept,
+        cost_of_tokens,
+        _fill(TOKENS),
+        "![Photographs with signs, and the tokens that are kept](tokens.png)",
         "## Settings",
         "\n".join(conditions(results)),
     ]
@@ -301,5 +348,6 @@ def write(results: Results, out: Path) -> None:
     figure(results, out / "figure.png")
     plot_masks_over_time(next(runs[0].masks for runs in results.sparse.values() if runs[0].masks), out / "masks.png")
     private_figure(results, out / "privacy.png")
+    token_figure(results.tokens, out / "tokens.png")
     (out / "report.md").write_text(markdown(results), encoding="utf-8")
-    print(f"Took {cost(results)}. Wrote report.md, figure.png, masks.png and privacy.png into {out}")
+    print(f"Took {cost(results)}. Wrote report.md, figure.png, masks.png, privacy.png and tokens.png into {out}")
