@@ -128,16 +128,6 @@ def _trained(data: Digits, plan: Plan, bar: Any) -> Finder:
     return model.eval()
 
 
-def _flops(model: nn.Module, images: Tensor) -> int:
-    """Without torch's fused layers for inference, inside which nothing is counted."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        return tokens.count_flops(lambda: model(images))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
 def measure_tokens(data: Digits, plan: Plan, bar: Any) -> TokenResults:
     """Train on small crops; prune after the first layer."""
     model = _trained(data, plan, bar)
@@ -164,14 +154,12 @@ def measure_tokens(data: Digits, plan: Plan, bar: Any) -> TokenResults:
             if name in ("PageRank, 60% kept", "PageRank, 10% kept", "random, 10% kept", "ToMe, half merged"):
                 records.append(replace(record, layer=name.partition(",")[0], source=record.source[shown]))
         large = signs(data.test, 1, LARGE, True, draw)[0]
-        dense, comparisons = _flops(model, large), {}
+        comparisons = {}
         for name, (method, options) in {
             "PageRank, 60% kept": ways["PageRank, 60% kept"],
             "column sums, 60% kept": ways["column sums, 60% kept"],
             "random, 60% kept": ways["random, 60% kept"],
             "ToMe, half merged": ("tome", {"r": (LARGE**2 // PATCH**2 // 2,)}),
         }.items():
-            comparison = tokens.compare(model, method, large, repeats=plan.repeats, patch=options)
-            with tokens.patched(model, method, **options):
-                comparisons[name] = replace(comparison, flops=(dense, _flops(model, large)))
+            comparisons[name] = tokens.compare(model, method, large, repeats=plan.repeats, patch=options)
     return TokenResults(runs, comparisons, images[shown].cpu(), records)
