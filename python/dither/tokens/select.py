@@ -200,7 +200,7 @@ def restore(
             of the kept token whose metric is most similar by cosine (AT-EDM, Wang et al. 2024).
         match: int64 [B, N], the token of `kept` that each token becomes, as `nearest_kept` returns it: found once, used for
             several tensors.
-        cache: [B, N, C] from an earlier step, whose tokens stay where none was kept (CAT, Wang et al. 2024).
+        cache: [B, N, C] from an earlier step, whose tokens stay where none was kept (CAT, Cheng et al. 2025).
 
     Args:
         kept: [B, k, C].
