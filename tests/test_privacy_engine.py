@@ -2023,3 +2023,12 @@ def test_zero_grad_takes_counts_along():
         optimizer.zero_grad()
         one_number_each(model(*inputs)).sum().backward()
     assert optimizer.privacy.samples == 6 and float(optimizer.privacy._unclipped) == 3
+
+
+def test_a_huge_input_with_a_gradient_of_0_leaves_the_sum_finite():
+    model = nn.Linear(4, 8, bias=False)
+    optimizer = private(model, loss_reduction="mean")
+    x = torch.randn(32, 4)
+    x[3] = 2e38
+    model(x).clamp(-1, 1).sum(1).mean().backward()
+    assert model.weight.grad.isfinite().all() and optimizer.privacy.nonfinite == 0

@@ -266,6 +266,15 @@ def test_nothing_is_left_of_a_sample_of_factor_0(backend, dtype):
         assert same_bits(got[1], x[1]) and got[2, 0].isnan() and got[2, 4] == 10
 
 
+@each_dtype
+def test_scaling_ends_at_the_largest_number(backend, dtype):
+    """Infinity times the other operand's 0 would be NaN for all."""
+    most = torch.finfo(dtype).max
+    x = torch.tensor([[most, -most, 1.0, math.nan]], dtype=dtype)
+    got = everywhere(backend, "scale_rows_", x, torch.tensor([32.0]))
+    assert got[0, :3].tolist() == [most, -most, 32.0] and got[0, 3].isnan()
+
+
 def test_scaling_of_any_dense_samples(backend):
     x = normal(3, 4, 5, 6).to(memory_format=torch.channels_last)
     want = x * torch.tensor([2.0, 0.5, 0.0]).view(3, 1, 1, 1)

@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
   S* x = static_cast<S*>(s.x) + row * s.columns + begin;
   for (int64_t k = threadIdx.x; k < n; k += kThreads) {
     S y{};
-    if (f != T(0)) narrow(f * widen(x[k]), y);
+    if (f != T(0)) narrow(scaled_within<S>(f, widen(x[k])), y);
     x[k] = y;
   }
 }

@@ -6,6 +6,8 @@
 // - A number of a Gram matrix is summed by 8 lanes, which fold by halves. Of the matrix, blocks of 16 x 16 on and below the
 //   diagonal are computed; each of a block's 256 places is summed over the blocks of its 16 rows, the places fold by halves.
 #pragma once
+#include <cfloat>
+
 #include "../common/cpu.h"
 #include "../common/dtype.h"
 #include "../common/stream.h"
@@ -54,6 +56,23 @@ struct EmbeddingNorm {
   DType type;
   double rounding;  // how much the squares of rows count that are added to others
 };
+
+template <class S>
+constexpr double kLargest = DBL_MAX;
+template <>
+constexpr double kLargest<float> = FLT_MAX;
+template <>
+constexpr double kLargest<bfloat16> = 0x1.FEp127;
+template <>
+constexpr double kLargest<float16> = 65504;
+
+// f x, at most the largest finite number: infinity times a gradient of 0 would be nan in the sum of all samples.
+template <class S, class T>
+DITHER_HD T scaled_within(T f, T x) {
+  constexpr T most = T(kLargest<S>);
+  const T y = f * x;
+  return y > most ? most : y < -most ? -most : y;
+}
 
 struct ScaleRows {
   void* x;             // [rows][columns]

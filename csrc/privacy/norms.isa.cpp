@@ -322,7 +322,7 @@ void scale_range(void* data, int64_t n, double factor, DType type) {
       for (int64_t k = 0; k < n; k += kScaled) {
         Wide<S> y[kScaled];
         const int64_t m = smaller<int64_t>(kScaled, n - k);
-        for (int64_t j = 0; j < m; ++j) y[j] = f * widen(x[k + j]);
+        for (int64_t j = 0; j < m; ++j) y[j] = scaled_within<S>(f, widen(x[k + j]));
         for (int64_t j = 0; j < m; ++j) narrow(y[j], x[k + j]);
       }
   });

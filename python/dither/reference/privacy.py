@@ -83,10 +83,12 @@ def embedding_norm_(ids: Tensor, g: Tensor, padding_idx: int, out: Tensor, round
 
 
 def scale_rows_(x: Tensor, factor: Tensor) -> None:
-    """`dither::scale_rows_` where no kernel is available: x_b *= factor_b; +0 where factor_b is 0, whatever x_b was."""
+    """`dither::scale_rows_` where no kernel is available: x_b *= factor_b, at most the largest number of
+    its type; +0 where factor_b is 0, whatever x_b was."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     f = factor.to(wide).view(-1, *[1] * (x.dim() - 1))
-    x.copy_(torch.where(f == 0, 0.0, x.to(wide) * f))
+    most = torch.finfo(x.dtype).max
+    x.copy_(torch.where(f == 0, 0.0, (x.to(wide) * f).clamp(-most, most)))
 
 
 def affine_sample_grads_(x: Tensor, g: Tensor, mean: Tensor | None, scale: Tensor, out: Tensor) -> None:
