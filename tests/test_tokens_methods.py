@@ -210,8 +210,8 @@ def sd3():
 
 NOTHING = {
     "at-edm": {"keep": 1.0},
-    "evit": {"keep": 1.0},
-    "zero-tprune": {"keep": 1.0},
+    "evit": {"keep": 1.0, "layers": (1, 2)},
+    "zero-tprune": {"keep": 1.0, "layers": (1, 2)},
     "prune": {"keep": {}},
     "tome": {"r": 0},
     "tomesd": {"ratio": 0},
@@ -410,7 +410,7 @@ def test_activation_checkpointing_is_refused():
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("method", VITS)
-@pytest.mark.parametrize("make", [pre_norm, lambda: (built(lambda: nn.Sequential(Block(32, 4), Block(32, 4))), None)])
+@pytest.mark.parametrize("make", [pre_norm, lambda: (built(lambda: nn.Sequential(*(Block(32, 4) for _ in range(3)))), None)])
 def test_few_tokens(shape, method, make):
     model, _ = make()
     if not shape[0] and (method == "negtome" or (method == "tome" and make is pre_norm)):
@@ -845,6 +845,8 @@ BAD = [
     (lambda: tokens.patch(encoder(True), "seg"), r"expected an attention of timm or diffusers for SEG"),
     (lambda: tokens.patch(ViT(), "cat"), r"patch: prefix is 1, expected 0 for a method that keeps results"),
     (lambda: tokens.patch(wrapped(), "tome"), r"'0' is WrappedLayer, expected a block of timm or torchvision or nn.Transf"),
+    (lambda: tokens.patch(encoder(True), "evit", prefix=1), r"patch: Prune names layer \d, expected layers below \d"),
+    (lambda: tokens.patch(encoder(True), "prune", kep=0.5), r"patch: 'prune' got an unexpected keyword argument 'kep'"),
     (lambda: tokens.patch(wrapped()[:1], "at-edm"), r"Sequential has one block in each stage, expected several for a method"),
     (
         lambda: called(encoder(True), "evit", layers=(0,)),

@@ -76,7 +76,7 @@ def test_compare():
     model, x = encoder(), torch.randn(2, 16, 8)
     with torch.no_grad():
         dense = model.train()(x)
-    found = compare(model, "prune", x, patch={"keep": 0.5, "rest": "restore", "score": "colsum"}, repeats=2)
+    found = compare(model, "prune", x, options={"keep": 0.5, "rest": "restore", "score": "colsum"}, repeats=2)
     assert found.method == "prune" and found.flops[0] == 3 * layer_flops(16, 16) > found.flops[1]
     assert [(r.before, r.after) for r in found.records] == [(16, 8), (8, 8), (8, 8)]
     assert all(seconds > 0 for seconds in found.seconds)
@@ -105,9 +105,9 @@ def test_compare_of_other_outputs():
     x = torch.randn(2, 16, 8)
     found = compare(encoder(), tokens.ToMe(2), x, repeats=1)
     assert math.isnan(found.error) and found.method == "ToMe"
-    assert compare(Model(), "tome", x, scale=2.0, repeats=1, patch={"r": 0}).error == 0
-    assert 0 < compare(Model(), "tome", x, scale=2.0, repeats=1, patch={"r": 4}).error < 1
-    assert str(compare(Model(), "tome", x[:0], scale=1.0, repeats=1, patch={"r": 0})).startswith("tome: GFLOP 0 -> 0 (")
+    assert compare(Model(), "tome", x, scale=2.0, repeats=1, options={"r": 0}).error == 0
+    assert 0 < compare(Model(), "tome", x, scale=2.0, repeats=1, options={"r": 4}).error < 1
+    assert str(compare(Model(), "tome", x[:0], scale=1.0, repeats=1, options={"r": 0})).startswith("tome: GFLOP 0 -> 0 (")
 
 
 # Pictures

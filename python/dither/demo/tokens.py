@@ -161,5 +161,5 @@ def measure_tokens(data: Digits, plan: Plan, bar: Any) -> TokenResults:
             "random, 60% kept": ways["random, 60% kept"],
             "ToMe, half merged": ("tome", {"r": (LARGE**2 // PATCH**2 // 2,)}),
         }.items():
-            comparisons[name] = tokens.compare(model, method, large, repeats=plan.repeats, patch=options)
+            comparisons[name] = tokens.compare(model, method, large, repeats=plan.repeats, options=options)
     return TokenResults(runs, comparisons, images[shown].cpu(), records)

@@ -88,11 +88,13 @@ class Method(ABC):
 
     restores: whether the tokens after the last block of a stage are put back to the full length.
     proportional: whether attention counts a token as often as tokens were merged into it.
+    layers: those that the method names, which a model must have.
     """
 
     place: Place
     restores = False
     proportional = False
+    layers: tuple[int, ...] = ()
 
     def begin(self, layer: Layer) -> bool:
         """Whether this layer has fewer tokens after it (or in its attention)."""
@@ -200,6 +202,7 @@ class Prune(Method):
             _one_of("Prune", "heads", self.heads, ("mean", "rms", "max"), " or a tensor of weights")
         integer("Prune", "early", self.early, 0)
         self.restores = self.rest == "restore"
+        self.layers = tuple(self.keep) if isinstance(self.keep, Mapping) else ()
 
     def _rate(self, layer: Layer) -> float:
         if layer.step < self.early and any(fnmatchcase(layer.name, pattern) for pattern in self.spared):

@@ -263,19 +263,24 @@ class Patch:
                 f"patch: {type(model).__name__} has no block{which} with an attention module of torch, timm or diffusers, "
                 f"expected some: modules like nn.MultiheadAttention, or called ...Attention with {', '.join(_QUERIES)}"
             )
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._call, with_kwargs=True)]
-        self._replaced: list[nn.Module] = []
         if method.place == "cache":
             if len({id(block.stage) for block in self.blocks}) > 1:
                 raise ValueError("patch: model has several stages of blocks, expected one for a method that keeps results")
             if self.prefix:
                 raise ValueError(f"patch: prefix is {self.prefix}, expected 0 for a method that keeps results")
-            self._handles.append(model.register_forward_hook(self._result))
+        deepest = max(len(block.stage.names) for block in self.blocks)
+        beyond = [layer for layer in method.layers if layer >= deepest]
+        if beyond:
+            raise ValueError(f"patch: {type(method).__name__} names layer {beyond[0]}, expected layers below {deepest}")
         if method.place == "block" and method.restores and all(len(block.stage.names) == 1 for block in self.blocks):
             raise ValueError(
                 f"patch: {type(model).__name__} has one block in each stage, expected several for a method that takes tokens "
                 "away after a block and restores them after the last"
             )
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._call, with_kwargs=True)]
+        self._replaced: list[nn.Module] = []
+        if method.place == "cache":
+            self._handles.append(model.register_forward_hook(self._result))
         try:
             for block in self.blocks:
                 self._hook(block)
@@ -615,7 +620,12 @@ def patch(
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(f"patch: method is {method!r}, expected {', '.join(map(repr, METHODS))} or a Method")
-        method = METHODS[method](**options)
+        try:
+            method = METHODS[method](**options)
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+            raise TypeError(f"patch: {method!r} got {str(error).partition('got ')[2]}") from None
     elif options:
         raise TypeError(f"patch: unexpected {', '.join(options)}, which only methods by name take")
     instance("patch", "method", method, Method, "a Method or its name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,17 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module, method: str | Method, *args: Any, repeats: int = 5, patch: Any = None, **kwargs: Any
+    model: nn.Module,
+    method: str | Method,
+    *args: Any,
+    repeats: int = 5,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Comparison:
     """Call model(*args, **kwargs) without and with a token method, which is taken out again.
 
     Args:
-        method: as of `patch`; its options in `patch`, a dict. repeats: calls of each that are timed, after one that is not.
+        method, options: as of `patch`, whose keywords are `options` here. repeats: calls of each that are timed.
     """
     integer("compare", "repeats", repeats, 1)
 
@@ -102,7 +107,7 @@ def compare(
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    options = {} if patch is None else patch
+    options = {} if options is None else options
     with torch.no_grad():
         flops, dense = count_flops(call), call()
         with patched(model, method, **options) as handle:
