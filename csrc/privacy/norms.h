@@ -6,8 +6,6 @@
 // - A number of a Gram matrix is summed by 8 lanes, which fold by halves. Of the matrix, blocks of 16 x 16 on and below the
 //   diagonal are computed; each of a block's 256 places is summed over the blocks of its 16 rows, the places fold by halves.
 #pragma once
-#include <cfloat>
-
 #include "../common/cpu.h"
 #include "../common/dtype.h"
 #include "../common/stream.h"
@@ -58,9 +56,9 @@ struct EmbeddingNorm {
 };
 
 template <class S>
-constexpr double kLargest = DBL_MAX;
+constexpr double kLargest = 0x1.FFFFFFFFFFFFFp1023;
 template <>
-constexpr double kLargest<float> = FLT_MAX;
+constexpr double kLargest<float> = 0x1.FFFFFEp127;
 template <>
 constexpr double kLargest<bfloat16> = 0x1.FEp127;
 template <>

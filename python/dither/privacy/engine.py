@@ -39,6 +39,7 @@ Secure = Literal["key", "fast", "exact"]
 _ENGINES = {"key": "chacha20", "fast": "philox", "exact": "chacha20"}
 _TILE = 2**24  # numbers of single samples that secure="exact" holds at a time
 _QUANTILE_STREAM = 2**32 - 1
+_FIXED = ("noise_multiplier", "sample_rate", "expected_batch_size", "clipping", "secure", "loss_reduction", "batch_first")
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 _owners: weakref.WeakValueDictionary[bytes, Privacy] = weakref.WeakValueDictionary()  # of keys, by their digests
 
@@ -142,6 +143,16 @@ class Privacy:
         self._agree()
         optimizer.__deepcopy__ = optimizer.__reduce_ex__ = _uncopied  # type: ignore[method-assign, attr-defined]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(f"privacy: {name} is fixed by make_private, expected no assignment")
+        super().__setattr__(name, value)
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C; with clipping="quantile" the present one."""
+        return math.sqrt(sum(c * c for c in self._norms))
+
     # ---- what it is made of
 
     def _check_params(self, owner: str) -> None:
@@ -175,6 +186,7 @@ class Privacy:
             if p.grad is not None:
                 raise ValueError(f"{owner}: {name!r} has a gradient, expected none; call zero_grad")
         self._order = {p: i for i, p in enumerate(stepped)}
+        self._dtypes = {p: p.dtype for p in self._params}
         self._distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._distributed = self._distributed and torch.distributed.get_world_size() > 1
 
@@ -203,7 +215,6 @@ class Privacy:
             self._start[p] = ends[k]
             ends[k] += p.numel()
         self._sizes = ends
-        self.max_grad_norm = math.sqrt(sum(c * c for c in self._norms))
 
     def _quantile(self, owner: str, target: float, rate: float, std: float | None) -> None:
         self.target_quantile = number(owner, "target_quantile", target, above=0, below=1)
@@ -222,7 +233,7 @@ class Privacy:
             raise ValueError(f"{owner}: key is not 32 bytes, expected those of dither.privacy.new_key or load_key")
         secret = os.urandom(32) if key is None else key
         self._secret = secret = shared_key(secret, self._device) if self._distributed else secret
-        self._seed: bytes | int = secret if self.secure == "key" else int.from_bytes(secret[:8], "little")
+        self._seed: bytes | int = int.from_bytes(secret[:8], "little") if self.secure == "fast" else secret
         return PrivateNoise(self._seed, _ENGINES[self.secure])
 
     def _claim(self, owner: str) -> None:
@@ -439,8 +450,29 @@ class Privacy:
                 "privacy: a tensor that was computed of parameters alone got a gradient that tells of no sample, expected it "
                 "to be used in functions of samples: a penalty on parameters belongs into weight_decay"
             )
+        for p in self._params:
+            self._check_own(p)
+        self._drop_if_zeroed()
+        try:
+            self._add(batch)
+        except BaseException:
+            self._discard()  # some of it may be added
+            raise
+
+    def _add(self, batch: Batch) -> None:
+        """Add the clipped gradients of a batch to what is there since the last step."""
         clipped = self._clipped(batch.size, independent(trace_back(batch, self._watched)))
         sums = {self._sharded.get(whole, whole): new for whole, new in clipped.items()}
+        if not sums and (self._exact or self._tables):  # a gradient that zero_grad takes, as it takes others
+            p = min((p for p in self._params if p not in self._tables), key=Tensor.numel, default=None)
+            if p is None:
+                p = next(iter(self._params))
+                none = torch.zeros(p.dim(), 0, dtype=torch.int64, device=p.device), p.new_zeros(0)
+                p.grad = torch.sparse_coo_tensor(*none, size=p.shape)
+                self._sums[p] = (p.grad, p.grad._version, _probe(p.grad))
+            else:
+                known = float(bool(self._exact))  # not 0, where it is not used, so that division by a GradScaler is noticed
+                sums[p] = torch.full(p.shape, known, dtype=p.dtype, device=local(p).device)
         for p in self._params:
             if is_sharded(p):  # every process takes part, with samples or without
                 new = sums.get(p)
@@ -450,11 +482,26 @@ class Privacy:
                 new = sums[p]
             else:
                 continue
-            self._check_own(p)
             if p.grad is not None:
                 new = new.to(p.dtype) + p.grad
             p.grad = new.to(p.dtype)
             self._sums[p] = (p.grad, p.grad._version, _probe(p.grad))
+
+    def _drop_if_zeroed(self) -> None:
+        """Where zero_grad took the gradients, it takes what does not lie in them too."""
+        if not any(p.grad is own and own._version == version for p, (own, version, _) in self._sums.items()):
+            self._exact = []
+            self._read_rows = {p: [] for p in self._tables}
+            self._unclipped.zero_()
+            self.samples = 0
+
+    def _discard(self) -> None:
+        """Drop all that was added since the last step."""
+        for p, (own, _, _) in self._sums.items():
+            if p.grad is own:
+                p.grad = None
+        self._sums.clear()
+        self._drop_if_zeroed()
 
     def _clipped(self, size: int, uses: list[Contribution]) -> Sums:
         """The sums of clipped gradients of a batch. Empties `uses`."""
@@ -495,9 +542,6 @@ class Privacy:
                     self._add_lazily(use, factor)
                 else:
                     use.add_sum(sums, factor)
-        if not any(p.grad is not None for p in self._params) and not self._exact:  # zero_grad took what was there
-            self.samples = 0
-            self._unclipped.zero_()
         self.samples += size
         self.nonfinite += int(size - finite.sum())
         if self.clipping == "quantile":
@@ -546,7 +590,7 @@ class Privacy:
             self._sums.pop(p, None)
         elif (
             p.grad is not own or p.grad._version != version or probe is None or not torch.equal(probe, _probe(p.grad))
-        ) and bool(p.grad.any()):
+        ) and bool((p.grad._values() if p.grad.is_sparse else p.grad).any()):
             raise RuntimeError(
                 f"privacy: the gradient of {self._params[p]!r} was not made by private training, expected p.grad untouched "
                 "between backward and step: it is a sum of clipped gradients. (A part of the model that is used outside of its "
@@ -580,8 +624,15 @@ class Privacy:
         for p in self._params:
             if not p.requires_grad:
                 raise RuntimeError(f"privacy: {self._params[p]!r} was frozen after make_private, expected the same parameters")
+            if p.dtype != self._dtypes[p]:
+                raise RuntimeError(f"privacy: {self._params[p]!r} is {p.dtype}, expected {self._dtypes[p]} as at make_private")
             self._check_own(p)
-            if p.grad is None and p not in self._tables:
+        self._drop_if_zeroed()
+        self._check_tables()
+        for p in self._params:
+            if p in self._tables:
+                p.grad = None
+            elif p.grad is None:
                 p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
         self._add_up()
         self.ledger.record()
@@ -600,6 +651,21 @@ class Privacy:
             if p.grad is not None:
                 self._add_noise(p.grad, std, stream)
                 p.grad.mul_(scale)
+
+    def _check_tables(self) -> None:
+        for group in self.optimizer.param_groups:
+            for p in (p for p in group["params"] if p in self._tables):
+                table = self._tables[p]
+                if p.data_ptr() != table.weight.data_ptr():
+                    raise RuntimeError(
+                        f"privacy: {self._params[p]!r} has lazy noise and was moved after make_private, expected before"
+                    )
+                changed = [name for name in ("momentum", "dampening", "nesterov") if group[name] != getattr(table, name)]
+                if changed or group["maximize"]:
+                    raise ValueError(
+                        f"privacy: {(changed or ['maximize'])[0]} of {self._params[p]!r} was changed, expected the one of "
+                        "make_private: its noise is lazy"
+                    )
 
     def _step_lazily(self, std: float, scale: float) -> None:
         for group in self.optimizer.param_groups:
@@ -655,7 +721,6 @@ class Privacy:
             self._add_noise(count, self.unclipped_num_std, _QUANTILE_STREAM)
             fraction = (float(self._unclipped) + float(count)) / self.expected_batch_size + 0.5
             self._norms[0] *= math.exp(-self.quantile_lr * (min(max(fraction, 0.0), 1.0) - self.target_quantile))
-            self.max_grad_norm = self._norms[0]
             self._unclipped.zero_()
 
     # ---- epsilon and checkpoints
@@ -712,7 +777,7 @@ class Privacy:
             self.ledger.load_state_dict(spent, check_key=False)  # what was released stays so
         self.nonfinite = state["nonfinite"]
         if self.clipping == "quantile":
-            self.max_grad_norm = self._norms[0] = state["max_grad_norm"]
+            self._norms[0] = state["max_grad_norm"]
         if not self._given_key:  # what comes may be other data: no noise of this key may come again
             self._disown()
             self._noise = self._new_noise("load_state_dict", None)
@@ -720,7 +785,9 @@ class Privacy:
         elif self._noise.released < self.ledger.steps:
             self._noise = PrivateNoise(self._seed, self._noise.engine, self.ledger.steps)
         for p, table in self._tables.items():
+            released = table.steps
             table.load_state_dict(state["tables"][self._params[p]])
+            table.skip_to(released)  # no noise of this key comes again
             table.rekey(self._seed, self._noise.engine)
 
     def _disown(self) -> None:
@@ -728,7 +795,9 @@ class Privacy:
             del _owners[digest(self._secret)]
 
     def remove(self) -> None:
-        """Take everything off: the model and the optimizer are as they were, and train without privacy."""
+        """Take everything off: the model and the optimizer are as they were, and train without privacy. Twice is once."""
+        if getattr(self.optimizer, "privacy", None) is not self:
+            return
         self.flush()
         self._disown()
         for handle in self._handles:
@@ -754,7 +823,7 @@ def _one_of(owner: str, name: str, value: str, allowed: Iterable[str]) -> None:
 
 def _probe(t: Tensor) -> Tensor:
     """Some numbers of a tensor: a GradScaler divides gradients without counting it as a change."""
-    t = local(t)
+    t = local(t)._values() if t.is_sparse else local(t)
     step = max(1, t.numel() // 64)
     return t.as_strided((len(range(0, t.numel(), step)),), (step,), t.storage_offset()).clone()
 

@@ -161,6 +161,14 @@ class LazyTable:
             self._first = self.steps
             self._history = self._room(64)
 
+    @torch.no_grad()
+    def skip_to(self, step: int) -> None:
+        """Count at least `step` steps as ended, so that noise which was drawn in them does not come again. Flushes."""
+        self.flush()
+        if step > self.steps:
+            self.steps = self._first = step
+            self._last.fill_(step)
+
     @property
     def pending(self) -> int:
         """How many rows lack noise."""

@@ -113,7 +113,7 @@ class Recorder(TorchFunctionMode):
             if isinstance(result, Tensor) and not result.requires_grad and args and not self.is_data(args[0]):
                 self.batch.constants[id(result)] = result
             return result
-        if func is F.batch_norm and (kwargs.get("training") or (len(args) > 5 and args[5])):
+        if func in _BATCH_NORMS and (kwargs.get("training") or (len(args) > 5 and args[5])):
             raise ValueError("privacy: batch_norm mixes samples, expected group_norm; see dither.privacy.fix_model")
         data = False
         for arg in (*args, *kwargs.values()):
@@ -693,6 +693,8 @@ def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
 
 
 # ---- anything else
+
+_BATCH_NORMS = (F.batch_norm, torch.batch_norm, torch.native_batch_norm)
 
 _QUESTIONS = {
     *("__get__", "size", "dim", "ndimension", "stride", "numel", "nelement", "is_contiguous", "storage_offset", "data_ptr"),

@@ -259,7 +259,8 @@ def split(loader: PoissonLoader, max_physical_batch_size: int) -> Iterator[tuple
                 optimizer.step()                    # adds the noise, once a batch
 
     Pieces are cut before they are loaded; an empty batch is one empty piece. All processes get the same number of pieces of a
-    batch, some of them empty: a model that is sharded needs all in every pass.
+    batch, some of them empty: a model that is sharded needs all in every pass. Who leaves the loop in the midst of a batch
+    calls `optimizer.zero_grad()` before the next: that batch comes again, and its first pieces would count twice.
 
     max_physical_batch_size: at least 1, of examples on this process.
     """
