@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -55,6 +56,12 @@ def number(
         signs = "<=" if above is None else "<", "<" if most is None else "<="
         raise ValueError(f"{owner}: {name} is {value!r}, expected {low:g} {signs[0]} {name} {signs[1]} {high:g}")
     return float(value)
+
+
+def one_of(owner: str, name: str, value: Any, allowed: Collection[Any], other: str = "") -> None:
+    """ValueError unless `value` is among `allowed`. other: what else would do, in words."""
+    if value not in allowed:
+        raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}{other}")
 
 
 def share(owner: str, name: str, value: Any) -> float:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import number
+from .._checks import number, one_of
 
 Clipping = Literal["flat", "per_layer", "auto-s", "auto-v", "m-ngp", "global", "quantile"]
 
@@ -35,7 +35,6 @@ def clip_factor(norms: Tensor, max_grad_norm: float, clipping: Clipping = "flat"
             C / n, Bu et al. 2023. "m-ngp": C / max(1, n).
             "global": 1 where n <= C, else 0, Bu et al. 2021. No factor is above 2^64.
     """
-    if clipping not in FACTORS:
-        raise ValueError(f"clip_factor: clipping is {clipping!r}, expected {', '.join(map(repr, FACTORS))}")
+    one_of("clip_factor", "clipping", clipping, FACTORS)
     max_grad_norm = number("clip_factor", "max_grad_norm", max_grad_norm, above=0)
     return torch.where(norms.isfinite(), FACTORS[clipping](norms, max_grad_norm).clamp(max=_MOST), 0)

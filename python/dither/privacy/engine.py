@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from .. import noise
-from .._checks import instance, number, share
+from .._checks import instance, number, one_of, share
 from ..ops import reference
 from ..optim import SGD, FusedOptimizer, PrivateNoise
 from ..optim._shards import is_sharded, local, place_of, scattered
@@ -86,9 +86,9 @@ class Privacy:
             raise TypeError(f"{owner}: optimizer is LBFGS, expected one that needs the gradient of a step once")
         if hasattr(optimizer, "privacy"):
             raise ValueError(f"{owner}: optimizer is private already, expected one that is not")
-        _one_of(owner, "clipping", clipping, FACTORS)
-        _one_of(owner, "secure", secure, _ENGINES)
-        _one_of(owner, "loss_reduction", loss_reduction, ("mean", "sum"))
+        one_of(owner, "clipping", clipping, FACTORS)
+        one_of(owner, "secure", secure, _ENGINES)
+        one_of(owner, "loss_reduction", loss_reduction, ("mean", "sum"))
         refused(owner, model)
         self.model, self.optimizer = model, optimizer
         self.noise_multiplier, self.clipping = number(owner, "noise_multiplier", noise_multiplier, least=0), clipping
@@ -347,19 +347,20 @@ class Privacy:
             self._check_buffers(recorder.batch)
         taps = recorder.batch.taps
         if taps and (recorder.batch.coincides or not self._apart):
-            self._check_apart(recorder.batch, taps, outputs)
+            self._check_apart(recorder, taps, outputs)
         recorder.batch.taps = None
         return None
 
-    def _check_apart(self, batch: Batch, taps: list[tuple[Tensor, int]], outputs: list[Tensor]) -> None:
+    def _check_apart(self, recorder: Recorder, taps: list[tuple[Tensor, int]], outputs: list[Tensor]) -> None:
         """Refuse a model in which the output of one sample has a gradient in the rows of others."""
+        batch = recorder.batch
         size, one = batch.size, batch.size // 2
-        outputs = [t for t in outputs if t.dim() and t.shape[self._along(t)] == size]
+        outputs = [t for t in outputs if t.dim() and t.shape[recorder.along(t)] == size]
         if not outputs:
             return
         wanted = [torch.zeros_like(t) for t in outputs]
         for t in wanted:
-            alone = t.select(self._along(t), one)
+            alone = t.select(recorder.along(t), one)
             alone.copy_(torch.linspace(0.5, 1.5, alone.numel(), device=t.device).view(alone.shape))
         finite = apart = True
 
@@ -399,10 +400,6 @@ class Privacy:
                     f"privacy: the forward pass writes data into buffer {name!r}, expected buffers that no sample changes: "
                     "what they keep is neither clipped nor noised"
                 )
-
-    def _along(self, t: Tensor) -> int:
-        """The dimension along which samples lie."""
-        return 0 if self.batch_first or t.dim() < 3 else 1
 
     def _constants(self) -> list[Tensor]:
         """Tensors that do not depend on samples: buffers, frozen parameters, and attributes of modules."""
@@ -814,11 +811,6 @@ def _tiles(use: Contribution, size: int) -> Iterator[tuple[slice, Rows]]:
     for first in range(0, size, most):
         some = slice(first, first + most)
         yield from ((some, rows) for rows in full(use.part(some).rows()))
-
-
-def _one_of(owner: str, name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}")
 
 
 def _probe(t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .._checks import instance, integer, is_real, share, tensor
+from .._checks import instance, integer, is_real, one_of, share, tensor
 from .._extras import with_progress
 from ..optim._shards import is_sharded
 from .layers import Layer, sparsifiable
@@ -571,8 +571,7 @@ def prune(
 
     If anything fails, all weights are as they were.
     """
-    if method not in list(_OPTIONS):
-        raise ValueError(f"prune: method is {method!r}, expected {', '.join(map(repr, _OPTIONS))}")
+    one_of("prune", "method", method, list(_OPTIONS))
     if unknown := set(options) - _OPTIONS[method]:
         takes = ", ".join(sorted(_OPTIONS[method])) or "none"
         raise TypeError(f"prune: unexpected option {min(unknown)!r}; {method!r} takes {takes}")

@@ -7,15 +7,20 @@ from torch import Tensor
 from .._checks import tensor
 
 
-def floating(owner: str, name: str, value: Any, *shapes: str) -> Tensor:
-    """`value`, a floating-point tensor with as many dimensions as one of `shapes`, such as "B, N, C"."""
+def shaped(owner: str, name: str, value: Any, *shapes: str) -> Tensor:
+    """`value`, a tensor with as many dimensions as one of `shapes`, such as "B, N, C"."""
     x = tensor(owner, name, value)
-    if not x.is_floating_point():
-        raise TypeError(f"{owner}: {name} is {x.dtype}, expected floating point")
     if x.dim() not in {len(shape.split(",")) for shape in shapes}:
         expected = " or ".join(f"[{shape}]" for shape in shapes)
         raise ValueError(f"{owner}: {name} has shape {list(x.shape)}, expected {expected}")
     return x
+
+
+def floating(owner: str, name: str, value: Any, *shapes: str) -> Tensor:
+    """`shaped`, of floating point."""
+    if not tensor(owner, name, value).is_floating_point():
+        raise TypeError(f"{owner}: {name} is {value.dtype}, expected floating point")
+    return shaped(owner, name, value, *shapes)
 
 
 def same_shape(owner: str, name: str, value: Any, like: Tensor) -> Tensor:

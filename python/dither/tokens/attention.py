@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .._checks import instance, integer, is_real, tensor
 from ..ops import apply, write
+from ._inputs import shaped
 
 _KEPT = 1 << 26  # bytes of a head's map that PageRank keeps
 _STRIP = 1 << 21  # elements of P at a time in the backward pass
@@ -133,9 +134,8 @@ def _wide(q: Tensor) -> torch.dtype:
 
 
 def _setting(op: str, q: Any, k: Any, scale: Any, attn_mask: Any, is_causal: Any) -> _Setting:
-    for name, t, shape in (("q", q, "[B, H, Nq, d]"), ("k", k, "[B, Hk, Nk, d]")):
-        if tensor(op, name, t).dim() != 4:
-            raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected {shape}")
+    for name, t, shape in (("q", q, "B, H, Nq, d"), ("k", k, "B, Hk, Nk, d")):
+        shaped(op, name, t, shape)
     instance(op, "is_causal", is_causal, bool, "a bool")
     if scale is not None and not is_real(scale):
         raise TypeError(f"{op}: scale is {scale!r}, expected None or a number")

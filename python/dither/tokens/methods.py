@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import integer, is_real, share
+from .._checks import integer, is_real, one_of, share
 from .attention import attention_colsum, pagerank
 from .merge import MergePlan, merge, merge_size, tome_plan, tomesd_plan
 from .select import bipartite_match, gather_tokens, topk_tokens
@@ -193,13 +193,13 @@ class Prune(Method):
             integer("Prune", "a layer of keep", layer, 0)
             share("Prune", "keep", rate)
         if not callable(self.score):
-            _one_of("Prune", "score", self.score, tuple(SCORES), " or a function of (q, k)")
-        _one_of("Prune", "place", self.place, ("attention", "block"))
-        _one_of("Prune", "rest", self.rest, ("drop", "fuse", "restore"))
-        _one_of("Prune", "similarity", self.similarity, ("features", "attention"))
+            one_of("Prune", "score", self.score, tuple(SCORES), " or a function of (q, k)")
+        one_of("Prune", "place", self.place, ("attention", "block"))
+        one_of("Prune", "rest", self.rest, ("drop", "fuse", "restore"))
+        one_of("Prune", "similarity", self.similarity, ("features", "attention"))
         integer("Prune", "iterations", self.iterations, 1)
         if not isinstance(self.heads, Tensor):
-            _one_of("Prune", "heads", self.heads, ("mean", "rms", "max"), " or a tensor of weights")
+            one_of("Prune", "heads", self.heads, ("mean", "rms", "max"), " or a tensor of weights")
         integer("Prune", "early", self.early, 0)
         self.restores = self.rest == "restore"
         self.layers = tuple(self.keep) if isinstance(self.keep, Mapping) else ()
@@ -264,7 +264,7 @@ class ToMe(Method):
         for r in self.r if isinstance(self.r, tuple) else (self.r,):
             integer("ToMe", "r", r, 0)
         _threshold("ToMe", self.threshold)
-        _one_of("ToMe", "place", self.place, ("attention", "block"))
+        one_of("ToMe", "place", self.place, ("attention", "block"))
 
     def _pairs(self, layer: Layer) -> int:
         if not isinstance(self.r, tuple):
@@ -335,11 +335,6 @@ def at_edm(keep: float | Mapping[int, float] = 0.7, **options: Any) -> Prune:
 
 def zero_tprune(keep: float = 0.7, layers: tuple[int, ...] = (1, 3, 6, 9), **options: Any) -> Prune:
     return Prune(keep_schedule(keep, layers), **{"score": "pagerank", "heads": "rms", "iterations": 10, **options})
-
-
-def _one_of(owner: str, name: str, value: Any, allowed: tuple[str, ...], other: str = "") -> None:
-    if value not in allowed:
-        raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}{other}")
 
 
 def _threshold(owner: str, value: float | None) -> None:

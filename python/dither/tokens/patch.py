@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .._checks import instance, integer, is_real
+from .._checks import instance, integer, is_real, one_of
 from .cat import CAT
 from .guided import PAG, SEG, Erase, NegToMe
 from .merge import MergePlan, merge, unmerge
@@ -618,8 +618,7 @@ def patch(
     """
     instance("patch", "model", model, nn.Module, "a torch.nn.Module")
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"patch: method is {method!r}, expected {', '.join(map(repr, METHODS))} or a Method")
+        one_of("patch", "method", method, METHODS, " or a Method")
         try:
             method = METHODS[method](**options)
         except TypeError as error:

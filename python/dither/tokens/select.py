@@ -10,13 +10,12 @@ from torch import Tensor
 
 from .._checks import integer, tensor
 from ..ops import apply, write
+from ._inputs import shaped
 
 
 def check_tokens(op: str, name: str, x: Any) -> Tensor:
     """`x`, which must be [B, N, C]."""
-    if tensor(op, name, x).dim() != 3:
-        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected [B, N, C]")
-    return x
+    return shaped(op, name, x, "B, N, C")
 
 
 def check_index(op: str, name: str, index: Any, x: Tensor) -> Tensor:
