@@ -1588,6 +1588,32 @@ def test_lazy_tables_resume():
     assert tables[0]._key != tables[1]._key
 
 
+class Biased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+        self.bias, self.table = nn.Parameter(torch.zeros(6, 4)), nn.Embedding(6, 4)
+
+    def forward(self, ids):
+        return self.table(ids).sum(1) + self.bias.sum(0) + self.frozen
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, optim.SGD], ids=["torch", "dither"])
+def test_lazy_noise_is_that_of_no_other_parameter(make):
+    """A frozen parameter before them shifts the numbers that an optimizer of dither gives."""
+    model = Biased()
+    optimizer = private(model, make([*model.parameters()], lr=1.0), noise_multiplier=1.0, lazy="table.*", expected_batch_size=1)
+    moves = {model.bias: [], model.table.weight: []}
+    for _ in range(4):
+        before = {p: p.detach().clone() for p in moves}
+        optimizer.step()
+        optimizer.privacy.flush()
+        for p, some in moves.items():
+            some.append(p.detach() - before[p])
+    for one, other in itertools.product(*moves.values()):
+        assert (one - other).abs().max() > 0.1
+
+
 class TiedWords(Words):
     def forward(self, ids):
         return self.table(ids) @ self.table.weight.T

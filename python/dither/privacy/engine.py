@@ -39,6 +39,7 @@ Secure = Literal["key", "fast", "exact"]
 _ENGINES = {"key": "chacha20", "fast": "philox", "exact": "chacha20"}
 _TILE = 2**24  # numbers of single samples that secure="exact" holds at a time
 _QUANTILE_STREAM = 2**32 - 1
+_TABLE_STREAMS = 2**31  # and up, of lazy tables: an optimizer of dither numbers its own parameters as it likes
 _FIXED = ("noise_multiplier", "sample_rate", "expected_batch_size", "clipping", "secure", "loss_reduction", "batch_first")
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 _owners: weakref.WeakValueDictionary[bytes, Privacy] = weakref.WeakValueDictionary()  # of keys, by their digests
@@ -262,6 +263,7 @@ class Privacy:
                 some = ", ".join([*self._params.values()][:8])
                 raise ValueError(f"{owner}: lazy has {pattern!r}, expected a pattern of parameters, such as {some}")
         tables = {}
+        engine = self._noise.engine
         for p in (p for p, name in self._params.items() if name in names):
             name = self._params[p]
             group = next(group for group in self.optimizer.param_groups if any(p is other for other in group["params"]))
@@ -276,7 +278,7 @@ class Privacy:
                 why = "several processes" if self._distributed else "secure='exact'" if self.secure == "exact" else "a state"
                 raise ValueError(f"{owner}: lazy noise of {name!r} meets {why}, expected none")
             which = {key: group[key] for key in ("momentum", "weight_decay", "dampening", "nesterov")}
-            tables[p] = LazyTable(p, **which, seed=self._seed, stream=self._order[p], engine=self._noise.engine)
+            tables[p] = LazyTable(p, **which, seed=self._seed, stream=_TABLE_STREAMS + self._order[p], engine=engine)
         return tables
 
     def flush(self, *_: Any) -> None:
