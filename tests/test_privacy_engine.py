@@ -2139,7 +2139,7 @@ def test_lazy_noise_never_comes_again():
 
 def test_what_was_given_is_fixed():
     optimizer = private(pair())
-    for name in ("max_grad_norm", "noise_multiplier", "sample_rate", "expected_batch_size", "secure"):
+    for name in ("max_grad_norm", "noise_multiplier", "sample_rate", "expected_batch_size", "secure", "unclipped_num_std"):
         with pytest.raises(AttributeError, match=name):
             setattr(optimizer.privacy, name, 0.01)
 
@@ -2179,6 +2179,42 @@ def test_conversions_and_schedules_after_make_private_are_refused():
     with pytest.raises(RuntimeError, match=r"has lazy noise and was moved"):
         optimizer.step()
     optimizer.privacy.remove()
+
+
+def test_a_forked_process_has_to_be_made_private_itself(monkeypatch):
+    """It has the key and the clock of its parent."""
+    model = pair()
+    optimizer = private(model, noise_multiplier=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.os, "getpid", lambda: -1)
+        with pytest.raises(RuntimeError, match="came by a fork into another process"):
+            optimizer.step()
+        optimizer.privacy.remove()
+        private(model, optimizer).step()
+    assert optimizer.privacy.ledger.steps == 1
+
+
+def test_a_resumed_run_resumes():
+    """A run that drew a key when it was resumed saves that one, and the hash of that one."""
+    saved, key = None, None
+    for steps in (1, 2, 3):
+        torch.manual_seed(0)
+        optimizer = private(pair(), noise_multiplier=1.0, key=key)
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        optimizer.step()
+        assert optimizer.privacy.ledger.steps == steps
+        saved, key = optimizer.state_dict(), optimizer.privacy._secret if steps == 2 else None
+    assert optimizer.privacy._given_key
+
+
+def test_what_is_taken_off_leaves_no_sum_without_noise():
+    model = pair()
+    optimizer = private(model)
+    one_number_each(model(torch.randn(4, 5))).sum().backward()
+    assert any(p.grad is not None for p in model.parameters())
+    optimizer.privacy.remove()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_removed_twice():

@@ -40,7 +40,10 @@ _ENGINES = {"key": "chacha20", "fast": "philox", "exact": "chacha20"}
 _TILE = 2**24  # numbers of single samples that secure="exact" holds at a time
 _QUANTILE_STREAM = 2**32 - 1
 _TABLE_STREAMS = 2**31  # and up, of lazy tables: an optimizer of dither numbers its own parameters as it likes
-_FIXED = ("noise_multiplier", "sample_rate", "expected_batch_size", "clipping", "secure", "loss_reduction", "batch_first")
+_FIXED = {
+    *("noise_multiplier", "sample_rate", "expected_batch_size", "clipping", "secure", "loss_reduction", "batch_first"),
+    *("target_quantile", "quantile_lr", "unclipped_num_std"),
+}
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 _owners: weakref.WeakValueDictionary[bytes, Privacy] = weakref.WeakValueDictionary()  # of keys, by their digests
 
@@ -117,6 +120,7 @@ class Privacy:
             unclipped_num_std=self.unclipped_num_std,
             key=self._seed,
         )
+        self._process = os.getpid()
         self.samples = self.nonfinite = 0
         self.norms = torch.zeros(0, dtype=torch.float64)
         self._sums: dict[Tensor, tuple[Tensor, int, Tensor]] = {}  # what p.grad holds, its version and some of its numbers
@@ -219,14 +223,15 @@ class Privacy:
 
     def _quantile(self, owner: str, target: float, rate: float, std: float | None) -> None:
         self.target_quantile = number(owner, "target_quantile", target, above=0, below=1)
-        self.quantile_lr, self.unclipped_num_std = number(owner, "quantile_lr", rate, above=0), None
+        self.quantile_lr = number(owner, "quantile_lr", rate, above=0)
         self._gradient_noise = self.noise_multiplier
         if self.clipping != "quantile":
+            self.unclipped_num_std = None
             return
         std = max(self.expected_batch_size / 20, self.noise_multiplier) if std is None else std
-        self.unclipped_num_std = number(owner, "unclipped_num_std", std, least=0)
+        self.unclipped_num_std = std = number(owner, "unclipped_num_std", std, least=0)
         if self.noise_multiplier:
-            self._gradient_noise = accounting.gradient_noise_multiplier(self.noise_multiplier, self.unclipped_num_std)
+            self._gradient_noise = accounting.gradient_noise_multiplier(self.noise_multiplier, std)
 
     def _new_noise(self, owner: str, key: bytes | None) -> PrivateNoise:
         """With the same key on every process."""
@@ -612,6 +617,11 @@ class Privacy:
     @torch.no_grad()
     def _release(self, optimizer: Optimizer) -> None:
         """Noised means in place of the sums of clipped gradients, or noise that the optimizer's step will add."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "privacy: the optimizer came by a fork into another process, expected the one of make_private: both would draw "
+                "the same noise. Call privacy.remove() and make_private there"
+            )
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError("privacy: a GradScaler scales the loss, expected none: norms would be those of the scaled loss")
         for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -781,6 +791,7 @@ class Privacy:
             self._disown()
             self._noise = self._new_noise("load_state_dict", None)
             self._claim("load_state_dict")
+            self.ledger.rekey(self._seed)
         elif self._noise.released < self.ledger.steps:
             self._noise = PrivateNoise(self._seed, self._noise.engine, self.ledger.steps)
         for p, table in self._tables.items():
@@ -794,10 +805,12 @@ class Privacy:
             del _owners[digest(self._secret)]
 
     def remove(self) -> None:
-        """Take everything off: the model and the optimizer are as they were, and train without privacy. Twice is once."""
+        """Take everything off: the model and the optimizer are as they were, and train without privacy. Sums of
+        clipped gradients in p.grad go: they have no noise yet. Twice is once."""
         if getattr(self.optimizer, "privacy", None) is not self:
             return
         self.flush()
+        self._discard()
         self._disown()
         for handle in self._handles:
             handle.remove()

@@ -103,6 +103,10 @@ class Ledger:
             self._phases[-1:] = [last, new] if last.steps else [new]
             self._current = 0
 
+    def rekey(self, key: noise.Seed) -> None:
+        """The noise of the steps that come is drawn with this key: `state_dict` has its hash."""
+        self._digest = digest(key)
+
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
         """The epsilon of all recorded steps at `delta`; needs dp-accounting."""
         return epsilon_of(self.history, delta, accountant)
