@@ -107,6 +107,10 @@ def test_epochs(dp):
         for length in ({"epochs": 3}, {"steps": 30}, {"epochs": 3.05})
     ]
     assert same[0] == same[1] == same[2]
+    rate = 0.064  # 15.6 steps, of which a loader gives 16
+    assert len(poisson_loader(range(1000), rate)) == 16
+    ten, all_of_it = (noise_multiplier(3.0, 1e-5, rate, accountant="rdp", **n) for n in ({"epochs": 10}, {"steps": 160}))
+    assert ten == all_of_it
 
 
 def test_left_out_orders_are_not_a_flood_of_warnings(dp, caplog):

@@ -1464,6 +1464,10 @@ def test_the_loader_says_rate_and_size():
     privacy.make_private_with_epsilon(model, optimizer, loader=loader, **target)
     want = privacy.noise_multiplier(2.0, 1e-5, 0.1, steps=1000, accountant="rdp")
     assert optimizer.privacy.noise_multiplier == want and optimizer.privacy.expected_batch_size == 20
+    long = privacy.poisson_loader(data, 0.1, steps=500)
+    optimizer.privacy.remove()
+    privacy.make_private_with_epsilon(model, optimizer, loader=long, **{**target, "steps": None, "epochs": 2})
+    assert optimizer.privacy.noise_multiplier == want, "an epoch is the loader's"
 
 
 # Integer sums and lazy tables

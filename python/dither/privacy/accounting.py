@@ -100,7 +100,8 @@ def noise_multiplier(
         target_epsilon: more than 0.
         target_delta: 0 < target_delta < 1.
         sample_rate: 0 < sample_rate <= 1.
-        steps, epochs: one of the two; an epoch is 1 / sample_rate steps, rounded down in all as in Opacus.
+        steps, epochs: one of the two; an epoch is 1 / sample_rate steps, rounded down in all as in Opacus, or as many as
+            `poisson_loader` gives, where these are more.
         accountant: see `epsilon`.
         unclipped_num_std: of adaptive clipping, see `effective_noise_multiplier`; the result is the gradients' part.
         history: steps that were taken before and count against the budget, see `epsilon_of`.
@@ -115,7 +116,8 @@ def noise_multiplier(
         raise ValueError(f"{owner}: steps is {steps} and epochs is {epochs}, expected one of them")
     if epochs is not None:
         number(owner, "epochs", epochs, above=0)
-        steps = math.floor(epochs / sample_rate * (1 + 1e-12))  # 3 / 0.1 is 30, not 29
+        in_all = math.floor(epochs / sample_rate * (1 + 1e-12))  # 3 / 0.1 is 30, not 29
+        steps = max(in_all, math.floor(epochs * steps_of_epoch(sample_rate))) if in_all else 0
     steps = integer(owner, "steps" if epochs is None else "epochs / sample_rate", steps, 1)
     history = list(history)
     least = epsilon_of(history, target_delta, accountant) if history else 0.0
@@ -134,6 +136,11 @@ def noise_multiplier(
                 raise ValueError(f"{owner}: target_epsilon is {target_epsilon}, expected one that {kind} can certify")
             total = 1.0
     return total if unclipped_num_std is None else gradient_noise_multiplier(total, unclipped_num_std, owner)
+
+
+def steps_of_epoch(sample_rate: float) -> int:
+    """The batches of `poisson_loader` that are called an epoch."""
+    return max(1, round(1 / sample_rate))
 
 
 def gradient_noise_multiplier(noise_multiplier: float, unclipped_num_std: float, owner: str = "make_private") -> float:

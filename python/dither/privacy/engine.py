@@ -1007,7 +1007,8 @@ def make_private_with_epsilon(
 ) -> tuple[nn.Module, Optimizer]:
     """`make_private` with the least noise that keeps `steps` steps (or epochs) within (target_epsilon, target_delta).
 
-    Other arguments: as there. Needs dp-accounting.
+    steps, epochs: one of the two. With `loader` epochs are its own, else as in `noise_multiplier`. Other arguments: as there.
+    Needs dp-accounting.
     """
     owner = "make_private_with_epsilon"
     if "noise_multiplier" in options:
@@ -1015,6 +1016,9 @@ def make_private_with_epsilon(
     sample_rate = _rate(owner, sample_rate, loader)
     if sample_rate is None:
         raise TypeError(f"{owner}: sample_rate and loader are None, expected one of them")
+    if loader is not None and epochs is not None and steps is None:
+        epochs = number(owner, "epochs", epochs, above=0)
+        steps, epochs = math.ceil(epochs * sampler_of(owner, loader).steps), None
     sigma = accounting.noise_multiplier(
         target_epsilon, target_delta, sample_rate, steps=steps, epochs=epochs, accountant=accountant
     )

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, default_colla
 
 from .. import noise
 from .._checks import integer, share
+from .accounting import steps_of_epoch
 from .ledger import check_fingerprint, digest, fingerprint
 
 STREAM = 2**32 - 1
@@ -59,7 +60,7 @@ class PoissonSampler(Sampler[list[int]]):
         owner = type(self).__name__
         self.num_samples = integer(owner, "num_samples", num_samples, 1)
         self.sample_rate = share(owner, "sample_rate", sample_rate)
-        self.steps = max(1, round(1 / sample_rate)) if steps is None else integer(owner, "steps", steps, 1)
+        self.steps = steps_of_epoch(self.sample_rate) if steps is None else integer(owner, "steps", steps, 1)
         if (rank is None) != (world_size is None):
             raise ValueError(f"{owner}: rank is {rank} and world_size is {world_size}, expected both or none")
         if rank is None or world_size is None:
