@@ -1470,6 +1470,30 @@ def test_the_loader_says_rate_and_size():
     assert optimizer.privacy.noise_multiplier == want, "an epoch is the loader's"
 
 
+def test_two_batches_are_not_one_release():
+    """A sample may be in both: it would move the sum by 2 C."""
+    data = torch.utils.data.TensorDataset(torch.randn(20, 5))
+    model, loader = pair(), privacy.poisson_loader(data, 0.9, steps=3)
+    optimizer = private(model, loader=loader, expected_batch_size=None)
+
+    def backward(x):
+        one_number_each(model(x)).sum().backward()
+
+    for (x,), is_last in privacy.split(loader, 4):
+        backward(x)
+        if is_last and loader.step != 2:
+            optimizer.step()
+        elif is_last:
+            optimizer.zero_grad()
+    assert optimizer.privacy.ledger.steps == 2
+    batches = iter(loader)
+    backward(next(batches)[0])
+    want = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="gradients of batch 4 of the loader meet those of batch 3, expected a step"):
+        backward(next(batches)[0])
+    assert all(map(torch.equal, want, [p.grad for p in model.parameters()]))
+
+
 # Integer sums and lazy tables
 
 

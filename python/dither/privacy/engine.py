@@ -65,6 +65,7 @@ class Privacy:
         max_grad_norm: float | Mapping[str, float],
         expected_batch_size: float,
         sample_rate: float | None,
+        loader: Any,
         clipping: Clipping,
         secure: Secure,
         loss_reduction: Literal["mean", "sum"],
@@ -121,6 +122,7 @@ class Privacy:
             key=self._seed,
         )
         self._process = os.getpid()
+        self._loader, self._given = loader, -1  # and the number of its batch that the sums are of
         self.samples = self.nonfinite = 0
         self.norms = torch.zeros(0, dtype=torch.float64)
         self._sums: dict[Tensor, tuple[Tensor, int, Tensor]] = {}  # what p.grad holds, its version and some of its numbers
@@ -457,6 +459,7 @@ class Privacy:
         for p in self._params:
             self._check_own(p)
         self._drop_if_zeroed()
+        self._check_batch()
         try:
             self._add(batch)
         except BaseException:
@@ -497,7 +500,18 @@ class Privacy:
             self._exact = []
             self._read_rows = {p: [] for p in self._tables}
             self._unclipped.zero_()
-            self.samples = 0
+            self.samples, self._given = 0, -1
+
+    def _check_batch(self) -> None:
+        """Refuse a sum over two batches of the loader: a sample may be in both, and would count twice under one noise."""
+        given = self._loader.given if isinstance(self._loader, PoissonLoader) else -1
+        if self._given not in (-1, given):
+            raise RuntimeError(
+                f"privacy: gradients of batch {given} of the loader meet those of batch {self._given}, expected a step or "
+                "zero_grad between: a sample may be in both. Make sample_rate larger and cut batches by dither.privacy.split; "
+                "who reads ahead of training gives make_private the sample_rate instead of loader"
+            )
+        self._given = given
 
     def _discard(self) -> None:
         """Drop all that was added since the last step."""
@@ -723,7 +737,7 @@ class Privacy:
         for p in self._params:
             p.grad = None
         self._sums.clear()
-        self.samples = 0
+        self.samples, self._given = 0, -1
         if self.clipping == "quantile":
             assert self.unclipped_num_std is not None
             count = torch.zeros(1, dtype=torch.float64)
@@ -942,7 +956,8 @@ def make_private(
         expected_batch_size: what sums are divided by, of all processes together and of all backward passes of a step. Batches
             may be smaller or larger; privacy does not depend on it. By default that of `loader`.
         sample_rate: the probability with which each sample is in a batch; for `get_epsilon`. By default that of `loader`.
-        loader: of `poisson_loader`, or a `PoissonSampler`; it is only asked for its sample_rate and the size of its batches.
+        loader: of `poisson_loader`, or a `PoissonSampler`; it is asked for its sample_rate and the size of its batches, and one
+            of `poisson_loader` for the batch that it is at: gradients of two do not add up.
         clipping: see `clip_factor`. With "quantile" C follows the target_quantile of norms by exp(-quantile_lr (fraction -
             target_quantile)) in each step (Andrew et al. 2021), where the fraction has noise of unclipped_num_std samples
             (default expected_batch_size / 20, at least noise_multiplier); the gradients' noise is raised so that both together
@@ -979,6 +994,7 @@ def make_private(
         max_grad_norm=max_grad_norm,
         expected_batch_size=expected_batch_size,
         sample_rate=sample_rate,
+        loader=loader,
         clipping=clipping,
         secure=secure,
         loss_reduction=loss_reduction,

@@ -159,7 +159,8 @@ def sampler_of(owner: str, loader: Any) -> PoissonSampler:
 
 
 class PoissonLoader(DataLoader):
-    """A DataLoader of Poisson batches, made by `poisson_loader`. step: the number of the next batch that it will give.
+    """A DataLoader of Poisson batches, made by `poisson_loader`. step: the number of the next batch that it will give. given:
+    the number of the one that it gave last, all or a piece of it; -1 before the first.
 
     An iteration ends with the epoch; one that was left in its midst goes on after the last batch that was given.
     """
@@ -168,7 +169,7 @@ class PoissonLoader(DataLoader):
         self._pieces = _Pieces(sampler)
         super().__init__(dataset, batch_sampler=self._pieces, collate_fn=_Collate(collate_fn, dataset), **options)
         self.poisson = sampler
-        self.step = 0
+        self.step, self.given = 0, -1
 
     @property
     def sample_rate(self) -> float:
@@ -188,6 +189,7 @@ class PoissonLoader(DataLoader):
         last = self._pieces.last
         for batch in super().__iter__():
             ends = last.popleft()
+            self.given = self.step
             self.step += ends
             yield batch, ends
 
