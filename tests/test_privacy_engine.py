@@ -563,6 +563,21 @@ def test_sparse_models_train_privately(recipe):
         assert (layer.weight.reshape(len(layer.weight), -1, 4) != 0).sum(2).eq(2).all()
 
 
+def test_masks_do_not_grow_by_gradients_without_noise():
+    model, x = perceptron(), draw(6, 8, dtype=torch.float32)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    options = {"density": 0.5, "end": 9, "every": 1, "seed": 0}
+    rigl = sparsity.RigL(model, optimizer, **options)
+    at_random = sparsity.RigL(model, optimizer, grow="random", **options)
+    private(model, optimizer, noise_multiplier=0.5)
+    one_number_each(model(x)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"RigL.step: the optimizer is private, expected grow='random'"):
+        rigl.step()
+    assert rigl.steps == 0
+    optimizer.step()
+    assert at_random.step()
+
+
 # How models use parameters of their own
 
 

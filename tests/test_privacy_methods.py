@@ -111,6 +111,10 @@ def test_descent_is_noisy_gradient_descent():
     other.load_state_dict(learner.state_dict())
     start = torch.ones(3)
     assert torch.equal(learner.descend(start, 1.0, 2), other.descend(start, 1.0, 2)) and start.eq(1).all()
+    other.load_state_dict(quadratic().state_dict())
+    assert other.step == 9, "no noise comes again"
+    with pytest.raises(ValueError, match="state_dict has no 'step'"):
+        other.load_state_dict({})
 
 
 @pytest.mark.parametrize("training", [1, 10, 1000])

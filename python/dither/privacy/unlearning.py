@@ -139,5 +139,8 @@ class NoisyGD(Generic[Data]):
         return {"step": self.step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on at the step where `state_dict` was taken."""
-        self.step = integer(f"{type(self).__name__}.load_state_dict", "step", state_dict["step"], 0)
+        """Go on at the step where `state_dict` was taken, or where this learner is, if that is later: no noise comes again."""
+        owner = f"{type(self).__name__}.load_state_dict"
+        if "step" not in state_dict:
+            raise ValueError(f"{owner}: state_dict has no 'step'")
+        self.step = max(self.step, integer(owner, "step", state_dict["step"], 0))

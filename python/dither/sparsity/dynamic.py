@@ -123,6 +123,11 @@ class RigL(MaskRecipe):
         w = layer.weight
         if self.grow == "random":
             return noise.uniform(w.shape, dtype=torch.float64, device=w.device, seed=self.seed, stream=stream, step=step)
+        if hasattr(self.optimizer, "privacy"):
+            raise RuntimeError(
+                "RigL.step: the optimizer is private, expected grow='random': before its step gradients have no noise, and "
+                "after it there are none"
+            )
         if w.grad is None:
             raise RuntimeError(f"RigL.step: {layer.name!r} has no gradient, expected one: zero_grad comes after step")
         return w.grad.abs()
