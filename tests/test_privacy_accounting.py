@@ -276,6 +276,8 @@ def test_refusals_of_the_ledger():
     ):
         with pytest.raises(ValueError, match=message):
             ledger.load_state_dict({**saved, **wrong})
+    with pytest.raises(TypeError, match="phases is NoneType, expected a list"):
+        ledger.load_state_dict({**saved, "phases": None})
     with pytest.raises(ValueError, match="state_dict has no 'salt'"):
         ledger.load_state_dict({k: v for k, v in saved.items() if k != "salt"})
 

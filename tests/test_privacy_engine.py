@@ -1347,6 +1347,31 @@ def lacking(model):
     private(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
 
 
+def hookless(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step = lambda closure=None: None
+    private(model, optimizer)
+
+
+def scheduled(model):
+    """Schedulers put a step of their own in place, which runs the hooks."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    private(model, private(model, optimizer))
+
+
+def stepped(model, **options):
+    optimizer = private(model, **{"noise_multiplier": 1.0, **options})
+    optimizer.step()
+    return optimizer.privacy
+
+
+def reloaded(model, **changes):
+    optimizer = private(model)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict({**saved, "privacy": {**saved["privacy"], **changes}})
+
+
 def again(model):
     private(model, private(model))
 
@@ -1376,6 +1401,19 @@ BAD = {
     "NM adds to gradients in its backward pass": lambda: trained(sparse(lambda m: sparsity.SRSTE(m)), torch.randn(4, 8)),
     "optimizer lacks '1.weight'": lambda: lacking(pair()),
     "optimizer is private already": lambda: again(pair()),
+    "is private already, expected one that is not": lambda: scheduled(pair()),
+    "optimizer has a step of its own that runs no hooks": lambda: hookless(pair()),
+    "lazy is int, expected patterns": lambda: private(pair(), lazy=3),
+    "lazy is NoneType, expected patterns": lambda: private(pair(), lazy=[None]),
+    "clipping is ['flat'], expected 'flat'": lambda: private(pair(), clipping=["flat"]),
+    "max_grad_norm has 'one', expected patterns of '0', '1'": lambda: private(
+        pair(), max_grad_norm={"one": 1.0, "*": 2.0}, clipping="per_layer"
+    ),
+    "a key of max_grad_norm is int": lambda: private(pair(), max_grad_norm={1: 1.0}, clipping="per_layer"),
+    "make_private: key is not 32": lambda: private(pair(), key=b"short", loader=privacy.PoissonSampler(3, 0.5)),
+    "get_epsilon: delta is 0, expected 1.": lambda: stepped(pair(), secure="exact", sample_rate=0.1).get_epsilon(0),
+    "ledger is NoneType, expected a Mapping": lambda: reloaded(pair(), ledger=None),
+    "max_grad_norm is nan, expected 0 <": lambda: reloaded(pair(), max_grad_norm=math.nan),
     "model has '1' (BatchNorm1d mixes samples)": lambda: private(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))),
     "InstanceNorm keeps statistics": lambda: private(nn.InstanceNorm2d(3, affine=True, track_running_stats=True)),
     "max_norm changes rows": lambda: private(nn.Embedding(3, 3, max_norm=1.0)),
@@ -1408,6 +1446,7 @@ BAD = {
     "get_epsilon: sample_rate is None": lambda: private(pair()).privacy.get_epsilon(1e-5),
     "get_epsilon: optimizer is not private": lambda: privacy.get_epsilon(optim.SGD(pair().parameters(), lr=0.1), 1e-5),
     "clip_factor: clipping is 'x'": lambda: privacy.clip_factor(torch.ones(1), 1.0, "x"),
+    "clip_factor: norms is list": lambda: privacy.clip_factor([1.0], 1.0),
     "clip_factor: max_grad_norm is 0": lambda: privacy.clip_factor(torch.ones(1), 0),
 }
 

@@ -60,7 +60,7 @@ def number(
 
 def one_of(owner: str, name: str, value: Any, allowed: Collection[Any], other: str = "") -> None:
     """ValueError unless `value` is among `allowed`. other: what else would do, in words."""
-    if value not in allowed:
+    if value not in [*allowed]:  # a value that has no hash is no key of a dict
         raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}{other}")
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import number, one_of
+from .._checks import number, one_of, tensor
 
 Clipping = Literal["flat", "per_layer", "auto-s", "auto-v", "m-ngp", "global", "quantile"]
 
@@ -36,5 +36,6 @@ def clip_factor(norms: Tensor, max_grad_norm: float, clipping: Clipping = "flat"
             "global": 1 where n <= C, else 0, Bu et al. 2021. No factor is above 2^64.
     """
     one_of("clip_factor", "clipping", clipping, FACTORS)
+    tensor("clip_factor", "norms", norms)
     max_grad_norm = number("clip_factor", "max_grad_norm", max_grad_norm, above=0)
     return torch.where(norms.isfinite(), FACTORS[clipping](norms, max_grad_norm).clamp(max=_MOST), 0)

@@ -89,6 +89,11 @@ class Privacy:
                 )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(f"{owner}: optimizer is LBFGS, expected one that needs the gradient of a step once")
+        if not getattr(optimizer.step, "hooked", False):
+            raise TypeError(
+                f"{owner}: optimizer has a step of its own that runs no hooks, expected that of its class: it would step "
+                "without noise"
+            )
         if hasattr(optimizer, "privacy"):
             raise ValueError(f"{owner}: optimizer is private already, expected one that is not")
         one_of(owner, "clipping", clipping, FACTORS)
@@ -107,8 +112,10 @@ class Privacy:
         self._device = next(iter(self._params)).device
         self._bounds(owner, max_grad_norm)
         self._quantile(owner, target_quantile, quantile_lr, unclipped_num_std)
+        self._loader, self._given = loader, -1  # and the number of its batch that the sums are of
         self._given_key = key is not None
         self._noise = self._new_noise(owner, key)
+        instance(owner, "lazy", lazy, Iterable, "patterns of names")
         self._tables = self._lazy_tables(owner, (lazy,) if isinstance(lazy, str) else tuple(lazy))
         self._read_rows: dict[Tensor, list[tuple[Tensor, Tensor]]] = {p: [] for p in self._tables}
         self._exact: list[ExactSum] = []  # of the clipping groups, since the last step
@@ -122,7 +129,6 @@ class Privacy:
             key=self._seed,
         )
         self._process = os.getpid()
-        self._loader, self._given = loader, -1  # and the number of its batch that the sums are of
         self.samples = self.nonfinite = 0
         self.norms = torch.zeros(0, dtype=torch.float64)
         self._sums: dict[Tensor, tuple[Tensor, int, Tensor]] = {}  # what p.grad holds, its version and some of its numbers
@@ -135,7 +141,7 @@ class Privacy:
         self._depth = self._outermost = 0  # of modules inside each other: now, and of the one that entered the recorder
         self._backward: Callable[[], _Backward | None] = lambda: None  # the pass that runs, if one does
         self._suspicious = True  # until the first backward pass with samples
-        self._checked: dict[str, Any] = {}  # what is being loaded
+        self._checked: Mapping[str, Any] = {}  # what is being loaded
         self._claim(owner)
         self._handles = [
             *(m.register_state_dict_pre_hook(_Hook(self.flush)) for m in model.modules() if self._tables),
@@ -203,6 +209,11 @@ class Privacy:
         if isinstance(max_grad_norm, Mapping):
             if self.clipping != "per_layer":
                 raise ValueError(f"{owner}: max_grad_norm is a dict, expected a number with clipping={self.clipping!r}")
+            for pattern in max_grad_norm:
+                instance(owner, "a key of max_grad_norm", pattern, str, "a pattern of names")
+                if not any(fnmatchcase(layer, pattern) for layer in layers):
+                    some = ", ".join(map(repr, layers))
+                    raise ValueError(f"{owner}: max_grad_norm has {pattern!r}, expected patterns of {some}")
             found = {layer: [c for pattern, c in max_grad_norm.items() if fnmatchcase(layer, pattern)] for layer in layers}
             bare = [layer for layer, norms in found.items() if not norms]
             if bare:
@@ -239,6 +250,8 @@ class Privacy:
         """With the same key on every process."""
         if key is not None and not (isinstance(key, bytes) and len(key) == 32):
             raise ValueError(f"{owner}: key is not 32 bytes, expected those of dither.privacy.new_key or load_key")
+        if key is not None and self._loader is not None and sampler_of(owner, self._loader).has_key(key):
+            raise ValueError(f"{owner}: key is that of loader, expected another: one draws the noise, the other the batches")
         secret = os.urandom(32) if key is None else key
         self._secret = secret = shared_key(secret, self._device) if self._distributed else secret
         self._seed: bytes | int = int.from_bytes(secret[:8], "little") if self.secure == "fast" else secret
@@ -264,6 +277,8 @@ class Privacy:
                     torch.distributed.broadcast(t.detach(), 0)
 
     def _lazy_tables(self, owner: str, patterns: tuple[str, ...]) -> dict[Tensor, LazyTable]:
+        for pattern in patterns:
+            instance(owner, "lazy", pattern, str, "patterns of names")
         names = [name for name in self._params.values() if any(fnmatchcase(name, pattern) for pattern in patterns)]
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -758,7 +773,8 @@ class Privacy:
         if self.secure == "exact":
             std = self._gradient_noise * self.max_grad_norm
             stds = [std / grid_for(c, size) for c, size in zip(self._norms, self._sizes)]
-            delta -= self.ledger.steps * sum(map(sampler_delta, stds, self._sizes))
+            rounding = self.ledger.steps * sum(map(sampler_delta, stds, self._sizes))
+            delta = number("get_epsilon", "delta", delta, above=rounding, below=1) - rounding
         return self.ledger.epsilon(delta, accountant)
 
     def save_key(self, path: str | os.PathLike[str]) -> None:
@@ -778,13 +794,15 @@ class Privacy:
     def _check_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Refuse what does not fit. What fits waits in `_checked` until torch too has found and loaded what it expects."""
         state = state_dict.get("privacy")
-        if state is None:
+        if not isinstance(state, Mapping):
             raise ValueError(
                 "privacy: state_dict has no ledger, expected one of a private optimizer; load others before make_private"
             )
-        for name in ("ledger", "nonfinite", "max_grad_norm", "tables"):
+        for name, kind in (("ledger", Mapping), ("nonfinite", int), ("max_grad_norm", float), ("tables", Mapping)):
             if name not in state:
                 raise ValueError(f"privacy: state_dict has no {name!r}")
+            instance("privacy", name, state[name], kind, f"a {kind.__name__} as in state_dict")
+        number("privacy", "max_grad_norm", state["max_grad_norm"], above=0)
         copy.copy(self.ledger).load_state_dict(state["ledger"], check_key=self._given_key)
         if set(state["tables"]) != {self._params[p] for p in self._tables}:
             raise ValueError(f"privacy: state_dict has lazy noise of {sorted(state['tables'])}, expected the same as here")
@@ -983,8 +1001,6 @@ def make_private(
     if loader is not None and expected_batch_size is None:
         sampler = sampler_of(owner, loader)
         expected_batch_size = sampler.num_samples * sampler.sample_rate
-    if loader is not None and key is not None and sampler_of(owner, loader).has_key(key):
-        raise ValueError(f"{owner}: key is that of loader, expected another: one draws the noise, the other the batches")
     if expected_batch_size is None:
         raise TypeError(f"{owner}: expected_batch_size and loader are None, expected one of them")
     optimizer.privacy = Privacy(  # type: ignore[attr-defined]

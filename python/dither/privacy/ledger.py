@@ -133,6 +133,7 @@ class Ledger:
                 raise ValueError(f"{owner}: state_dict has no {name!r}")
         if state_dict["version"] != 1:
             raise ValueError(f"{owner}: version is {state_dict['version']!r}, expected 1")
+        instance(owner, "phases", state_dict["phases"], list, "a list")
         fields = {field.name for field in dataclasses.fields(Phase)}
         for saved in state_dict["phases"]:
             if set(saved) != fields:
