@@ -725,6 +725,13 @@ def test_factors_bound_norms(clipping):
     assert privacy.clip_factor(torch.tensor([math.nan, math.inf, 1.0]), 2.0, clipping)[:2].tolist() == [0, 0]
 
 
+def test_factors_of_odd_norms():
+    for clipping in FACTORS:
+        half = privacy.clip_factor(torch.tensor([1e-5, 2.0, 1e4], dtype=torch.float16), 1.0, clipping)
+        assert (half * torch.tensor([1e-5, 2.0, 1e4])).max() <= 1.001 and half.dtype == torch.float32
+        assert privacy.clip_factor(torch.tensor([-1.0, math.nan, math.inf]), 1.0, clipping).eq(0).all()
+
+
 def test_factors_are_the_published_ones():
     n = torch.tensor([0.5, 2.0, 8.0], dtype=F64)
     want = {
@@ -1472,6 +1479,12 @@ def test_models_are_fixed():
     rows = alone(privacy.fix_model(model).double(), [x.double()])
     torch.testing.assert_close(optimizer.privacy.norms, norms_of(rows), rtol=1e-5, atol=0)
     assert isinstance(privacy.fix_model(nn.BatchNorm1d(7)), nn.GroupNorm)
+    twice = nn.Sequential(nn.BatchNorm1d(7), nn.Linear(7, 7))
+    twice.append(twice[0])
+    twice[0].bias.requires_grad_(False)
+    fixed = privacy.fix_model(twice)
+    assert fixed[0] is fixed[2] and isinstance(fixed[0], nn.GroupNorm), "a layer that is used twice still is"
+    assert fixed[0].weight.requires_grad and not fixed[0].bias.requires_grad and fixed[0].weight is not twice[0].weight
 
 
 def test_epsilon_of_a_training():

@@ -29,13 +29,14 @@ def clip_factor(norms: Tensor, max_grad_norm: float, clipping: Clipping = "flat"
     """What to multiply each sample's gradient with, so that its norm is at most `max_grad_norm`.
 
     Args:
-        norms: of any shape. Where one is not finite the factor is 0.
+        norms: of any shape. Where one is negative or not finite the factor is 0.
         max_grad_norm: C > 0.
         clipping: "flat" (and "per_layer", "quantile"): min(1, C / n), Abadi et al. 2016. "auto-s": C / (n + 0.01) and "auto-v":
             C / n, Bu et al. 2023. "m-ngp": C / max(1, n).
             "global": 1 where n <= C, else 0, Bu et al. 2021. No factor is above 2^64.
     """
     one_of("clip_factor", "clipping", clipping, FACTORS)
-    tensor("clip_factor", "norms", norms)
+    norms = tensor("clip_factor", "norms", norms)
+    norms = norms.to(torch.promote_types(norms.dtype, torch.float32))  # float16 ends before the largest factor
     max_grad_norm = number("clip_factor", "max_grad_norm", max_grad_norm, above=0)
-    return torch.where(norms.isfinite(), FACTORS[clipping](norms, max_grad_norm).clamp(max=_MOST), 0)
+    return torch.where(norms.isfinite() & (norms >= 0), FACTORS[clipping](norms, max_grad_norm).clamp(max=_MOST), 0)

@@ -6,10 +6,11 @@ import copy
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .._checks import instance
 
 
 def refused(owner: str, model: nn.Module) -> None:
@@ -42,19 +43,18 @@ def fix_model(model: nn.Module) -> nn.Module:
     computes something else, so train again); instance normalisation loses its running statistics; embeddings lose max_norm,
     scale_grad_by_freq and sparse.
     """
+    instance("fix_model", "model", model, nn.Module, "a torch.nn.Module")
     model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
+    groups: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, _BatchNorm):
-            group = nn.GroupNorm(math.gcd(32, module.num_features), module.num_features, module.eps, module.affine)
-            if module.affine:
-                with torch.no_grad():
-                    group.weight.copy_(module.weight)
-                    group.bias.copy_(module.bias)
-                group.to(module.weight.device, module.weight.dtype)
-            group.train(module.training)
+            if module not in groups:
+                group = nn.GroupNorm(math.gcd(32, module.num_features), module.num_features, module.eps, module.affine)
+                group.weight, group.bias = module.weight, module.bias
+                groups[module] = group.train(module.training)
             if not name:
-                return group
-            model.set_submodule(name, group)
+                return groups[module]
+            model.set_submodule(name, groups[module])
         elif isinstance(module, _InstanceNorm) and module.track_running_stats:
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
