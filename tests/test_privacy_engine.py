@@ -5,7 +5,9 @@ import io
 import itertools
 import math
 import pickle
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -391,6 +393,7 @@ def test_sums_are_those_of_samples_alone(name):
     torch.testing.assert_close(optimizer.privacy.norms, norms, rtol=1e-12, atol=0)
     factor = (bound / norms).clamp(max=1)
     assert_sums(model, rows, factor)
+    assert optimizer.privacy._numbers_apart == (len(inputs[0]) > 1)
     optimizer.step()
     for key, p in model.named_parameters():
         move = 0.1 / 8 * torch.einsum("b,b...->...", factor, rows[key]) if key in rows else 0
@@ -2012,7 +2015,15 @@ def reassigned(m, x):
     m.mean = 0.9 * m.mean + 0.1 * x.mean((0, 1))
 
 
+def scaled_by_hand(m, x):
+    m.mean.fill_(x.abs().max().item())
+
+
 UPDATES = {
+    "in a list": lambda m, x: torch._foreach_add_([m.steps, m.mean], [m.steps, x.mean((0, 1))]),
+    "as data": lambda m, x: setattr(m.mean, "data", x.mean((0, 1))),
+    "set": lambda m, x: m.mean.set_(x.mean((0, 1))),
+    "by way of a number": scaled_by_hand,
     "in place": lambda m, x: m.mean.mul_(0.9).add_(x.mean((0, 1)), alpha=0.1),
     "in a part": lambda m, x: m.mean[:2].copy_(x.mean((0, 1))[:2]),
     "of data": lambda m, x: m.mean.data.lerp_(x.mean((0, 1)), 0.1),
@@ -2039,13 +2050,176 @@ def test_buffers_may_change_without_data(update):
     trained(Remembers(HARMLESS[update]))
 
 
+def test_later_batches_may_not_write_buffers_either():
+    """In every batch, not the first alone."""
+    for update in ("in a list", "as data"):
+        model = Remembers(lambda m, x: None)
+        private(model)
+        model(X).sum().backward()
+        model.update = UPDATES[update]
+        with pytest.raises(RuntimeError, match="the forward pass writes data into buffer 'mean'"):
+            model(X)
+
+
+# Samples that meet in numbers alone
+
+
+class Meeting(nn.Module):
+    """Linear, something between that may mix samples, linear; and what may be done to the input and the output."""
+
+    def __init__(self, before=None, between=None, at_the_end=None):
+        super().__init__()
+        self.before, self.between, self.at_the_end = before, between, at_the_end
+        self.first, self.second, self.drop, self.zero = nn.Linear(5, 5), nn.Linear(5, 5), nn.Dropout(0.5), nn.Linear(5, 5)
+        nn.init.zeros_(self.zero.weight)
+        nn.init.zeros_(self.zero.bias)
+
+    def forward(self, x):
+        x = x if self.before is None else self.before(x)
+        x = self.drop(self.first(x)) + self.zero(x)
+        x = self.second(x if self.between is None else self.between(x))
+        return x if self.at_the_end is None else self.at_the_end(x)
+
+
+MEETINGS = {
+    "input": (lambda x: x - x.mean(0), "linear with 'first.weight', 'first.bias'"),
+    "input, by a number": (lambda x: x / x.abs().mean().item(), "linear with 'first.weight', 'first.bias'"),
+    "input, by numpy": (lambda x: x - float(x.detach().numpy().mean()), "linear with 'first.weight', 'first.bias'"),
+    "input, by its maximum": (lambda x: x / x.max().item(), "linear with 'first.weight', 'first.bias'"),
+    "input, by the one before": (lambda x: x + F.pad(x, (0, 0) * (x.dim() - 1) + (1, 0))[:-1], "linear with 'first.weight'"),
+    "input, by the one after": (lambda x: x + F.pad(x, (0, 0) * (x.dim() - 1) + (0, 1))[1:], "linear with 'first.weight'"),
+    "input, by rank": (lambda x: x.argsort(0).argsort(0).to(x.dtype), "linear with 'first.weight'"),
+    "between": (lambda x: x - x.detach().mean(0), "linear with 'second.weight', 'second.bias'"),
+    "end": (lambda x: x - x.detach().mean(0), "the output"),
+}
+
+
+@pytest.mark.parametrize("samples", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("name", MEETINGS)
+def test_samples_that_meet_in_numbers_are_found(name, dtype, samples):
+    """With dropout in between, and a layer that is zero at first."""
+    torch.manual_seed(0)
+    mix, what = MEETINGS[name]
+    where = {"between": {"between": mix}, "end": {"at_the_end": mix}}.get(name, {"before": mix})
+    model = Meeting(**where).to(dtype)
+    private(model)
+    before = {key: b.clone() for key, b in model.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        model(draw(samples, 5, dtype=dtype))
+    assert str(caught.value).startswith(f"privacy: {what}") and "differs for one sample" in str(caught.value)
+    assert all(torch.equal(b, before[key]) for key, b in model.state_dict().items())
+
+
+def test_the_check_of_numbers_waits_for_samples_that_tell():
+    torch.manual_seed(0)
+    model = Meeting(lambda x: x - x.mean(0))
+    optimizer = private(model)
+    for x in (X[:0, 0], X[:1, 0], X[:1, 0].expand(4, 5), torch.full((4, 5), torch.nan)):
+        model(x).sum().backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match="differs for one sample"):
+        model(X[:, 0])
+
+
+def test_along_dimension_1_and_autocast_and_dicts():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 5)
+
+        def forward(self, inputs, *, keep):
+            x = inputs["x"] if keep else inputs["x"] - inputs["x"].mean(1, keepdim=True)
+            return {"out": self.linear(x)}
+
+    for keep in (True, False):
+        model = Named()
+        private(model, batch_first=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            if keep:
+                model({"x": X}, keep=keep)
+                continue
+            with pytest.raises(ValueError, match=r"linear with .* differs for one sample"):
+                model({"x": X}, keep=keep)
+
+
+GENERATOR = torch.Generator()
+CALLS = []
+INDEPENDENT = {
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "noise of a generator": lambda x: x + torch.randn(x.shape, generator=GENERATOR),
+    "noise of numpy": lambda x: x * float(np.random.rand()),
+    "noise of Python": lambda x: x * random.random(),
+    "noise of a size that data choose": lambda x: x + torch.randn(int((x > 0.3).sum()) + 5)[-5:],
+    "counted calls": lambda x: (CALLS.append(1), x * len(CALLS))[1],
+    "rows that are cut": lambda x: F.pad((y := x.where(x.cummin(1)[0] > -0.5, 0))[:, : int((y != 0).sum(1).max())], (0, 5))[
+        :, :5
+    ],
+    "an error": lambda x: x if bool((x[0] != x[1]).any()) else 1 / 0,
+    "products by sample": lambda x: torch.cat([row[None] @ torch.eye(5) for row in x]),
+}
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_what_is_not_a_function_of_the_input_alone_raises_no_alarm(name):
+    torch.manual_seed(0)
+    GENERATOR.manual_seed(0)
+    model = Meeting(before=INDEPENDENT[name])
+    optimizer = private(model)
+    for _ in range(3):
+        one_number_each(model(draw(8, 5, dtype=torch.float32))).sum().backward()
+        optimizer.step()
+
+
+class Diary(nn.Module):
+    """A model that keeps what it did, in many ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop, self.calls, self.book = nn.Linear(5, 5), nn.Dropout(0.5), 0, {"steps": [], "shape": ()}
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("cache", None)
+
+    def forward(self, x):
+        assert self.training
+        self.calls += 1
+        self.steps += 1
+        self.book["steps"].append(self.calls)
+        self.cache = torch.arange(x.shape[1]) if self.cache is None else self.cache
+        self.inner = self.linear(x.mul_(2))
+        return self.drop(self.inner) + random.random()
+
+
+def test_the_check_of_numbers_leaves_no_trace():
+    """The first batch of a private model does once what it does: attributes, buffers, inputs, hooks, random numbers."""
+    results, seen = [], []
+    for is_private in (False, True):
+        torch.manual_seed(0)
+        random.seed(0)
+        model, x = Diary(), X.clone()
+        model.linear.register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+        if is_private:
+            private(model)
+        before = model.book
+        outs = [model(x[:, 0]).detach() for _ in range(2)]
+        assert model.book is before
+        results.append([*outs, x, model.steps, model.cache, torch.tensor([model.calls, *model.book["steps"]]), torch.rand(1)])
+    assert len(seen) == 4
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_spectral_norm_keeps_its_vectors():
     trained(nn.Sequential(parametrizations.spectral_norm(nn.Linear(5, 5)), nn.utils.spectral_norm(nn.Linear(5, 5))))
 
 
 FOUND = {
-    "the output of one sample depends on other samples": lambda: trained(Centred(), X[:, 0]),
-    "samples do not lie along dimension 0 of what parameters": lambda: trained(nn.GRU(5, 5), X[:, [0, 1, 2, 2]]),
+    "the output of one sample depends on other samples": lambda: trained(Centred(), X[:1, 0].expand(4, 5)),
+    "samples do not lie along dimension 0 of what parameters": lambda: trained(
+        nn.GRU(5, 5), X[:1, [0, 1, 2, 2]].expand(4, 4, 5)
+    ),
+    "linear with 'linear.weight', 'linear.bias' differs for one sample": lambda: trained(Centred(), X[:, 0]),
+    "samples that stay apart, along dimension 0. Numbers": lambda: trained(nn.GRU(5, 5), X[:, [0, 1, 2, 2]]),
     "batch_norm mixes samples": lambda: trained(Functional(), X[:, 0]),
     "a tensor that was computed of parameters alone got a gradient": lambda: penalised(Penalty()),
     "optimizer has a parameter of shape [1, 5] that was not there": lambda: joined(pair()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import math
 import os
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from .. import noise
@@ -31,8 +29,9 @@ from .contributions import Contribution, Lookup, Rows, Sums, full, independent
 from .exact import ExactSum, grid_for, sampler_delta
 from .lazy import LazyTable
 from .ledger import Ledger, digest
+from .mixing import refuse_mixing
 from .modules import refused
-from .recording import Batch, Recorder, trace_back
+from .recording import Batch, Recorder, constants, keeps_data, leaves, trace_back
 from .sampling import PoissonLoader, PoissonSampler, sampler_of, shared_key
 
 Secure = Literal["key", "fast", "exact"]
@@ -136,6 +135,7 @@ class Privacy:
         self._recorder: Recorder | None = None  # of the call that runs
         self._entry: nn.Module | None = None  # the module that it began with
         self._apart: set[int] = set()  # numbers of samples for which samples were seen to stay apart
+        self._numbers_apart = False  # whether they were in a batch without a gradient too
         lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
         self._makers = {m for each in lists for m in each.modules()}  # modules that make weights of parameters alone
         self._depth = self._outermost = 0  # of modules inside each other: now, and of the one that entered the recorder
@@ -334,18 +334,30 @@ class Privacy:
                 )
             batch = running.batches[0]
         else:
-            tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+            tensors = [t for t in leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
             if not tensors:
                 raise ValueError(f"privacy: {type(module).__name__} is called without a tensor, expected a batch of samples")
             ids = not tensors[0].is_floating_point()  # an embedding will give them one dimension more
-            size = tensors[0].shape[0 if self.batch_first or tensors[0].dim() + ids < 3 else 1]
-            batch = Batch(size, self._constants(), self._device)
+            dim = 0 if self.batch_first or tensors[0].dim() + ids < 3 else 1
+            size = tensors[0].shape[dim]
+            if size > 1 and not self._numbers_apart and not self._distributed:  # its collectives are those of all processes
+                self._check_numbers(module, (args, kwargs), tensors[0], dim)
+            batch = Batch(size, constants(self.model), self._device)
             if size > 1 and (size not in self._apart or not self._apart):
                 batch.taps = []
         self._entry = module
         self._recorder = Recorder(self._watched, batch, self.batch_first, self)
         self._outermost = self._depth
         self._recorder.__enter__()
+
+    def _check_numbers(self, module: nn.Module, given: tuple[Any, Any], x: Tensor, dim: int) -> None:
+        """Refuse a model in which samples meet without a gradient. Modules of its own that it reaches are not watched."""
+        self._entry, self._outermost = None, self._depth
+        self._recorder = Recorder(self._watched, Batch(0, (), self._device), self.batch_first, self)
+        try:
+            self._numbers_apart = refuse_mixing(module, given, x, dim, self._watched, self.batch_first)
+        finally:
+            self._recorder, self._depth = None, self._outermost
 
     def _meet(self, p: Tensor) -> None:
         """A parameter that is not known: the whole of one that fully_shard has sharded, or a mistake."""
@@ -363,7 +375,7 @@ class Privacy:
             return recorder.made_by(module, output) if recorder is not None and module in self._makers else None
         self._recorder = None
         recorder.__exit__(None, None, None)
-        outputs = [t for t in _leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        outputs = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         for t in outputs:
             if not isinstance(t, nn.Parameter):
                 t.register_hook(lambda _: self._begin(recorder.batch))
@@ -420,16 +432,7 @@ class Privacy:
         """Refuse a model that keeps what it has seen: neither clipped nor noised, and part of what later gradients tell."""
         for name, buffer in self.model.named_buffers():
             if id(buffer) not in batch.constants:
-                raise RuntimeError(
-                    f"privacy: the forward pass writes data into buffer {name!r}, expected buffers that no sample changes: "
-                    "what they keep is neither clipped nor noised"
-                )
-
-    def _constants(self) -> list[Tensor]:
-        """Tensors that do not depend on samples: buffers, frozen parameters, and attributes of modules."""
-        frozen = [p for p in self.model.parameters() if not p.requires_grad]
-        attributes = [t for m in self.model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
-        return [*self.model.buffers(), *frozen, *attributes]
+                raise keeps_data(name)
 
     # ---- the backward pass
 
@@ -865,15 +868,6 @@ def _probe(t: Tensor) -> Tensor:
     t = local(t)._values() if t.is_sparse else local(t)
     step = max(1, t.numel() // 64)
     return t.as_strided((len(range(0, t.numel(), step)),), (step,), t.storage_offset()).clone()
-
-
-def _leaves(tree: Any) -> list[Any]:
-    """What is in lists, dicts and dataclasses, inside each other."""
-    leaves = []
-    for leaf in pytree.tree_leaves(tree):
-        whole = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
-        leaves += _leaves([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]) if whole else [leaf]
-    return leaves
 
 
 def _uncopied(*_: Any) -> Any:

@@ -7,6 +7,7 @@ Parameters are found wherever they are used, in modules of any kind and in funct
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,8 @@ class Batch:
         self.folded: dict[int, tuple[Tensor, tuple[int, ...]]] = {}  # tensors whose rows are samples times these sizes
         self.taps: list[tuple[Tensor, int]] | None = None  # what watched functions made, and where its samples lie, if asked
         self.derived: dict[Tensor, Tensor] = {}  # what stands for a tensor that was computed of parameters alone: that tensor
+        self.seen: list[tuple[str, Tensor]] | None = None  # what functions with parameters get of some samples, if asked
+        self.user = ""  # the names of the parameters that are in use, then
         self.spent = False
         self.coincides = False  # whether the number of samples is that of something else too
 
@@ -83,6 +86,29 @@ def _writes(name: str) -> bool:
 def _nothing(*_: Tensor) -> None: ...
 
 
+def constants(model: torch.nn.Module) -> list[Tensor]:
+    """Tensors that do not depend on samples: buffers, frozen parameters, and attributes of modules."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    attributes = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    return [*model.buffers(), *frozen, *attributes]
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What is in lists, dicts and dataclasses, inside each other."""
+    found = []
+    for leaf in pytree.tree_leaves(tree):
+        whole = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+        found += leaves([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]) if whole else [leaf]
+    return found
+
+
+def keeps_data(buffer: str) -> RuntimeError:
+    return RuntimeError(
+        f"privacy: the forward pass writes data into buffer {buffer!r}, expected buffers that no sample changes: what they "
+        "keep is neither clipped nor noised"
+    )
+
+
 class Watcher(Protocol):
     """What a recorder tells of."""
 
@@ -110,6 +136,8 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _QUESTIONS:
             result = func(*args, **kwargs)
+            if name == "__set__" and self.is_data(args[1]):  # buffer.data = x
+                self._written(args[0])
             if isinstance(result, Tensor) and not result.requires_grad and args and not self.is_data(args[0]):
                 self.batch.constants[id(result)] = result
             return result
@@ -136,8 +164,10 @@ class Recorder(TorchFunctionMode):
                     self.batch.constants[id(made)] = made
         elif isinstance(kwargs.get("out"), Tensor):
             self._written(kwargs["out"])
-        elif data and _writes(name) and args and id(args[0]) in self.batch.constants:
-            self._written(args[0])
+        elif data and args and _writes(name):
+            for each in args[0] if type(args[0]) in (list, tuple) else args[:1]:  # many: torch._foreach_add_
+                if id(each) in self.batch.constants:
+                    self._written(each)
         if data and isinstance(result, Tensor):
             self._fold(name, args, result)
         return result
@@ -163,6 +193,9 @@ class Recorder(TorchFunctionMode):
         if known is None:
             self.samples_first(func, x)
             return lambda t: self.samples_first(func, t)
+
+        if self.batch.seen is not None:
+            self.look(func, x.reshape(self.batch.size, *known[1], *x.shape[1:]))
         return lambda t: t.reshape(self.batch.size, *known[1], *t.shape[1:])
 
     def _written(self, tensor: Tensor) -> None:
@@ -218,6 +251,8 @@ class Recorder(TorchFunctionMode):
     @torch.compiler.disable
     def _used(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
+        if self.batch.seen is not None:
+            self.batch.user = _names(self, [t for t in pytree.tree_leaves((args, kwargs)) if self.param_of(t) is not None])
         if name in _VIEWS and not (name == "__getitem__" and any(map(self.is_data, pytree.tree_leaves(args[1])))):
             result = func(*args, **kwargs)
             parts = result if isinstance(result, (tuple, list)) else [result]
@@ -276,7 +311,14 @@ class Recorder(TorchFunctionMode):
                 f"privacy: {func} sees a tensor of shape {list(x.shape)}, expected {size} samples along dimension {where} as "
                 "in the model's input; samples must stay apart, do not fold other dimensions into theirs"
             )
+        self.look(func, x)
         return x
+
+    def look(self, func: str, x: Tensor) -> None:
+        """Note the first and the last sample of a tensor [samples, ...], if asked."""
+        if self.batch.seen is not None:
+            what = f"{func} with {self.batch.user}" if self.batch.user else func
+            self.batch.seen.append((what, x.detach()[[0, -1]]))
 
     def tap(self, y: Tensor, record: Callable[..., None], *saved: Tensor, like: Tensor | None = None) -> Tensor:
         """y, whose gradient will be recorded; that of no samples is not. like: whose rows are those of y."""
@@ -594,7 +636,7 @@ def _setitem(watch: Recorder, input: Tensor, index: Any, value: Any) -> None:
             spread = _spread(watch, value, region)
         if spread is None:
             raise NotImplementedError(
-                f"privacy: __setitem__ writes parameter {_names(watch, [value], [0])}, expected x[:, ...] = p with all samples"
+                f"privacy: __setitem__ writes parameter {_names(watch, [value])}, expected x[:, ...] = p with all samples"
             )
         watch._written(input)
     value = value if spread is None else spread
@@ -775,7 +817,7 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
         arguments, keywords = pytree.tree_unflatten(new, spec)
         return func(*arguments, **keywords)
 
-    what = f"privacy: {name} uses parameter {_names(watch, leaves, ours)}"
+    what = f"privacy: {name} uses parameter {_names(watch, [leaves[i] for i in ours])}"
     writes = _writes(name) or isinstance(kwargs.get("out"), Tensor)
     if batched and not torch.is_grad_enabled():
         if writes:
@@ -858,8 +900,8 @@ def _refuse_mixing(
         raise NotImplementedError(f"{what}, expected a function that treats a sample as it does among others")
 
 
-def _names(watch: Recorder, leaves: list[Any], ours: list[int]) -> str:
-    return ", ".join(repr(watch.params.get(watch.param_of(leaves[i]), "of others")) for i in ours)  # type: ignore[arg-type]
+def _names(watch: Recorder, ours: list[Any]) -> str:
+    return ", ".join(repr(watch.params.get(watch.param_of(t), "of others")) for t in ours)  # type: ignore[arg-type]
 
 
 def _source(watch: Recorder, wide: Tensor, one: Tensor, at: int) -> Tensor:

@@ -283,6 +283,7 @@ def _check(watch: Recorder, name: str, x: Tensor) -> None:
     size = watch.batch.size
     if len(x) != size and id(x) not in watch.batch.folded:
         raise ValueError(f"privacy: {name} sees {len(x)} samples, expected {size} as in the model's input; see batch_first")
+    watch.first().rows_of(name, x)
 
 
 def _recurrence(name: str) -> None:
