@@ -251,6 +251,12 @@ class States(nn.Module):
         lambda h, n: h.expand(-1, n, -1).contiguous(),
         lambda h, n: h.expand(-1, n, -1).clone(),
         lambda h, n: h.repeat_interleave(n, 1),
+        lambda h, n: h.expand(-1, n, -1).tanh(),
+        lambda h, n: torch.zeros(2, n, 6, dtype=F64) + h,
+        lambda h, n: torch.cat([h] * n, 1) if n else h.expand(-1, 0, -1),
+        lambda h, n: h[:1].expand(2, n, -1),
+        lambda h, n: h[:1].expand(2, n, -1).clone(),
+        lambda h, n: h[:1].expand(2, n, -1).tanh(),
     )
 
     def __init__(self, way=0):
@@ -353,7 +359,8 @@ MODELS = {
     "cells": (Cells, lambda: [draw(5, 3, 6)]),
     "cells, no bias": (lambda: Cells(bias=False), lambda: [draw(5, 3, 6)]),
     "states": (States, lambda: [draw(5, 3, 6)]),
-    **{f"states, way {way}": (lambda way=way: States(way), lambda: [draw(5, 3, 6)]) for way in (1, 2, 3, 4)},
+    **{f"states, way {way}": (lambda way=way: States(way), lambda: [draw(5, 3, 6)]) for way in range(1, 11)},
+    **{f"two states, way {way}": (lambda way=way: States(way), lambda: [draw(2, 3, 6)]) for way in range(11)},
     "shared steps": (SharedSteps, lambda: [draw(5, 2, 3, 6)]),
     "half frozen steps": (HalfFrozenSteps, lambda: [draw(5, 3, 4)]),
     "language": (Language, lambda: [words(11, 5, 6)]),
@@ -634,6 +641,19 @@ ROWS_FIRST = {
     "set in zeros": lambda m, x: m.linear(put(torch.zeros(len(x), 2, 6, dtype=F64), (slice(None), 0), m.p) + x[:, :2]),
     "copy": lambda m, x: (put(y := x.clone(), (slice(None), 1), 0)[:, 0].copy_(m.p), m.linear(y.add_(m.places[:4])))[1],
     "where": lambda m, x: m.linear(torch.where(x[..., :1] > 0, x, m.p)),
+    "zeros and places": lambda m, x: m.linear(x + (torch.zeros(*x.shape, dtype=F64) + m.places[:4]).tanh()),
+    "zeros and the first": lambda m, x: after(m, torch.zeros(len(x), 1, 6, dtype=F64) + m.token, x),
+    "cat": lambda m, x: after(m, torch.cat([m.token] * len(x)) if len(x) else x[:, :1], x),
+    "stack": lambda m, x: m.linear(x[:, 0] + (torch.stack([m.p] * len(x)) if len(x) else x[:, 0])),
+    "stack places": lambda m, x: m.linear(x + torch.stack([m.p] * x.shape[1])),
+    "ones": lambda m, x: m.linear(x[:, 0] + torch.ones(len(x), 1, dtype=F64) @ m.places[:1]),
+    "outer": lambda m, x: m.linear(x[:, 0] + torch.outer(torch.ones(len(x), dtype=F64), m.p)),
+    "ones as weights": lambda m, x: x @ (torch.ones(6, 1, dtype=F64) @ m.places[:1]),
+    "equal places": lambda m, x: m.linear(x + torch.zeros(x.shape[1], 6, dtype=F64) * m.places[: x.shape[1]] + m.p.tanh()),
+    "equal places of samples": lambda m, x: m.linear(x + F.softmax(0 * m.places[: x.shape[1], :1], 1) * m.places[:1]),
+    "queries": lambda m, x: m.attention(
+        (torch.zeros(len(x), 1, 6, dtype=F64) + m.token).transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1)
+    )[0].transpose(0, 1),
     "einsum": lambda m, x: torch.einsum("btd,de->bte", x, m.places[:6]),
     "bmm": lambda m, x: torch.bmm(x, m.places[None, :6].expand(len(x), -1, -1)),
     "baddbmm": lambda m, x: torch.baddbmm(m.token.expand(len(x), x.shape[1], 6), x, m.places[None, :6].expand(len(x), -1, -1)),
@@ -1983,8 +2003,17 @@ def frozen_later(model):
     optimizer.step()
 
 
-def under_a_scaler(model):
-    optimizer = private(model, torch.optim.SGD(model.parameters(), lr=0.1))
+class InCheckpoint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.p = nn.Linear(5, 5), nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return checkpoint.checkpoint(lambda x: x * self.p, self.linear(x), use_reentrant=True)
+
+
+def under_a_scaler(model, **options):
+    optimizer = private(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(model(X).sum()).backward()
     scaler.step(optimizer)
@@ -2224,7 +2253,16 @@ FOUND = {
     "a tensor that was computed of parameters alone got a gradient": lambda: penalised(Penalty()),
     "optimizer has a parameter of shape [1, 5] that was not there": lambda: joined(pair()),
     "'0.weight' was frozen after make_private": lambda: frozen_later(pair()),
-    "the gradient of '0.weight' was not made by private training": lambda: under_a_scaler(pair()),
+    "a GradScaler scales the loss": lambda: under_a_scaler(pair()),
+    "a GradScaler scales the loss, expected none: norms": lambda: under_a_scaler(pair(), secure="exact"),
+    "a function with parameters in a checkpoint, where a module should be": lambda: trained(InCheckpoint(), X),
+    "einsum uses parameter 'p', expected a function that treats a sample as it does among others; for one of every sample, "
+    "p.expand": lambda: trained(Does(lambda m, x: torch.einsum("btd,ctd,e->bte", x, x, m.p), 5).float(), X),
+    "stack uses parameter 'p', 'linear.bias', expected a result": lambda: trained(
+        Does(
+            lambda m, x: torch.stack([x[:, 0].cumsum(0), torch.stack([m.p + m.linear.bias, *[m.p] * 3])]).cumsum(1)[0], 5
+        ).float()
+    ),
     "'weight' has strides (8, 1), expected a tensor that fills its memory": lambda: private(gappy()),
     "optimizer has max_norm, expected none": lambda: private(
         *(lambda m: (m, optim.SGD(m.parameters(), lr=0.1, max_norm=1.0)))(nn.Linear(3, 3))

@@ -43,6 +43,9 @@ _FIXED = {
     *("noise_multiplier", "sample_rate", "expected_batch_size", "clipping", "secure", "loss_reduction", "batch_first"),
     *("target_quantile", "quantile_lr", "unclipped_num_std"),
 }
+_SCALER = (
+    "privacy: a GradScaler scales the loss, expected none: norms would be those of the scaled loss (bfloat16 needs no scaling)"
+)
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 _owners: weakref.WeakValueDictionary[bytes, Privacy] = weakref.WeakValueDictionary()  # of keys, by their digests
 
@@ -627,10 +630,13 @@ class Privacy:
         elif (
             p.grad is not own or p.grad._version != version or probe is None or not torch.equal(probe, _probe(p.grad))
         ) and bool((p.grad._values() if p.grad.is_sparse else p.grad).any()):
+            if p.grad is own and p.grad._version == version:  # which a GradScaler alone leaves
+                raise RuntimeError(_SCALER)
             raise RuntimeError(
                 f"privacy: the gradient of {self._params[p]!r} was not made by private training, expected p.grad untouched "
                 "between backward and step: it is a sum of clipped gradients. (A part of the model that is used outside of its "
-                "forward, an autograd function of a parameter, and a GradScaler lead here)"
+                "forward, a function with parameters in a checkpoint, where a module should be, and an autograd function of a "
+                "parameter lead here)"
             )
 
     # ---- the step
@@ -655,7 +661,7 @@ class Privacy:
                 "the same noise. Call privacy.remove() and make_private there"
             )
         if getattr(optimizer, "grad_scale", None) is not None:
-            raise RuntimeError("privacy: a GradScaler scales the loss, expected none: norms would be those of the scaled loss")
+            raise RuntimeError(_SCALER)
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if p not in self._params and (p.requires_grad or p.grad is not None):
                 raise RuntimeError(

@@ -86,6 +86,10 @@ def _writes(name: str) -> bool:
 def _nothing(*_: Tensor) -> None: ...
 
 
+def _as_it_is(t: Any) -> Any:
+    return t
+
+
 def constants(model: torch.nn.Module) -> list[Tensor]:
     """Tensors that do not depend on samples: buffers, frozen parameters, and attributes of modules."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -235,9 +239,20 @@ class Recorder(TorchFunctionMode):
         if param is None or tensor.dim() == 0:
             return tensor
         at = self.along(tensor)
-        if tensor.shape[at] == size and (not tensor.stride(at) or size == 1):
+        if tensor.shape[at] == size and (not tensor.stride(at) or size < 2):
             return _spread(self, tensor, tensor) if size else _Source.apply(self.batch.token, tensor.detach(), _nothing)
         return tensor
+
+    def apart(self, tensor: Any) -> Any:
+        """An activation too where the model computed the same of parameters for every sample: torch.stack([p] * samples)."""
+        tensor, size = self.activation(tensor), self.batch.size
+        if self.param_of(tensor) not in self.batch.derived or not tensor.dim():
+            return tensor
+        at = self.along(tensor)
+        if tensor.shape[at] != size or not _repeats(self, tensor, at):
+            return tensor
+        self.batch.coincides = True
+        return _spread(self, tensor.narrow(at, 0, 1).expand_as(tensor), tensor)
 
     def weight(self, tensor: Any) -> Any:
         """A parameter that the model expanded becomes one whose elements all have a place of their own; other things stay."""
@@ -245,8 +260,10 @@ class Recorder(TorchFunctionMode):
         return _derived(self, tensor.contiguous()) if expanded and self.param_of(tensor) is not None else tensor
 
     def operand(self, tensor: Any) -> Any:
-        """Either of these."""
-        return self.weight(self.activation(tensor))
+        """Either of these; the latter where samples may lie along dimension 0 or 1, which `apart` tells later."""
+        either = isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.stride()[:2] == (0, 0)
+        either = either and tensor.shape[0] == tensor.shape[1] == self.batch.size > 1
+        return self.weight(tensor if either else self.activation(tensor))
 
     @torch.compiler.disable
     def _used(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,7 +274,9 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
             parts = result if isinstance(result, (tuple, list)) else [result]
             return result if all(self.param_of(t) is not None for t in parts) else _derived(self, result)
-        taken = self.activation if func in _TURNING else self.operand
+        taken = _as_it_is if func in _TURNING else self.operand
+        if self.batch.size == 1 and taken == self.operand and not any(map(self.is_data, pytree.tree_leaves((args, kwargs)))):
+            taken = self.weight  # any parameter looks as one of a single sample
         if any(type(a) in (list, tuple) and any(isinstance(t, Tensor) for t in a) for a in (*args, *kwargs.values())):
             given = pytree.tree_leaves((args, kwargs))
             args, kwargs = pytree.tree_map(taken, (args, kwargs))
@@ -661,7 +680,7 @@ def _copy(watch: Recorder, input: Tensor, **kwargs: Any) -> Tensor:
     """What is expanded along dimension 1 stays so for recurrent layers, whose states have samples there."""
     if watch.batch_first and input.dim() == 3 and input.shape[1] == watch.batch.size and not input.stride(1):
         return input
-    return _any_function(watch, torch.clone, "clone", (watch.weight(input),), kwargs)  # type: ignore[no-any-return]
+    return _any_function(watch, torch.clone, "clone", (watch.operand(input),), kwargs)  # type: ignore[no-any-return]
 
 
 @handles(torch.repeat_interleave, Tensor.repeat_interleave)
@@ -698,7 +717,7 @@ def _attention(watch: Recorder, *args: Any, **kwargs: Any) -> tuple[Tensor, Tens
             else F.linear(x, w, b)
         )
 
-    q, k, v = (first.activation(x.transpose(0, 1)) for x in (query, key, value))  # samples first
+    q, k, v = (first.apart(x.transpose(0, 1)) for x in (query, key, value))  # samples first
     if query is key and key is value and not o["use_separate_proj_weight"]:
         q, k, v = linear(q, o["in_proj_weight"], o["in_proj_bias"]).chunk(3, -1)
     else:
@@ -809,6 +828,11 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
     leaves, spec = pytree.tree_flatten((args, kwargs))
     ours = [i for i, a in enumerate(leaves) if watch.param_of(a) is not None]
     batched = [i for i, a in enumerate(leaves) if watch.is_data(a)]
+    most = max((leaves[i].dim() for i in batched), default=-1)
+    if torch.is_grad_enabled() and any(leaves[i].dim() == most for i in ours):
+        leaves = [watch.apart(a) if i in ours and a.dim() == most else a for i, a in enumerate(leaves)]
+        batched += [i for i in ours if watch.param_of(leaves[i]) is None]
+        ours = [i for i in ours if i not in batched]
 
     def call(at: list[int], tensors: Sequence[Tensor]) -> Any:
         new = [*leaves]
@@ -825,6 +849,8 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
         return func(*args, **kwargs)
     if not batched and not (writes and torch.is_grad_enabled()):
         return _derived(watch, func(*args, **kwargs))
+    if not ours:
+        return call([], [])
     for i in batched:
         watch.rows_of(name, leaves[i])
     if name in _ELEMENTWISE and 0 not in ours[: int(writes)]:
@@ -890,18 +916,59 @@ def _refuse_mixing(
             return t
         return torch.rand(t.shape, generator=generator, device=t.device).to(t.dtype) + 0.5
 
+    expected = f"{what}, expected a function that treats a sample as it does among others; for one of every sample, p.expand"
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         some = [positive(_like(t, wide)) for t in tensors]
         together, weights = call(at, some), len(some) - len(dims)
         samples = zip(*(x.unbind(d) for x, d in zip(some[weights:], dims)))
-        apart = torch.stack([one(None, some[:weights], inputs) for inputs in samples], dim)
-    if not torch.allclose(together, apart, rtol=1e-3, atol=1e-5, equal_nan=True):
-        raise NotImplementedError(f"{what}, expected a function that treats a sample as it does among others")
+        try:
+            apart = torch.stack([one(None, some[:weights], inputs) for inputs in samples], dim)
+        except (RuntimeError, IndexError) as error:
+            raise NotImplementedError(expected) from error
+    if apart.shape != together.shape or not torch.allclose(together, apart, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise NotImplementedError(expected)
 
 
 def _names(watch: Recorder, ours: list[Any]) -> str:
-    return ", ".join(repr(watch.params.get(watch.param_of(t), "of others")) for t in ours)  # type: ignore[arg-type]
+    """Names of parameters, and of those that others were computed of."""
+    found: dict[str, None] = {}
+    for t in map(watch.param_of, ours):
+        made = watch.batch.derived.get(t)  # type: ignore[arg-type]
+        if made is None:
+            found[repr(watch.params.get(t))] = None  # type: ignore[arg-type]
+            continue
+        leaves = [*watch.params, *watch.batch.derived]
+        of = torch.autograd.grad(made, leaves, torch.zeros_like(made), allow_unused=True, retain_graph=True)
+        names = _names(watch, [leaf for leaf, g in zip(leaves, of) if g is not None])
+        found.update(dict.fromkeys(names.split(", ")))
+    return ", ".join(found)
+
+
+def _repeats(watch: Recorder, t: Tensor, at: int) -> bool:
+    """Whether all rows along a dimension are the same, in their values and as functions of parameters."""
+    if not torch.equal(t, t.narrow(at, 0, 1).expand_as(t)):
+        return False
+    leaves, param = [*watch.params, *watch.batch.derived], watch.param_of(t)
+    assert param is not None
+
+    def back(g: Tensor) -> list[Tensor]:
+        found = dict(zip([param], torch.autograd.grad(t, [param], g, retain_graph=True)))
+        for stand_in, made in reversed(watch.batch.derived.items()):
+            if stand_in in found:
+                more = torch.autograd.grad(made, leaves, found.pop(stand_in), allow_unused=True, retain_graph=True)
+                for leaf, each in zip(leaves, more):
+                    if each is not None:
+                        found[leaf] = found[leaf] + each if leaf in found else each
+        return [*found.values()]
+
+    with torch._C.DisableTorchFunction():
+        generator = torch.Generator(t.device).manual_seed(0)
+        u = torch.rand(t.narrow(at, 0, 1).shape, generator=generator, device=t.device, dtype=t.dtype) + 0.5
+        weights = torch.rand(t.shape[at], generator=generator, device=t.device, dtype=t.dtype) + 0.5
+        weights = weights.view(*(-1 if d == at else 1 for d in range(t.dim())))
+        none, all_of_them = back(u * (weights - weights.mean())), back(u * weights)
+        return all(bool(n.abs().max() <= 1e-4 * a.abs().max()) for n, a in zip(none, all_of_them) if n.numel())
 
 
 def _source(watch: Recorder, wide: Tensor, one: Tensor, at: int) -> Tensor:

@@ -263,7 +263,7 @@ def _run(
     watch: Recorder, name: str, x: Tensor, weights: Sequence[Tensor | None], first: Tensors, reverse: bool = False
 ) -> tuple[Tensor, ...]:
     """x [B, T, D] -> (y [B, T, P], *last states), of one layer in one direction; weights: W_ih, W_hh, b_ih, b_hh, W_hr."""
-    x, *first = (watch.activation(t) for t in (x, *first))
+    x, *first = (watch.apart(t) for t in (x, *first))
     for state in first:
         if len(state) != len(x):
             raise ValueError(f"privacy: {name} has a state of {len(state)} samples, expected {len(x)}")
