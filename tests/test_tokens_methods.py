@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from dither import tokens
-from dither.tokens.patch import _prefix
+from dither.tokens.blocks import count_prefix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # float64, in another order
@@ -256,7 +256,7 @@ def state_of(model):
 
 
 def prefix_of(model):
-    return {} if _prefix(model) or not isinstance(model, (nn.TransformerEncoder, nn.Sequential)) else {"prefix": 1}
+    return {} if count_prefix(model) or not isinstance(model, (nn.TransformerEncoder, nn.Sequential)) else {"prefix": 1}
 
 
 @pytest.mark.parametrize("make, method", EVERYWHERE, ids=[f"{make.__name__}-{method}" for make, method in EVERYWHERE])
@@ -803,9 +803,9 @@ def test_class_tokens_are_found():
         (nn.Sequential(Block(32, 4)), 0),
         (nn.ParameterDict({"class_embedding": torch.zeros(8), "register_tokens": torch.zeros(1, 4, 8)}), 5),
     ):
-        assert _prefix(model) == prefix
+        assert count_prefix(model) == prefix
     model, _ = timm_vit()
-    assert _prefix(nn.Sequential(model, nn.Identity())) == 2
+    assert count_prefix(nn.Sequential(model, nn.Identity())) == 2
 
 
 def test_blocks_by_name():
