@@ -767,10 +767,12 @@ def maps_of(layer, x):
     "options", [{}, {"causal": True}, {"mask": torch.arange(13)[None] % 3 != 1}], ids=["free", "causal", "mask"]
 )
 def test_ranking_of_grouped_and_masked_attention(options):
-    """Tokens that rank highest stay: of grouped queries, under causal and boolean masks."""
+    """Tokens that rank highest stay: of grouped queries, under causal and boolean masks; what is no key has no vote."""
     model, x = wrapped(**options), normal(2, 13, 32, dtype=torch.float64)
     maps = maps_of(model[0], x)
-    page = torch.full((2, 4, 13), 1 / 13).double()
+    if "mask" in options:
+        maps[:, :, ~options["mask"][0]] = 0
+    page = (maps.sum(3) > 0).double() / (maps.sum(3) > 0).sum(2, keepdim=True)
     for _ in range(3):
         page = (maps.mT @ page[..., None])[..., 0]
     ranks = {"pagerank": page.mean(1), "colsum": maps.sum(2).mean(1), "cls": maps[:, :, 0].mean(1)}
@@ -831,6 +833,267 @@ def test_a_new_run_begins_with_a_larger_timestep():
         assert handle.step == 1
 
 
+# What goes by token: positions, masks, prompts
+
+
+class Turned(nn.Module):
+    """A block whose queries and keys are multiplied by a table, or by a table of its own."""
+
+    def __init__(self, own=False):
+        super().__init__()
+        self.norm, self.attn, self.mlp = nn.LayerNorm(32), TurnedAttention(own), nn.Linear(32, 32)
+
+    def forward(self, x, rotary=None, position_ids=None, padding_mask=None):
+        if position_ids is not None:
+            rotary = PLACES[position_ids][:, None]
+        x = x + self.attn(self.norm(x), rotary, padding_mask)
+        return x + self.mlp(x)
+
+
+class TurnedAttention(nn.Module):
+    def __init__(self, own):
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        self.rotary_table = nn.Buffer(normal(13, 8)) if own else None
+
+    def forward(self, x, rotary=None, padding_mask=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        table = rotary if self.rotary_table is None else self.rotary_table[: x.shape[1]]
+        if table is not None:
+            first = q.shape[2] - table.shape[-2]
+            q, k = (torch.cat([t[:, :, :first], t[:, :, first:] * table], 2) for t in (q, k))
+        mask = None if padding_mask is None else padding_mask[:, None, None]
+        return F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class Chain(nn.Module):
+    def __init__(self, depth=3, **options):
+        super().__init__()
+        self.blocks = nn.ModuleList([Turned(**options) for _ in range(depth)])
+
+    def forward(self, x, *args, **kwargs):
+        for block in self.blocks:
+            x = block(x, *args, **kwargs)
+        return x
+
+
+def fixed_score(seed=3):
+    """Ranks that every sample has to itself, and that the order of calls sets."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda q, k: torch.rand(len(q), q.shape[2], generator=generator)
+
+
+def left_of(handle):
+    """After each block the first tokens that are left, of each sample."""
+    return [[(row >= 0).nonzero()[:, 0] for row in record.source] for record in handle.records]
+
+
+PLACES = normal(20, 8)
+TABLE = normal(2, 4, 13, 8)
+TABLES = {
+    "of all": (TABLE[0, 0], lambda t, b, kept: t[kept]),
+    "without prefix": (TABLE[0, 0, 2:], lambda t, b, kept: t[kept[2:] - 2]),
+    "of samples and heads": (TABLE, lambda t, b, kept: t[b : b + 1, :, kept]),
+    "of samples": (TABLE[:, :1], lambda t, b, kept: t[b : b + 1, :, kept]),
+    "of heads": (TABLE[0], lambda t, b, kept: t[:, kept]),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("named", [False, True])
+def test_rotations_follow_tokens(table, named):
+    """Each sample by itself, with its tokens and their part of the table."""
+    model, x = built(Chain), normal(2, 13, 32)
+    whole, part = TABLES[table]
+    with tokens.patched(model, "prune", score=fixed_score(), keep={0: 0.7, 1: 0.7}, prefix=2) as handle:
+        y = model(x, rotary=whole) if named else model(x, whole)
+    left = left_of(handle)
+    for b in range(2):
+        z = model.blocks[0](x[b : b + 1], part(whole, b, torch.arange(13)))[:, left[0][b]]
+        z = model.blocks[1](z, part(whole, b, left[0][b]))[:, torch.isin(left[0][b], left[1][b])]
+        z = model.blocks[2](z, part(whole, b, left[1][b]))
+        torch.testing.assert_close(y[b], z[0])
+
+
+@pytest.mark.parametrize("ids", [torch.arange(13)[None], torch.stack([torch.arange(13), torch.arange(13) + 4])])
+def test_positions_follow_tokens(ids):
+    model, x = built(Chain), normal(2, 13, 32)
+    with tokens.patched(model, "prune", score=fixed_score(), keep=0.5, rest="restore"):
+        y = model(x, PLACES[ids][:, None])
+    with tokens.patched(model, "prune", score=fixed_score(), keep=0.5, rest="restore"):
+        torch.testing.assert_close(model(x, position_ids=ids), y)
+
+
+def test_rotations_of_cached_tokens():
+    """What is called with one input gives what it gave, so that tokens that are computed have their own rotations."""
+
+    class Image(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.chain, self.head = nn.Linear(1, 32), Chain(), nn.Linear(32, 1)
+
+        def forward(self, image, table):
+            return self.head(self.chain(self.embed(image.flatten(2).mT), table)).mT.view(image.shape)
+
+    model, image, table = built(Image), normal(2, 1, 4, 4), normal(16, 8)
+    dense = model(image, table)
+    with tokens.patched(model, "cat", budget=0.5, start=2, clusters=3):
+        for _ in range(4):
+            torch.testing.assert_close(model(image, table), dense)
+
+
+@pytest.mark.parametrize("kind", ["cat", "mixed", "dinov3", "mrope"])
+def test_rotations_of_timm(kind):
+    import_timm()
+    from timm.models.eva import Eva
+
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 3, "num_classes": 10}
+    rotary = {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "rope_type": kind, "attn_type": "rope", "num_reg_tokens": 2}
+    model, x = built(lambda: Eva(**shape, **rotary)), normal(2, 3, 32, 32)
+    given = []
+    hooks = [
+        block.register_forward_pre_hook(lambda m, a, k: given.append((a[0], k["rope"])), with_kwargs=True)
+        for block in model.blocks
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    start, tables = given[0][0], [table for _, table in given]
+    with tokens.patched(model, "prune", score=fixed_score(), keep={0: 0.5}) as handle:
+        assert handle.prefix == 3
+        logits = model(x)
+    for b, kept in enumerate(left_of(handle)[0]):
+        y = model.blocks[0](start[b : b + 1], rope=tables[0])[:, kept]
+        for block, table in zip(model.blocks[1:], tables[1:]):
+            y = block(y, rope=table[..., kept[3:] - 3, :])
+        torch.testing.assert_close(logits[b], model.forward_head(model.norm(y))[0])
+
+
+def test_masks_follow_tokens():
+    """Of padding: tokens that do not count go first, and the others never see them."""
+    x = normal(2, 13, 32)
+    seen = torch.arange(13) < torch.tensor([[13], [8]])
+    model = built(Chain)
+    layers = built(lambda: encoder(True)).train()
+    for run, given in ((model, {"padding_mask": seen}), (layers, {"src_key_padding_mask": ~seen})):
+        with tokens.patched(run, "prune", score="colsum", keep={0: 0.5, 1: 0.8}) as handle:
+            y = run(x, **given)
+            assert torch.isin(left_of(handle)[0][1], torch.arange(8)).all() and [r.after for r in handle.records][:2] == [7, 6]
+            again = run(torch.where(seen[..., None], x, 1e3), **given)
+            torch.testing.assert_close(again, y)
+        with tokens.patched(run, "prune", keep={0: 0.9}) as handle:  # some of those that do not count are left
+            torch.testing.assert_close(run(torch.where(seen[..., None], x, 1e3), **given)[1, :8], run(x, **given)[1, :8])
+            assert not torch.isin(left_of(handle)[0][1], torch.arange(8)).all()
+
+
+def test_padding_without_nested_tensors():
+    """torch's encoder packs padded batches where it can, so that no hook could see tokens."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model, x = built(lambda: nn.TransformerEncoder(layer, 3)), normal(2, 13, 32)
+    given = {"src_key_padding_mask": torch.arange(13) >= torch.tensor([[13], [8]])}
+    before = state_of(model)
+    with torch.no_grad():
+        dense = model(x, **given)
+        with tokens.patched(model, "prune", keep=1.0):
+            torch.testing.assert_close(model(x, **given)[~given["src_key_padding_mask"]], dense[~given["src_key_padding_mask"]])
+        with tokens.patched(model, "prune", keep=0.5):
+            assert model(x, **given).shape == (2, 7, 32)
+        assert state_of(model) == before and torch.equal(model(x, **given), dense)
+
+
+class JointAttention(nn.Module):
+    def __init__(self, prompt_first):
+        super().__init__()
+        self.to_qkv, self.add_qkv, self.prompt_first = nn.Linear(32, 96), nn.Linear(32, 96), prompt_first
+
+    def forward(self, x, prompt):
+        parts = (self.to_qkv(x), self.add_qkv(prompt))
+        joined = torch.cat(parts[::-1] if self.prompt_first else parts, 1)
+        q, k, v = joined.unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        first = prompt.shape[1] if self.prompt_first else x.shape[1]
+        return (y[:, first:], y[:, :first]) if self.prompt_first else (y[:, :first], y[:, first:])
+
+
+class Joint(nn.Module):
+    def __init__(self, prompt_first, image_first_out):
+        super().__init__()
+        self.norm, self.attn, self.image_first_out = nn.LayerNorm(32), JointAttention(prompt_first), image_first_out
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        x, prompt = self.attn(self.norm(hidden_states), encoder_hidden_states)
+        x, prompt = hidden_states + x, encoder_hidden_states + prompt
+        return (x, prompt) if self.image_first_out else (prompt, x)
+
+
+class JointModel(nn.Module):
+    def __init__(self, prompt_first=False, image_first_out=False):
+        super().__init__()
+        self.blocks = nn.ModuleList([Joint(prompt_first, image_first_out) for _ in range(3)])
+
+    def forward(self, x, prompt):
+        for block in self.blocks:
+            y = block(hidden_states=x, encoder_hidden_states=prompt)
+            x, prompt = y if block.image_first_out else y[::-1]
+        return x
+
+
+@pytest.mark.parametrize("method", ["at-edm", "tome", "negtome", "cat"])
+def test_a_prompt_before_or_after_the_image(method):
+    """Attention does not know an order: where the prompt is makes no difference, nor which result is the image's."""
+    outputs, x, prompt = [], normal(2, 16, 32), normal(2, 5, 32, seed=1)
+    options = {"tome": {"r": 3, "place": "block"}, "cat": {"start": 2, "grid": (4, 4), "clusters": 2}}.get(
+        method, SOMETHING[method]
+    )
+    for prompt_first in (False, True):
+        for image_first_out in (False, True):
+            model = built(lambda f=prompt_first, o=image_first_out: JointModel(f, o))
+            if method == "cat":
+                model.register_forward_hook(lambda m, args, y: y.mT.unflatten(2, (4, 4)))
+            with tokens.patched(model, method, **options) as handle:
+                y = [model(x + i, prompt) for i in range(4)][-1] if method == "cat" else model(x, prompt)
+            outputs.append((y, *(record.source for record in handle.records)))
+    assert all(map(torch.is_tensor, outputs[0]))
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0])
+    if method == "at-edm":
+        model = built(JointModel)
+        with tokens.patched(model, method), pytest.raises(ValueError, match="gives 2 results of 16 tokens, expected one"):
+            model(x, normal(2, 16, 32))
+
+
+def flux():
+    made = pytest.importorskip("diffusers").FluxTransformer2DModel
+    shape = {"patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16}
+    text = {"num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)}
+    model = built(lambda: made(**shape, **text))
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4)).float()
+
+    def call(batch=1):
+        given = {"encoder_hidden_states": normal(batch, 5, 16), "pooled_projections": torch.ones(batch, 16)}
+        times = {"timestep": torch.full((batch,), 0.5), "img_ids": places, "txt_ids": torch.zeros(5, 3)}
+        return model(hidden_states=normal(batch, 16, 4), **given, **times).sample
+
+    return model, call
+
+
+def test_flux():
+    """Its tables are of the prompt and of the image, and of all samples."""
+    model, call = flux()
+    dense = call()
+    with tokens.patched(model, "at-edm", keep=0.5) as handle:
+        y = call()
+    assert [(r.before, r.after) for r in handle.records] == [(16, 8), (8, 8), (16, 8), (8, 8)]
+    assert y.isfinite().all() and not torch.allclose(y, dense) and torch.equal(call(), dense)
+    with (
+        tokens.patched(model, "at-edm", keep=0.5),
+        pytest.raises(ValueError, match=r"takes image_rotary_emb of shape \[21, 16\]"),
+    ):
+        call(2)
+    with tokens.patched(model, "at-edm", keep=1.0):
+        assert torch.equal(call(), dense)
+
+
 # Refusals
 
 BAD = [
@@ -862,8 +1125,8 @@ BAD = [
         r"'0' has a mask of 12 keys, expected none where",
     ),
     (
-        lambda: called(encoder(True), "prune", also={"src_key_padding_mask": torch.zeros(2, 12) > 0}),
-        r"has a key_padding_mas",
+        lambda: called(encoder(True), "tome", also={"src_key_padding_mask": torch.zeros(2, 12) > 0}),
+        r"takes src_key_padding_mask, expected nothing that goes by token where tokens are merged",
     ),
     (lambda: called(unfused(), "prune"), r"'0' did not call scaled_dot_product_attention, expected that it does"),
     (lambda: called(encoder(True), "pag"), r"expected an attention of timm or diffusers for PAG"),
@@ -876,6 +1139,15 @@ BAD = [
         r"'transformer_blocks.0' has joint attention of 64 tokens and 5 others, expected self-attention",
     ),
     (lambda: joint("tomesd"), r"'transformer_blocks.0' takes encoder_hidden_states, expected tokens alone for ToMeSD"),
+    (
+        lambda: called(Chain(), "tome", also={"rotary": TABLE[0, 0, :12]}, place="block"),
+        r"'blocks.1' takes rotary, expected nothing th",
+    ),
+    (
+        lambda: called(Chain(), "prune", also={"rotary": TABLE[0, 0, :1]}),
+        r"takes rotary of shape \[1, 8\], expected one that can foll",
+    ),
+    (lambda: called(Chain(own=True), "prune"), r"the attention of 'blocks.0' has positions of its own, expected them in the"),
     (lambda: tokens.Prune(0.0), r"Prune: keep is 0.0, expected 0 < keep <= 1"),
     (lambda: tokens.Prune({-1: 0.5}), r"Prune: a layer of keep is -1, expected at least 0"),
     (

@@ -5,13 +5,17 @@ They are found by their attention, a module that calls scaled_dot_product_attent
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .merge import MergePlan
 from .methods import Fewer
@@ -20,25 +24,33 @@ from .watch import Watch
 
 @dataclass
 class Stage:
-    """Blocks that follow each other, from the full number of tokens on."""
+    """Blocks that follow each other, from the full number of tokens on.
+
+    source: [B, full], the place of each first token, -1 where it is gone. kept: [B, N], which first tokens are left, None where
+    they are not tokens that were there before. before, others: see `Watch`.
+    """
 
     names: list[str]
     reached: int = -1  # the block that was called last
+    full: int = 0
     source: Tensor | None = None
+    kept: Tensor | None = None
     size: Tensor | None = None
+    before: int = 0
+    others: int = 0
 
     def begin(self) -> None:
-        self.reached, self.source, self.size = -1, None, None
+        self.reached, self.source, self.kept, self.size = -1, None, None, None
 
     def took(self, fewer: Fewer) -> None:
         if fewer.place is None:
             return
         self.size = fewer.size
         if self.source is None:
-            self.source = fewer.place
-        else:
-            through = fewer.place.gather(1, self.source.clamp(min=0))
-            self.source = torch.where(self.source < 0, self.source, through)
+            self.full, self.source, self.kept = fewer.place.shape[1], fewer.place, fewer.kept
+            return
+        self.kept = None if self.kept is None or fewer.kept is None else self.kept.gather(1, fewer.kept)
+        self.source = torch.where(self.source < 0, self.source, fewer.place.gather(1, self.source.clamp(min=0)))
 
 
 @dataclass
@@ -51,6 +63,8 @@ class Block:
     watch: Watch | None = None
     input: Tensor | None = None  # as the block got it, before its norm
     plan: MergePlan | None = None
+    given: frozenset[str] = frozenset()  # arguments that go by token
+    result: int | None = None  # which of several results are the tokens
 
     @property
     def last(self) -> bool:
@@ -108,9 +122,134 @@ def with_input(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
-def with_tokens(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A block's result with its tokens changed: the result itself, or the last of several (diffusers' joint blocks)."""
-    return (*y[:-1], change(y[-1])) if isinstance(y, tuple) else change(y)
+def with_tokens(y: Any, change: Callable[[Tensor], Tensor], block: Block, own: int) -> Any:
+    """A block's result with its `own` tokens changed: the result itself, or the one of several that has as many."""
+    if not isinstance(y, tuple):
+        return change(y)
+    fit = [i for i, t in enumerate(y) if isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == own]
+    if len(fit) == 1:
+        block.result = fit[0]
+    if block.result is None:
+        raise ValueError(
+            f"patch: {block.name!r} gives {len(fit)} results of {own} tokens, expected one, to know which are the image's"
+        )
+    return tuple(change(t) if i == block.result else t for i, t in enumerate(y))
+
+
+# ---- arguments that go by token
+
+_POSITIONS = re.compile("rope|rotary|rot_pos|position|freqs")
+_RELATIVE = re.compile("rope|rotary|rel_pos|relative_position")
+
+
+def _names(module: nn.Module, args: tuple[Any, ...]) -> list[str]:
+    """What a module calls its positional arguments."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return (names + [""] * len(args))[: len(args)]
+
+
+def by_token(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Arguments of a module that go by token: positions, rotations, masks of self-attention."""
+    given = {**dict(zip(_names(module, args), args)), **kwargs}
+    held = [name for name, value in given.items() if any(isinstance(t, Tensor) for t in tree_leaves(value))]
+    own = [name for name in held if not name.startswith(("encoder_", "memory_"))]
+    return [name for name in own if _POSITIONS.search(name) or is_mask(name)]
+
+
+def is_mask(name: str) -> bool:
+    return "mask" in name
+
+
+def has_positions(attention: nn.Module) -> bool:
+    """Whether an attention holds rotations or relative positions of its own."""
+    held = ((name, value) for module in attention.modules() for name, value in _members(module))
+    return any(_RELATIVE.search(name) and isinstance(value, (Tensor, nn.Module)) for name, value in held)
+
+
+def _members(module: nn.Module) -> list[tuple[str, Any]]:
+    return [*vars(module).items(), *module._parameters.items(), *module._buffers.items(), *module._modules.items()]
+
+
+def follow(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a block as the tokens that are left in its stage take them."""
+    given, kept, full = by_token(block.module, args, kwargs), block.stage.kept, block.stage.full
+    if not given:
+        return args, kwargs
+    if kept is None:
+        raise ValueError(
+            f"patch: {block.name!r} takes {', '.join(given)}, expected nothing that goes by token where tokens are "
+            "merged: they have no position of their own"
+        )
+    library = block.module.__class__.__module__.partition(".")[0]
+
+    def taken(name: str, t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        y = _mask(t, kept, full) if is_mask(name) else _table(t, kept, block.stage, prefix, library)
+        if y is None:
+            raise ValueError(
+                f"patch: {block.name!r} takes {name} of shape {list(t.shape)}, expected one that can follow {kept.shape[1]} of "
+                f"{full} tokens in {len(kept)} samples: {_FOLLOWING['mask' if is_mask(name) else 'table']}"
+            )
+        return y
+
+    def changed(name: str, value: Any) -> Any:
+        return tree_map(partial(taken, name), value) if name in given else value
+
+    names = _names(block.module, args)
+    return tuple(map(changed, names, args)), {name: changed(name, value) for name, value in kwargs.items()}
+
+
+_FOLLOWING = {
+    "mask": "[B, N], [B, 1 or N, N] or [B, H, 1 or N, N]",
+    "table": "[N, D], [B, N, D] or [B, H, N, D], in diffusers, whose tables are of all samples, with one sample",
+}
+
+
+def _table(t: Tensor, kept: Tensor, stage: Stage, prefix: int, library: str) -> Tensor | None:
+    """Positions (integers [..., N]) or rotations ([..., N, D]) of the tokens that are left; None where they cannot be taken.
+    Tables may leave out the prefix, have those of a prompt too, or have these alone."""
+    at = -1 if not (t.is_floating_point() or t.is_complex()) else -3 if t.dim() == 4 and t.shape[2] == 1 else -2
+    lead, batch, skipped = t.dim() + at, len(kept), stage.full - t.shape[at]
+    if 0 <= lead <= 2 and skipped not in (0, prefix) and t.shape[at] == stage.others:
+        return t
+    if lead < 0 or lead > 2 or skipped not in (0, prefix, -stage.others):
+        return None
+    if skipped < 0:
+        before = torch.arange(stage.before, device=kept.device).expand(batch, -1)
+        after = torch.arange(stage.full + stage.before, t.shape[at], device=kept.device).expand(batch, -1)
+        index = torch.cat([before, kept + stage.before, after], 1)
+    else:
+        index = kept[:, skipped:] - skipped
+    if library == "diffusers" and lead == 0:
+        return t[index[0]] if batch == 1 else None
+    if lead == 0:
+        return t[index][:, None] if at == -2 else t[index]  # [B, 1, N, D], for all heads
+    if lead == 1 and at == -2 and (library == "timm" or t.shape[0] not in (1, batch)):
+        return t[:, index].movedim(0, 1)  # of heads
+    if t.shape[0] not in (1, batch):
+        return None
+    return _gathered(t, index, lead)
+
+
+def _mask(t: Tensor, kept: Tensor, full: int) -> Tensor | None:
+    if not 2 <= t.dim() <= 4 or t.shape[-1] != full or t.shape[0] not in (1, len(kept)):
+        return None
+    if t.dim() == 2 and t.shape[0] == full and len(kept) == full:
+        return None  # of samples or of queries
+    if t.dim() > 2 and t.shape[-2] != 1:
+        if t.shape[-2] != full:
+            return None
+        t = _gathered(t, kept, t.dim() - 2)
+    return _gathered(t, kept, t.dim() - 1)
+
+
+def _gathered(t: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Entries index [B, k] along `dim` of t [1 or B, ...]."""
+    shape = [1] * t.dim()
+    shape[0], shape[dim] = index.shape
+    of = t.expand(len(index), *t.shape[1:])
+    return of.gather(dim, index.view(shape).expand(*of.shape[:dim], index.shape[1], *of.shape[dim + 1 :]))
 
 
 # ---- blocks in two halves: of attention, and of the MLP

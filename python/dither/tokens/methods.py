@@ -45,6 +45,15 @@ class Seen:
         mask = mask if mask is None or mask.dtype == torch.bool else mask > -torch.inf
         return {"attn_mask": mask, "is_causal": self.is_causal, "scale": self.scale}
 
+    @property
+    def voters(self) -> Tensor | None:
+        """[B or 1, H or 1, N] of floats, 1 for queries that count: where one mask of keys is that of all queries (of padding),
+        those that it lets in. None: all."""
+        mask = self.options["attn_mask"]
+        if mask is None or self.q.shape[2] != self.k.shape[2] or (mask.dim() > 1 and mask.shape[-2] > 1):
+            return None
+        return mask[(None,) * (4 - mask.dim())][:, :, 0].expand(-1, -1, self.k.shape[2]).float()
+
 
 @dataclass(frozen=True, eq=False)
 class Attend:
@@ -75,11 +84,13 @@ class Layer:
 @dataclass(frozen=True, eq=False)
 class Fewer:
     """Tokens x [B, M, C], and for each of the N before its place among them, -1 where it has none; None: all are where they
-    were."""
+    were. kept: [B, M], which of those before they are; None where some are others (merged ones), which have no position and no
+    mask."""
 
     x: Tensor
     place: Tensor | None = None
     size: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Method(ABC):
@@ -136,13 +147,16 @@ def _class_attention(seen: Seen, method: Prune, layer: Layer) -> Tensor:
 
 
 def _pagerank(seen: Seen, method: Prune, layer: Layer) -> Tensor:
-    score = pagerank(seen.q, seen.k, method.iterations, method.tol, method.heads, **seen.options)
+    init = seen.voters
+    if init is not None:
+        init = (init / init.sum(-1, keepdim=True).clamp(min=1)).expand(*seen.q.shape[:2], -1)
+    score = pagerank(seen.q, seen.k, method.iterations, method.tol, method.heads, init, **seen.options)
     assert isinstance(score, Tensor)
     return score
 
 
 def _colsum(seen: Seen, method: Prune, layer: Layer) -> Tensor:
-    return attention_colsum(seen.q, seen.k, **seen.options).mean(1)
+    return attention_colsum(seen.q, seen.k, seen.voters, **seen.options).mean(1)
 
 
 def _random(seen: Seen, method: Prune, layer: Layer) -> Tensor:
@@ -232,7 +246,7 @@ class Prune(Method):
             .scatter(1, kept, torch.arange(count, device=x.device).expand_as(kept))
         )
         if self.rest == "drop":
-            return Fewer(y, place)
+            return Fewer(y, place, kept=kept)
         others = topk_tokens((place < 0).float(), length - count)
         if self.rest == "fuse":
             weights = scores.gather(1, others).to(x.dtype)
@@ -243,7 +257,7 @@ class Prune(Method):
         else:
             q, k = (t[:, :, :length].transpose(1, 2).flatten(2) for t in (seen.q, seen.k))
             _, nearest = bipartite_match(gather_tokens(q, others).detach(), gather_tokens(k, kept).detach(), normalize=False)
-        return Fewer(y, place.scatter(1, others, nearest))
+        return Fewer(y, place.scatter(1, others, nearest), kept=kept)
 
 
 @dataclass

@@ -12,11 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import instance, integer, is_real, one_of
-from .blocks import QUERIES, Block, count_prefix, find_blocks, halves, tokens_of, with_input, with_tokens
+from .blocks import (
+    QUERIES,
+    Block,
+    by_token,
+    count_prefix,
+    find_blocks,
+    follow,
+    halves,
+    has_positions,
+    is_mask,
+    tokens_of,
+    with_input,
+    with_tokens,
+)
 from .cat import CAT
 from .guided import PAG, SEG, Erase, NegToMe
 from .merge import merge, unmerge
-from .methods import Attend, Layer, Method, Prune, ToMe, ToMeSD, at_edm, evit, zero_tprune
+from .methods import Attend, Layer, Method, Prune, Seen, ToMe, ToMeSD, at_edm, evit, zero_tprune
 from .select import gather_tokens
 from .watch import Watch
 
@@ -95,6 +108,7 @@ class Patch:
             )
         self._handles: list[Any] = [model.register_forward_pre_hook(self._call, with_kwargs=True)]
         self._replaced: list[nn.Module] = []
+        self._nested: list[nn.TransformerEncoder] = []
         if method.place == "cache":
             self._handles.append(model.register_forward_hook(self._result))
         try:
@@ -105,6 +119,10 @@ class Patch:
             raise
         for module in self._marked():
             object.__setattr__(module, "_dither_tokens", self)
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
+                encoder.use_nested_tensor = False  # hooks could not see the tokens
+                self._nested.append(encoder)
 
     def _marked(self) -> set[nn.Module]:
         return {self.model, *(block.module for block in self.blocks)}
@@ -124,11 +142,11 @@ class Patch:
             self._before(attention, self._merge, block)
             self._after(attention, self._unmerge, block)
             return
-        self._before(attention, self._replace if place in ("inside", "cache") else self._look, block)
+        if place in ("inside", "cache"):
+            self._before(attention, self._replace, block)
         self._after(attention, self._seen, block, always_call=True)
         if place == "cache":
-            if block.index == 0:
-                self._before(module, self._choose, block)
+            self._before(module, self._choose, block)
             self._after(module, self._fill, block)
         if place == "attention":
             if halves(module) is None:
@@ -140,6 +158,7 @@ class Patch:
             self._replaced.append(module)
         if place in ("attention", "block"):
             self._before(module, self._enter, block)
+            self._before(module, self._look, block)
             self._after(module, self._leave, block)
 
     # Hooks are methods, not closures, so that a copy of the model has a patch of its own; they are not compiled, as
@@ -149,7 +168,7 @@ class Patch:
         self._handles.append(module.register_forward_pre_hook(partial(hook, block), with_kwargs=True))
 
     def _after(self, module: nn.Module, hook: Callable[..., Any], block: Block, always_call: bool = False) -> None:
-        self._handles.append(module.register_forward_hook(partial(hook, block), always_call=always_call))
+        self._handles.append(module.register_forward_hook(partial(hook, block), with_kwargs=True, always_call=always_call))
 
     def _split(self, block: Block, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts = halves(block.module)
@@ -184,7 +203,7 @@ class Patch:
         return Layer(block.name, block.index, len(block.stage.names), self.prefix, max(self.step, 0), block.stage.size)
 
     @torch.compiler.disable
-    def _enter(self, block: Block, *_: Any) -> None:
+    def _enter(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stage = block.stage
         if block.index == 0:
             stage.begin()
@@ -193,19 +212,26 @@ class Patch:
                 f"patch: {block.name!r} is called again, expected blocks in their order, without activation checkpointing"
             )
         stage.reached = block.index
+        return self._follow(block, args, kwargs)
+
+    def _follow(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        block.given = frozenset(by_token(block.module, args, kwargs))
+        return None if block.stage.source is None else follow(block, args, kwargs, self.prefix)
 
     @torch.compiler.disable
-    def _look(self, block: Block, *_: Any) -> None:
+    def _look(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """From the block on, which may join tokens before its attention."""
         size = block.stage.size if self.method.proportional else None
         if size is None and not self.method.begin(self._layer(block)):
             return
-        block.watch = Watch(size)
+        block.watch = Watch(tokens_of(args, kwargs).shape[1], size)
         block.watch.__enter__()
 
     @torch.compiler.disable
     def _seen(self, block: Block, *_: Any) -> None:
         if block.watch is not None and block.watch.active:
             block.watch.__exit__(None, None, None)
+            block.stage.before, block.stage.others = block.watch.before, block.watch.others
             if self.method.place in ("inside", "cache"):
                 block.watch = None
 
@@ -223,12 +249,7 @@ class Patch:
             seen = watch.seen()
             fewer = self.method.reduce(x, seen, layer)
             if fewer is not None and fewer.place is not None and not block.last:
-                mask = seen.attn_mask
-                if mask is not None and mask.shape[-1] > 1:
-                    raise ValueError(
-                        f"patch: the attention of {block.name!r} has a mask of {mask.shape[-1]} keys, expected none where "
-                        "tokens leave: it would not fit those of the next block"
-                    )
+                self._check_leaving(block, seen)
         if fewer is not None:
             block.stage.took(fewer)
         source = block.stage.source
@@ -237,14 +258,29 @@ class Patch:
         self.records.append(Record(block.name, x.shape[1], x.shape[1] if fewer is None else fewer.x.shape[1], source))
         return x if fewer is None else fewer.x
 
+    def _check_leaving(self, block: Block, seen: Seen) -> None:
+        masked = any(is_mask(name) for name in block.given)
+        if seen.attn_mask is not None and seen.attn_mask.shape[-1] > 1 and not masked:
+            raise ValueError(
+                f"patch: the attention of {block.name!r} has a mask of {seen.attn_mask.shape[-1]} keys, expected none where "
+                "tokens leave: it would not fit those of the next block"
+            )
+        if has_positions(block.attention) and all(is_mask(name) for name in block.given):
+            raise ValueError(
+                f"patch: the attention of {block.name!r} has positions of its own, expected them in the tokens or as an "
+                "argument of the block where tokens leave: they would be those of other tokens in the next block"
+            )
+
     @torch.compiler.disable
-    def _leave(self, block: Block, module: nn.Module, args: Any, y: Any) -> Any:
+    def _leave(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        own = tokens_of(args, kwargs).shape[1]
         if self.method.place == "block":
-            y = with_tokens(y, lambda x: self._fewer(block, x))
+            y = with_tokens(y, lambda x: self._fewer(block, x), block, own)
+            own = self.records[-1].after
         stage = block.stage
         if block.last and stage.source is not None and self.method.restores:
             source = stage.source
-            y = with_tokens(y, lambda x: gather_tokens(x, source))
+            y = with_tokens(y, lambda x: gather_tokens(x, source), block, own)
         return y
 
     # ---- inside attention
@@ -262,26 +298,33 @@ class Patch:
                 )
             return self.method.attend(call, layer, lambda tokens: self._grid(block, tokens - self.prefix))
 
-        block.watch = Watch(None, attend)
+        block.watch = Watch(own, attend=attend)
         block.watch.__enter__()
 
     @torch.compiler.disable
     def _choose(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The tokens that are computed in this call."""
-        x = tokens_of(args, kwargs)
-        kept = self.method.choose(len(x), x.shape[1], max(self.step, 0))
-        return None if kept is None else with_input(gather_tokens(x, kept), args, kwargs)
+        x, stage = tokens_of(args, kwargs), block.stage
+        if block.index == 0:
+            stage.full = x.shape[1]
+            stage.source = stage.kept = self.method.choose(len(x), stage.full, max(self.step, 0))
+            if stage.kept is not None:
+                args, kwargs = with_input(gather_tokens(x, stage.kept), args, kwargs)
+        return None if stage.kept is None else self._follow(block, args, kwargs)
 
     @torch.compiler.disable
-    def _fill(self, block: Block, module: nn.Module, args: Any, y: Any) -> Any:
-        if not block.last:
-            return None
-        return with_tokens(y, self.method.fill)
+    def _fill(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        return with_tokens(y, self.method.fill, block, tokens_of(args, kwargs).shape[1]) if block.last else None
 
     @torch.compiler.disable
     def _result(self, model: nn.Module, args: Any, output: Any) -> None:
         """What the model gave, [B, C, H, W], for methods that go by it."""
         output = output if isinstance(output, Tensor) else output[0]
+        if output.dim() != 4:
+            raise ValueError(
+                f"patch: {type(model).__name__} gives a result of shape {list(output.shape)}, expected [B, C, H, W] for a "
+                "method that keeps results"
+            )
         self.method.observe(output.detach(), max(self.step, 0), lambda tokens: self._grid(self.blocks[0], tokens - self.prefix))
 
     # ---- around attention
@@ -296,8 +339,8 @@ class Patch:
         block.plan = block.input = None
         if x.dim() != 3:
             return None
-        names = ("encoder_hidden_states", "attention_mask", "attn_mask")
-        others = [name for name in names if kwargs.get(name) is not None]
+        others = list(by_token(module, args, kwargs))
+        others += [] if kwargs.get("encoder_hidden_states") is None else ["encoder_hidden_states"]
         if others or len(args) > 1:
             raise ValueError(
                 f"patch: the attention of {block.name!r} takes {', '.join(others) or 'more than tokens'}, expected tokens "
@@ -313,9 +356,9 @@ class Patch:
         return with_input(y, args, kwargs)
 
     @torch.compiler.disable
-    def _unmerge(self, block: Block, module: nn.Module, args: Any, y: Any) -> Any:
+    def _unmerge(self, block: Block, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         plan, block.plan = block.plan, None
-        return y if plan is None else with_tokens(y, lambda x: unmerge(x, plan))
+        return y if plan is None else with_tokens(y, lambda x: unmerge(x, plan), block, plan.kept.shape[1])
 
     def _grid(self, block: Block, tokens: int) -> tuple[int, int]:
         """Height and width of the tokens of a block: those given, or the input's, halved until they fit."""
@@ -336,7 +379,9 @@ class Patch:
             self._seen(block)
         for module in self._replaced:
             del module.forward
-        self._handles, self._replaced = [], []
+        for encoder in self._nested:
+            encoder.use_nested_tensor = True
+        self._handles, self._replaced, self._nested = [], [], []
         for module in self._marked():
             if getattr(module, "_dither_tokens", None) is self:
                 object.__delattr__(module, "_dither_tokens")
@@ -368,10 +413,11 @@ def patch(
             parameters like cls_token tell.
         grid: height and width of the tokens, for methods that need them; otherwise the model's image input, or a square.
 
+    Arguments of blocks that go by token (positions, rotary tables, masks, by their names) follow tokens that leave.
+
     Errors: no block found, blocks that cannot be split for a method between attention and MLP, attention that is not computed
-    by scaled_dot_product_attention, a model that is patched already; in a call: padding masks, masks of fixed size where tokens
-    leave, activation checkpointing. Positions must be in the tokens: rotations of queries and keys do not follow tokens that
-    leave.
+    by scaled_dot_product_attention, a model that is patched already; in a call, where tokens leave: positions inside attention,
+    masks of fixed size, positions and masks of merged tokens; activation checkpointing.
 
     Copies and pickles of the model are patched models of their own; its state_dict is what it was. torch.compile after `patch`,
     not before it.
