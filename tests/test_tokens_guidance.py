@@ -436,9 +436,32 @@ def test_gradients(name):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_compiled(name):
     function, inputs = DIFFERENTIABLE[name]
-    fullgraph = name not in ("identity_attention", "redirect_attention")  # they skip what a mask excludes
-    compiled = torch.compile(function, fullgraph=fullgraph, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), function(*inputs), **EXACT)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    y, expected = compiled(*inputs), function(*inputs)
+    torch.testing.assert_close(y, expected, **EXACT)
+    weight = normal(*y.shape, seed=5)
+    gradients = [torch.autograd.grad((z * weight).sum(), inputs) for z in (y, expected)]
+    torch.testing.assert_close(*gradients, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6)])
+def test_compiled_with_masks_as_arguments(shape):
+    """One graph for all of them."""
+    q, k, v = X
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    identity = torch.compile(tokens.identity_attention, fullgraph=True, backend=backend)
+    redirect = torch.compile(tokens.redirect_attention, fullgraph=True, backend=backend)
+    for seed in range(3):
+        perturbed, region = normal(2, seed=seed) > 0, normal(*shape, seed=seed) > 0.3
+        torch.testing.assert_close(identity(q, k, v, perturbed), tokens.identity_attention(q, k, v, perturbed), **EXACT)
+        torch.testing.assert_close(redirect(q, k, v, region), tokens.redirect_attention(q, k, v, region), **EXACT)
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("b, n", [(0, 6), (2, 0)], ids=["no samples", "no tokens"])

@@ -70,7 +70,7 @@ def identity_attention(
         perturbed: bool [B]; the samples whose map is the identity. On the CPU, it is read without waiting for a device.
         attn_mask, scale: as in F.scaled_dot_product_attention; a mask with a batch dimension has B samples.
 
-    Returns [B, H, N, e].
+    Returns [B, H, N, e]. Within torch.compile the products of all samples are computed, in one graph.
 
     Where eps_p is the prediction with identity maps, and eps_c and eps_u those with and without the condition, PAG takes
     eps_u + w (eps_c - eps_u) + s (eps_c - eps_p); s = 3 is usual.
@@ -78,6 +78,9 @@ def identity_attention(
     owner = "identity_attention"
     self_attention(owner, q, k, v)
     _bool(owner, "perturbed", perturbed, (q.shape[0],))
+    if torch.compiler.is_compiling():  # no shape can go by what is perturbed
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale)
+        return torch.where(perturbed.to(q.device)[:, None, None, None], v, y.to(v.dtype))
     kept = (~perturbed).nonzero()[:, 0].to(q.device)
     if not len(kept):
         return v.clone()
@@ -102,7 +105,8 @@ def redirect_attention(
             the object elsewhere. The authors take 0.3 in the first 10 steps of 50, then 1.
         scale: of the similarities, 1 / sqrt(d) if None.
 
-    Returns [B, H, N, e].
+    Returns [B, H, N, e]. Within torch.compile it is one graph: a region of [N] is a mask too, and none is refused for covering
+    every token.
 
     Where eps_r is the prediction with redirected attention, removal guidance takes eps + s (eps_r - eps), s = 9 by the authors.
     """
@@ -112,12 +116,12 @@ def redirect_attention(
     _bool(owner, "region", region, (n,), (b, n))
     if not (is_real(suppression) and 0 <= suppression <= 1):
         raise ValueError(f"{owner}: suppression is {suppression!r}, expected 0 <= suppression <= 1")
-    region = region.to(q.device)
-    if n and region.all(-1).any():
+    region, compiling = region.to(q.device), torch.compiler.is_compiling()
+    if n and not compiling and region.all(-1).any():
         raise ValueError(f"{owner}: region covers every token of a sample, expected some outside")
     q = torch.where(region[..., None, :, None] if region.dim() == 2 else region[:, None], suppression * q, q)
-    if region.dim() == 2:
-        return F.scaled_dot_product_attention(q, k, v, ~region[:, None, None], scale=scale)
+    if region.dim() == 2 or compiling:  # whose shapes cannot go by the region
+        return F.scaled_dot_product_attention(q, k, v, ~region[..., None, None, :], scale=scale)
     return F.scaled_dot_product_attention(q, k[:, :, ~region], v[:, :, ~region], scale=scale)
 
 
