@@ -582,6 +582,37 @@ def test_at_edm():
     assert [(record.before, record.after) for record in handle.records] == [(16, 8), (8, 8), (8, 8)]
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_at_edm_between_attention_and_the_rest(layers):
+    """Of a U-Net's block: cross-attention and MLP are of fewer tokens; in its last block too, after which all return."""
+    made = pytest.importorskip("diffusers.models.attention").BasicTransformerBlock
+    shape = {"num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 16}
+    chain = Chain(0)
+    chain.blocks = model = built(lambda: nn.ModuleList([made(32, **shape) for _ in range(layers)])).double()
+    x, text = normal(2, 16, 32, dtype=torch.float64), normal(2, 5, 16, dtype=torch.float64)
+    mask = torch.tensor([[[0.0]], [[0.0]]]).double() - 1e4 * (torch.arange(5) > torch.tensor([[[4]], [[2]]])).double()
+    given = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+    dense = chain(x, **given)
+    with tokens.patched(chain, "prune", keep=1.0, place="attention"):
+        assert torch.equal(chain(x, **given), dense)
+    ranks = normal(2, 16)
+    options = {"keep": {layers - 1: 0.5}, "score": lambda q, k: ranks, "place": "attention"}
+    with tokens.patched(chain, "at-edm", **options) as handle:
+        y = chain(x, **given)
+    before, last = model[0](x, **given) if layers == 2 else x, model[-1]
+    fewer = tokens.gather_tokens(before + last.attn1(last.norm1(before)), tokens.topk_tokens(ranks, 8))
+    fewer = fewer + last.attn2(last.norm2(fewer), encoder_hidden_states=text, attention_mask=mask)
+    fewer = fewer + last.ff(last.norm3(fewer))
+    torch.testing.assert_close(y, tokens.gather_tokens(fewer, handle.records[-1].source), **EXACT)
+    assert [r.after for r in handle.records] == [16] * (layers - 1) + [8]
+    model, call = unet()
+    dense = call()
+    with tokens.patched(model, "at-edm", keep={1: 0.5}, place="attention"):
+        assert call().shape == dense.shape and not torch.equal(call(), dense)
+    with tokens.patched(model, "tome", r=4), pytest.raises(ValueError, match="leaves 56 of 64 tokens, expected all of them in"):
+        call()
+
+
 def test_the_source_of_tokens_that_copy_the_others():
     """Of a chain of reductions: the output of a token is that of the token that its source names."""
     for method, options in (("prune", {"keep": {0: 0.7, 1: 0.8, 2: 0.5}, "rest": "restore"}), ("tome", {"r": 4})):
@@ -820,7 +851,7 @@ def test_blocks_by_name():
     assert [r.after for r in handle.records] == [61, 61, 59, 59]
 
 
-def test_a_new_run_begins_with_a_larger_timestep():
+def test_a_new_run_begins_where_timesteps_turn_back():
     model, _ = unet()
     x, text = normal(2, 4, 8, 8), normal(2, 5, 16)
     with tokens.patched(model, "tomesd", seed=1) as handle:
@@ -831,6 +862,12 @@ def test_a_new_run_begins_with_a_larger_timestep():
         assert steps == [0, 1, 2, 0, 1, 2, 0]
         model(x, timestep=100, encoder_hidden_states=text)
         assert handle.step == 1
+        handle.reset()
+        steps = []
+        for t in (0.0, 0.1, 0.1, 0.5, 1.0, 0.0, 0.5, 0.0, 0.5):  # of flow matching, from noise at 0
+            model(x, t, encoder_hidden_states=text)
+            steps.append(handle.step)
+        assert steps == [0, 1, 2, 3, 4, 0, 1, 0, 1]
 
 
 # What goes by token: positions, masks, prompts
@@ -1354,6 +1391,31 @@ def test_at_edm_keeps_what_matters(denoiser):
     best = sampling_error(denoiser, "at-edm", keep={0: 0.7})
     worst = sampling_error(denoiser, "at-edm", keep={0: 0.7}, score=lambda q, k: -tokens.pagerank(q, k))
     assert (best < 0.7 * worst).all()
+
+
+def test_rising_timesteps():
+    """A run is the same where time is counted from noise to image."""
+
+    class Rising(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, image, timestep, label):
+            return self.model(image, 1 - timestep, label)
+
+    model = built(Denoiser).requires_grad_(False)
+    flow = Rising(model)
+    x, labels, times = normal(2, 1, 8, 8), torch.arange(2), torch.linspace(0.9, 0.1, 8)
+    for _ in range(2):
+        outputs = []
+        for run, sign in ((model, 1), (flow, -1)):
+            with tokens.patched(run, "cat", start=3, clusters=4) as handle:
+                for _ in range(2):  # the second run is a new one
+                    outputs.append([run(x + t, t if sign > 0 else 1 - t, labels) for t in times.view(-1, 1)])
+                assert handle.step == 7
+        for other in outputs[1:]:
+            torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-4)
 
 
 def test_at_edm_spares_early_steps(denoiser):

@@ -70,6 +70,10 @@ class Block:
     def last(self) -> bool:
         return self.index == len(self.stage.names) - 1
 
+    @property
+    def library(self) -> str:
+        return type(self.module).__module__.partition(".")[0]
+
 
 QUERIES = ("to_q", "qkv", "q_proj", "to_qkv", "query")
 
@@ -180,12 +184,11 @@ def follow(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: 
             f"patch: {block.name!r} takes {', '.join(given)}, expected nothing that goes by token where tokens are "
             "merged: they have no position of their own"
         )
-    library = block.module.__class__.__module__.partition(".")[0]
 
     def taken(name: str, t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
-        y = _mask(t, kept, full) if is_mask(name) else _table(t, kept, block.stage, prefix, library)
+        y = _mask(t, kept, full) if is_mask(name) else _table(t, kept, block.stage, prefix, block.library)
         if y is None:
             raise ValueError(
                 f"patch: {block.name!r} takes {name} of shape {list(t.shape)}, expected one that can follow {kept.shape[1]} of "
@@ -261,7 +264,7 @@ def _timm(block: Any) -> tuple[Half, Half]:
     def attend(x: Tensor, **kwargs: Any) -> Tensor:
         return x + block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))  # type: ignore[no-any-return]
 
-    return attend, lambda x: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return attend, lambda x, **_: x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def _encoder_layer(block: nn.TransformerEncoderLayer) -> tuple[Half, Half]:
@@ -272,7 +275,7 @@ def _encoder_layer(block: nn.TransformerEncoderLayer) -> tuple[Half, Half]:
             return x + block._sa_block(block.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
         return block.norm1(x + block._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))  # type: ignore[no-any-return]
 
-    def rest(x: Tensor) -> Tensor:
+    def rest(x: Tensor, *_: Any, **__: Any) -> Tensor:
         return x + block._ff_block(block.norm2(x)) if block.norm_first else block.norm2(x + block._ff_block(x))
 
     return attend, rest
@@ -286,11 +289,42 @@ def _torchvision(block: Any) -> tuple[Half, Half]:
     return attend, lambda x: x + block.mlp(block.ln_2(x))
 
 
+def _diffusers(block: Any) -> tuple[Half, Half]:
+    def attend(
+        x: Tensor, attention_mask: Tensor | None = None, *_: Any, cross_attention_kwargs: Any = None, **__: Any
+    ) -> Tensor:
+        given = {"encoder_hidden_states": None, "attention_mask": attention_mask, **(cross_attention_kwargs or {})}
+        return x + block.attn1(block.norm1(x), **given)  # type: ignore[no-any-return]
+
+    def rest(
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *_: Any,
+        cross_attention_kwargs: Any = None,
+        **__: Any,
+    ) -> Tensor:
+        if block.attn2 is not None:
+            given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+            x = x + block.attn2(block.norm2(x), **given, **(cross_attention_kwargs or {}))
+        return x + block.ff(block.norm3(x))  # type: ignore[no-any-return]
+
+    return attend, rest
+
+
+def _is_plain_diffusers(block: Any) -> bool:
+    """A U-Net's block, without modulation and adapters."""
+    plain = type(block).__name__ == "BasicTransformerBlock" and block.norm_type == "layer_norm" and block.pos_embed is None
+    return plain and not block.only_cross_attention and not hasattr(block, "fuser")
+
+
 _TIMM_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _HALVES: list[tuple[Callable[[Any], bool], Callable[[Any], tuple[Half, Half]]]] = [
     (lambda block: type(block).__name__ == "Block" and all(hasattr(block, part) for part in _TIMM_PARTS), _timm),
     (lambda block: type(block).__name__ == "EncoderBlock" and hasattr(block, "self_attention"), _torchvision),
     (lambda block: isinstance(block, nn.TransformerEncoderLayer), _encoder_layer),
+    (_is_plain_diffusers, _diffusers),
 ]
 
 

@@ -63,9 +63,9 @@ class Record:
 class Patch:
     """A token method in a model, until `remove`. model(...) itself runs it.
 
-    records: what the layers did in the last call. step: how many times the model was called since `reset`, which
-    methods for diffusion go by; a call with a larger timestep (its argument of that name, or the second after an image; read
-    from its device) than the one before it begins anew by itself.
+    records: what the layers did in the last call. step: how many times the model was called since `reset`, which methods for
+    diffusion go by. Timesteps (the argument of that name, or the second after an image; read from its device) fall or rise in a
+    run, as the first two that differ tell; one that turns back begins the next run by itself.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Patch:
         self.records: list[Record] = []
         self.step = -1
         self._timestep: float | None = None
+        self._rises: bool | None = None
         self._full: tuple[int, int] | None = None
         self.blocks = find_blocks(model, blocks)
         if not self.blocks:
@@ -152,7 +153,8 @@ class Patch:
             if halves(module) is None:
                 raise ValueError(
                     f"patch: {block.name!r} is {type(module).__name__}, expected a block of timm or torchvision or "
-                    "nn.TransformerEncoderLayer for a method between attention and MLP; use place='block'"
+                    "nn.TransformerEncoderLayer or of a U-Net of diffusers for a method between attention and MLP; use "
+                    "place='block'"
                 )
             module.forward = partial(self._split, block)  # type: ignore[method-assign]
             self._replaced.append(module)
@@ -174,13 +176,13 @@ class Patch:
         parts = halves(block.module)
         assert parts is not None
         first, second = parts
-        return second(self._fewer(block, first(x, *args, **kwargs)))
+        return second(self._fewer(block, first(x, *args, **kwargs)), *args, **kwargs)
 
     # ---- a call of the model
 
     def reset(self) -> None:
         """The next call is the first step."""
-        self.step, self._timestep = -1, None
+        self.step, self._timestep, self._rises = -1, None, None
 
     @torch.compiler.disable
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -189,8 +191,12 @@ class Patch:
         time = kwargs.get("timestep", args[1] if len(args) > 1 and image is not None else None)
         if is_real(time) or (isinstance(time, Tensor) and time.numel() and time.dim() < 2):
             now = float(time.flatten()[0] if isinstance(time, Tensor) else time)  # type: ignore[arg-type]
-            if self._timestep is not None and now > self._timestep:
-                self.step = -1
+            if self._timestep is not None and now != self._timestep:
+                rises = now > self._timestep
+                if self._rises is not None and rises != self._rises:
+                    self.reset()
+                else:
+                    self._rises = rises
             self._timestep = now
         self.step += 1
         self.records = []
@@ -276,8 +282,13 @@ class Patch:
         own = tokens_of(args, kwargs).shape[1]
         if self.method.place == "block":
             y = with_tokens(y, lambda x: self._fewer(block, x), block, own)
-            own = self.records[-1].after
+        own = self.records[-1].after
         stage = block.stage
+        if block.last and stage.source is not None and not self.method.restores and block.library == "diffusers":
+            raise ValueError(
+                f"patch: {block.name!r} leaves {own} of {stage.full} tokens, expected all of them in models of diffusers, by a "
+                "method that restores them (rest='restore') or merges around attention"
+            )
         if block.last and stage.source is not None and self.method.restores:
             source = stage.source
             y = with_tokens(y, lambda x: gather_tokens(x, source), block, own)
