@@ -10,6 +10,7 @@ import importlib.util
 import math
 import pickle
 import sys
+import threading
 import types
 
 import pytest
@@ -419,6 +420,53 @@ def test_few_tokens(shape, method, make):
         with tokens.patched(model, method, prefix=prefix, **SOMETHING[method]):
             y = model(normal(*shape, 32))
         assert y.shape[0] == shape[0] and y.shape[1] >= min(prefix, shape[1]) and y.isfinite().all()
+
+
+def test_two_threads_at_once_are_refused():
+    model, call = small_vit()
+    refusals = []
+
+    def other():
+        try:
+            call()
+        except RuntimeError as error:
+            refusals.append(str(error))
+
+    def at_once(*_):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    with tokens.patched(model, "tome", r=3):
+        expected = call()
+        hook = model.blocks[1].mlp.register_forward_hook(at_once)
+        assert torch.equal(call(), expected) and "called by two threads at once, expected one" in refusals.pop()
+        hook.remove()
+        at_once()
+        assert not refusals and torch.equal(call(), expected)
+
+
+def test_parts_of_a_model():
+    """Called by themselves, again and again."""
+    model, _ = small_vit()
+    for method in ("at-edm", "tome"):
+        with tokens.patched(model, method, **SOMETHING[method]) as handle:
+            outputs = [nn.Sequential(*model.blocks)(normal(2, 65, 32)) for _ in range(3)]
+        assert torch.equal(outputs[0], outputs[2]) and len(handle.records) == 4
+
+
+def test_blocks_of_derived_classes():
+    """As fully_shard makes them; not those that compute something else."""
+    model, call = small_vit()
+    with tokens.patched(model, "evit", keep=0.5, layers=(1,)):
+        expected = call()
+    for block in model.blocks:
+        block.__class__ = type("FSDPBlock", (Block,), {})
+    with tokens.patched(model, "evit", keep=0.5, layers=(1,)):
+        assert torch.equal(call(), expected)
+    model.blocks[0].__class__ = type("Other", (Block,), {"forward": lambda self, x: 2 * Block.forward(self, x)})
+    with pytest.raises(ValueError, match=r"'blocks\.0' is Other, expected a block of timm"):
+        tokens.patch(model, "evit", keep=0.5, layers=(1,))
 
 
 def test_patched_once():

@@ -72,7 +72,12 @@ class Block:
 
     @property
     def library(self) -> str:
-        return type(self.module).__module__.partition(".")[0]
+        return _kind(self.module).__module__.partition(".")[0]
+
+
+def _kind(module: nn.Module) -> type:
+    """The class whose forward it has: wrappers derive classes of their own (fully_shard)."""
+    return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
 
 
 QUERIES = ("to_q", "qkv", "q_proj", "to_qkv", "query")
@@ -315,14 +320,14 @@ def _diffusers(block: Any) -> tuple[Half, Half]:
 
 def _is_plain_diffusers(block: Any) -> bool:
     """A U-Net's block, without modulation and adapters."""
-    plain = type(block).__name__ == "BasicTransformerBlock" and block.norm_type == "layer_norm" and block.pos_embed is None
+    plain = _kind(block).__name__ == "BasicTransformerBlock" and block.norm_type == "layer_norm" and block.pos_embed is None
     return plain and not block.only_cross_attention and not hasattr(block, "fuser")
 
 
 _TIMM_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _HALVES: list[tuple[Callable[[Any], bool], Callable[[Any], tuple[Half, Half]]]] = [
-    (lambda block: type(block).__name__ == "Block" and all(hasattr(block, part) for part in _TIMM_PARTS), _timm),
-    (lambda block: type(block).__name__ == "EncoderBlock" and hasattr(block, "self_attention"), _torchvision),
+    (lambda block: _kind(block).__name__ == "Block" and all(hasattr(block, part) for part in _TIMM_PARTS), _timm),
+    (lambda block: _kind(block).__name__ == "EncoderBlock" and hasattr(block, "self_attention"), _torchvision),
     (lambda block: isinstance(block, nn.TransformerEncoderLayer), _encoder_layer),
     (_is_plain_diffusers, _diffusers),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class Patch:
         self._timestep: float | None = None
         self._rises: bool | None = None
         self._full: tuple[int, int] | None = None
+        self._thread: int | None = None  # that is in a call
         self.blocks = find_blocks(model, blocks)
         if not self.blocks:
             which = "" if blocks is None else f" named like {blocks}"
@@ -107,7 +109,10 @@ class Patch:
                 f"patch: {type(model).__name__} has one block in each stage, expected several for a method that takes tokens "
                 "away after a block and restores them after the last"
             )
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._call, with_kwargs=True)]
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(self._call, with_kwargs=True),
+            model.register_forward_hook(self._called, always_call=True),
+        ]
         self._replaced: list[nn.Module] = []
         self._nested: list[nn.TransformerEncoder] = []
         if method.place == "cache":
@@ -186,6 +191,11 @@ class Patch:
 
     @torch.compiler.disable
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._thread not in (None, get_ident()):
+            raise RuntimeError(
+                "patch: model is called by two threads at once, expected one; copy.deepcopy makes a patched copy"
+            )
+        self._thread = get_ident()
         image = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() == 4), None)
         self._full = None if image is None else (image.shape[-2], image.shape[-1])
         time = kwargs.get("timestep", args[1] if len(args) > 1 and image is not None else None)
@@ -204,6 +214,11 @@ class Patch:
             self._seen(block)  # of a call that was interrupted
             block.stage.begin()
             block.watch = block.input = block.plan = None
+
+    @torch.compiler.disable
+    def _called(self, *_: Any) -> None:
+        if self._thread == get_ident():
+            self._thread = None
 
     def _layer(self, block: Block) -> Layer:
         return Layer(block.name, block.index, len(block.stage.names), self.prefix, max(self.step, 0), block.stage.size)
@@ -261,8 +276,12 @@ class Patch:
         source = block.stage.source
         if source is None:
             source = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
-        self.records.append(Record(block.name, x.shape[1], x.shape[1] if fewer is None else fewer.x.shape[1], source))
+        self._note(Record(block.name, x.shape[1], x.shape[1] if fewer is None else fewer.x.shape[1], source))
         return x if fewer is None else fewer.x
+
+    def _note(self, record: Record) -> None:
+        """Once for a layer: parts of a model may be called by themselves, again and again."""
+        self.records = [*(other for other in self.records if other.layer != record.layer), record]
 
     def _check_leaving(self, block: Block, seen: Seen) -> None:
         masked = any(is_mask(name) for name in block.given)
@@ -363,7 +382,7 @@ class Patch:
         if block.plan is None:
             return None
         y = merge(x, block.plan)
-        self.records.append(Record(block.name, x.shape[1], y.shape[1], block.plan.index))
+        self._note(Record(block.name, x.shape[1], y.shape[1], block.plan.index))
         return with_input(y, args, kwargs)
 
     @torch.compiler.disable
