@@ -169,6 +169,29 @@ def test_same_bits_on_every_instruction_set_and_number_of_threads(mask, dtype):
                 assert all(torch.equal(call(), w) for call, w in zip(calls, want)), settings
 
 
+@each_dtype
+@pytest.mark.parametrize(
+    "shape", [(5, 6, 3, 450, 31, 9), (3, 40, 8, 97, 70, 8), (2, 3, 3, 1500, 20, 4), (9, 1, 1, 193, 5, 3)], ids=str
+)
+def test_same_bits_alone_and_in_a_batch(shape, dtype):
+    """How queries are shared among threads depends on the number of heads; the order of sums does not."""
+    batch, heads, key_heads, queries, keys, dim = shape
+    q, k = normal(batch, heads, queries, dim, dtype=dtype), normal(batch, key_heads, keys, dim, dtype=dtype, seed=1)
+    weight = normal(batch, heads, queries, seed=2)
+    for causal in (False, True):
+        lse = attention_lse(q, k, is_causal=causal)
+        want = [attention_colsum(q, k, weight, known, is_causal=causal) for known in (None, lse)]
+        for threads in (1, 2):
+            with machine(threads=threads):
+                for b, h in [(b, h) for b in range(batch) for h in {0, heads - 1}]:
+                    g = h * key_heads // heads
+                    one = q[b : b + 1, h : h + 1], k[b : b + 1, g : g + 1], weight[b, h]
+                    for known, sums in zip((None, lse[b : b + 1, h : h + 1]), want):
+                        assert torch.equal(attention_colsum(*one, known, is_causal=causal)[0, 0], sums[b, h])
+                    sample = attention_colsum(q[b : b + 1], k[b : b + 1], weight[b], is_causal=causal)
+                    assert torch.equal(sample[0], want[0][b])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("causal", [False, True])

@@ -86,15 +86,15 @@ class Scratch {  // whole cache lines
 };
 
 template <class T>
-static void add_chunks(const Attention& a, const T* partial) {
-  const int64_t chunks = query_chunks(a).count, pitch = whole_panels(a.keys, sizeof(T));
-  parallel(a.pairs(), std::max<int64_t>(1, kWorthThreads / (chunks * pitch + 1)), [&](int64_t lo, int64_t hi) {
+static void add_runs(const Attention& a, T* partial) {
+  const int64_t runs = query_chunks(a).runs(), pitch = whole_panels(a.keys, sizeof(T));
+  parallel(a.pairs(), std::max<int64_t>(1, kWorthThreads / (runs * pitch + 1)), [&](int64_t lo, int64_t hi) {
     for (int64_t pair = lo; pair < hi; ++pair) {
-      T* out = static_cast<T*>(a.sums) + pair * a.keys;
-      const T* from = partial + pair * chunks * pitch;
-      for (int64_t j = 0; j < a.keys; ++j) out[j] = from[j];
-      for (int64_t c = 1; c < chunks; ++c)
-        for (int64_t j = 0; j < a.keys; ++j) out[j] += from[c * pitch + j];
+      T* sums = partial + pair * runs * pitch;
+      for (int64_t step = 1; step < runs; step *= 2)
+        for (int64_t run = 0; run + step < runs; run += 2 * step)
+          for (int64_t j = 0; j < a.keys; ++j) sums[run * pitch + j] += sums[(run + step) * pitch + j];
+      std::copy_n(sums, a.keys, static_cast<T*>(a.sums) + pair * a.keys);
     }
   });
 }
@@ -102,22 +102,24 @@ static void add_chunks(const Attention& a, const T* partial) {
 static void on_cpu(const Attention& a) {
   const int64_t item = a.type == DType::f64 ? 8 : 4;
   const bool by_rows = a.lse == nullptr;
-  const Chunks units = by_rows ? query_chunks(a) : key_blocks(a);
+  const Chunks chunks = query_chunks(a);
+  const Blocks blocks = key_blocks(a);
+  const int64_t units = by_rows ? chunks.runs() : blocks.count;
   const int64_t bytes = by_rows ? rows_scratch(a, item) : columns_scratch(a, item);
-  const int64_t work = units.size * (by_rows ? a.keys : a.queries) * (a.dim + 16);
-  const int64_t grain = std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, work));
+  const int64_t pairs = by_rows ? chunks.size * chunks.run * a.keys : blocks.size * a.queries;
+  const int64_t grain = std::max<int64_t>(1, kWorthThreads / std::max<int64_t>(1, pairs * (a.dim + 16)));
   std::optional<Scratch> partial;
-  if (by_rows && a.sums) partial.emplace(a.pairs() * units.count * whole_panels(a.keys, item) * item);
+  if (by_rows && a.sums) partial.emplace(a.pairs() * units * whole_panels(a.keys, item) * item);
   const auto rows = DITHER_PICK_ISA(attention_rows);
   const auto columns = DITHER_PICK_ISA(attention_columns);
-  parallel(a.pairs() * units.count, grain, [&](int64_t lo, int64_t hi) {
+  parallel(a.pairs() * units, grain, [&](int64_t lo, int64_t hi) {
     const Scratch scratch(bytes);
     if (by_rows) rows(a, lo, hi, scratch.get(), partial ? partial->get() : nullptr);
     else columns(a, lo, hi, scratch.get());
   });
   if (!partial) return;
-  if (item == 8) add_chunks(a, static_cast<const double*>(partial->get()));
-  else add_chunks(a, static_cast<const float*>(partial->get()));
+  if (item == 8) add_runs(a, static_cast<double*>(partial->get()));
+  else add_runs(a, static_cast<float*>(partial->get()));
 }
 
 template <Device device>

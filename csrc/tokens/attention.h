@@ -5,9 +5,9 @@
 // score of NaN or +inf has an lse of NaN and gives NaN to every key that it sees.
 //
 // Scores are kept times log2 e, so that probabilities are powers of 2. On the CPU sums are taken in a fixed order, the same on
-// every instruction set and number of threads: a row's probabilities by lanes, element k to lane k mod 16 (8 in float64), that
-// fold by halves; a column's over the queries of a strip, strip by strip, and then over parts of the queries, if there are any.
-// CUDA's order is fixed too, but another one.
+// every instruction set, number of threads and size of the batch: a row's probabilities by lanes, element k to lane k mod 16 (8
+// in float64), that fold by halves; a column's over the queries of a strip, strip by strip, and then chunk by chunk of queries,
+// two neighbours at a time. CUDA's order is fixed too, but another one.
 #pragma once
 #include "../common/cpu.h"
 #include "../common/dtype.h"
@@ -99,29 +99,44 @@ DITHER_HD int64_t parts_of(int64_t n, int64_t size) { return (n + size - 1) / si
 DITHER_HD int64_t panel_width(int64_t item) { return kPanelBytes / item; }  // keys side by side in memory
 DITHER_HD int64_t whole_panels(int64_t keys, int64_t item) { return parts_of(keys, panel_width(item)) * panel_width(item); }
 
-// Queries are cut into chunks and keys into blocks, by the shape alone.
+// Enough parts of all heads to share among threads.
+constexpr int64_t kUnits = 32;
+DITHER_HD int64_t parts_of_a_head(int64_t pairs) { return parts_of(kUnits, larger<int64_t>(1, pairs)); }
+DITHER_HD int64_t whole_parts(int64_t n, int64_t parts, int64_t unit) {
+  return larger(parts_of(parts_of(n, parts), unit) * unit, 8 * unit);
+}
+// Queries are cut into chunks by their number alone. The sum of n of them is that of the first 2^l < n and that of the others,
+// so that runs of 2^m can be added up apart, and m may depend on the number of heads.
 struct Chunks {
+  int64_t size, count, run;
+  DITHER_HD int64_t runs() const { return parts_of(count, run); }
+};
+constexpr int kLevels = 5;
+static_assert(kUnits == 1 << kLevels);
+DITHER_HD Chunks query_chunks(const Attention& a) {
+  const int64_t size = whole_parts(a.queries, kUnits, kStrip), count = parts_of(a.queries, size);
+  int64_t run = 1;
+  while (run < count && parts_of(count, 2 * run) >= parts_of_a_head(a.pairs())) run *= 2;
+  return {size, count, run};
+}
+// Keys are cut into blocks, beyond which no sum goes.
+struct Blocks {
   int64_t size, count;
 };
-DITHER_HD Chunks chunks_of(int64_t n, int64_t pairs, int64_t unit, int64_t most) {
-  constexpr int64_t kUnits = 32;  // enough to share among threads
-  const int64_t wanted = parts_of(kUnits, larger<int64_t>(1, pairs));
-  int64_t size = parts_of(parts_of(n, wanted), unit) * unit;
-  size = smaller(larger(size, 8 * unit), most);
-  return {size, parts_of(n, size)};
+DITHER_HD Blocks key_blocks(const Attention& a) {
+  const int64_t size = smaller<int64_t>(whole_parts(a.keys, parts_of_a_head(a.pairs()), 32), 1024);
+  return {size, parts_of(a.keys, size)};
 }
-inline Chunks query_chunks(const Attention& a) { return chunks_of(a.queries, a.pairs(), kStrip, a.queries + kStrip); }
-inline Chunks key_blocks(const Attention& a) { return chunks_of(a.keys, a.pairs(), 32, 1024); }
 
 // Bytes of room that a thread needs, from an address of a whole cache line on.
 inline int64_t rows_scratch(const Attention& a, int64_t item) {
-  return (whole_panels(a.keys, item) * (a.dim + kStrip) + kStripPitch * (a.dim + 2)) * item;
+  return (whole_panels(a.keys, item) * (a.dim + kStrip + kLevels) + kStripPitch * (a.dim + 2)) * item;
 }
 inline int64_t columns_scratch(const Attention& a, int64_t item) {
   return (key_blocks(a).size * (a.dim + 2) + panel_width(item) * kStrip + kStripPitch * (a.dim + 2)) * item;
 }
-// Without lse, a unit is a chunk of queries of a head, all keys at once: it writes lse_out, and if partial is not nullptr its
-// column sums, [pairs][chunks][keys in whole panels].
+// Without lse, a unit is a run of chunks of queries of a head, all keys at once: it writes lse_out, and if partial is not
+// nullptr its column sums, [pairs][runs][keys in whole panels].
 DITHER_PER_ISA(void attention_rows(const Attention&, int64_t lo, int64_t hi, void* scratch, void* partial))
 // With lse, a unit is a block of keys of a head, all queries one after the other: it writes sums.
 DITHER_PER_ISA(void attention_columns(const Attention&, int64_t lo, int64_t hi, void* scratch))
@@ -131,7 +146,7 @@ DITHER_PER_ISA(void attention_columns(const Attention&, int64_t lo, int64_t hi, 
 struct Kept {
   int64_t length, pitch;
 };
-inline Kept kept_of(const Attention& a, int64_t item) {
+DITHER_HD Kept kept_of(const Attention& a, int64_t item) {
   const int64_t length = whole_panels(parts_of(a.queries, kStrip) * kStrip, item);
   return {length, length + kFoldBytes / item};
 }

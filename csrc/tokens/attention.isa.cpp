@@ -261,25 +261,32 @@ template <class T, class S>
 static void rows(const Attention& a, int64_t lo, int64_t hi, T* scratch, T* partial) {
   const Chunks chunks = query_chunks(a);
   const int64_t keys = whole_panels(a.keys, sizeof(T));
-  T *packed = scratch, *held = packed + keys * a.dim, *q = held + keys * kStrip;
+  T *packed = scratch, *held = packed + keys * a.dim, *q = held + keys * kStrip, *levels = q + kStripPitch * a.dim;
   int64_t packed_head = -1;
   for (int64_t unit = lo; unit < hi; ++unit) {
-    const int64_t pair = unit / chunks.count, first = unit % chunks.count * chunks.size;
-    const int64_t last = smaller(a.queries, first + chunks.size);
-    Place at{pair / a.heads, pair % a.heads, first};
+    const int64_t pair = unit / chunks.runs(), begin = unit % chunks.runs() * chunks.run;
+    const int64_t end = smaller(chunks.count, begin + chunks.run);
+    Place at{pair / a.heads, pair % a.heads, begin * chunks.size};
     if (const int64_t head = pair / a.group; head != packed_head) {
       pack_keys<T, S>(a, at, 0, a.keys, packed);
       packed_head = head;
     }
-    T* sums = partial ? partial + unit * keys : nullptr;
-    for (int64_t j = 0; sums && j < keys; ++j) sums[j] = 0;
-    for (; at.first < last; at.first += kStrip) {
-      const Strip strip = strip_of<T>(a, at, last);
-      T total[kStrip], weight[kStrip];
-      probabilities<T, S>(a, strip, packed, q, held, keys, total);
-      if (!sums) continue;
-      for (int64_t r = 0; r < strip.count; ++r) weight[r] = weight_of<T>(a, at, r);
-      add_columns(a, strip, held, keys, total, weight, sums);
+    int depth = 0;  // sums that wait for their neighbours
+    const auto sums = [&](int level) { return level ? levels + (level - 1) * keys : partial + unit * keys; };
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t last = smaller(a.queries, (chunk + 1) * chunks.size);
+      for (int64_t j = 0; partial && j < keys; ++j) sums(depth)[j] = 0;
+      for (; at.first < last; at.first += kStrip) {
+        const Strip strip = strip_of<T>(a, at, last);
+        T total[kStrip], weight[kStrip];
+        probabilities<T, S>(a, strip, packed, q, held, keys, total);
+        if (!partial) continue;
+        for (int64_t r = 0; r < strip.count; ++r) weight[r] = weight_of<T>(a, at, r);
+        add_columns(a, strip, held, keys, total, weight, sums(depth));
+      }
+      int64_t sums_so_far = chunk + 1 - begin;
+      for (++depth; depth > 1 && (sums_so_far % 2 == 0 || chunk + 1 == end); sums_so_far /= 2, --depth)
+        for (int64_t j = 0; partial && j < keys; ++j) sums(depth - 2)[j] += sums(depth - 1)[j];
     }
   }
 }
@@ -320,7 +327,7 @@ static void pagerank(const Attention& a, int64_t lo, int64_t hi, T* scratch, int
 template <class T, class S>
 static void columns(const Attention& a, int64_t lo, int64_t hi, T* scratch) {
   constexpr int L = Lanes<T>::count;
-  const Chunks blocks = key_blocks(a);
+  const Blocks blocks = key_blocks(a);
   T *packed = scratch, *sums = packed + blocks.size * a.dim, *tile = sums + blocks.size, *q = tile + kPanel<T> * kStrip;
   const T scale = T(a.scale);
   for (int64_t unit = lo; unit < hi; ++unit) {
