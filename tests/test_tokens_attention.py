@@ -398,6 +398,20 @@ def test_gradients_without_weights(backend):
     assert half.grad.dtype == BF16 and half.grad.isfinite().all() and other.grad.dtype == BF16
 
 
+def test_functional_gradients():
+    """torch.func, and what it is refused: forward differentiation and vmap."""
+    q, k = normal(2, 4, 9, 8, dtype=F64), normal(2, 2, 9, 8, dtype=F64, seed=1)
+    loss = lambda q, k: (attention_colsum(q, k, attention_lse(q, k)).square() + pagerank(q, k, 2).unsqueeze(1)).sum()
+    inputs = [t.clone().requires_grad_() for t in (q, k)]
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1))(q, k), want)
+    for function in (attention_lse, attention_colsum, lambda q, k: pagerank(q, k, 3)):
+        with pytest.raises(NotImplementedError, match="must implement the jvp"):
+            torch.func.jvp(lambda q, function=function: function(q, k), (q,), (q,))
+        with pytest.raises(RuntimeError, match="does not have vmap support"):
+            torch.vmap(function)(q.unsqueeze(0), k.unsqueeze(0))
+
+
 def arguments(operator, device="cpu"):
     keys = 5 if operator == "attention_pagerank_" else 7
     q, k = normal(2, 4, 5, 8), normal(2, 2, keys, 8, seed=1)

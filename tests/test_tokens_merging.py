@@ -523,6 +523,8 @@ def test_a_kept_token_becomes_itself_among_equals(backend):
     assert tokens.nearest_kept(x, indices).tolist() == [[0, 0, 0, 0, 1, 2]]
     everything = torch.arange(6, device=backend.device)[None]
     assert tokens.nearest_kept(x, everything).tolist() == [[0, 1, 2, 3, 4, 5]]
+    twice = tokens.nearest_kept(x, torch.tensor([[1, 1, 4]], device=backend.device))
+    assert ((twice >= 0) & (twice < 3)).all()
 
 
 # Gradients, compilation

@@ -167,13 +167,16 @@ def _colsum(
 
 class _Lse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, attn_mask)
-        ctx.setting = is_causal, scale
+    def forward(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:  # type: ignore[override]
         out = q.new_empty(q.shape[:3], dtype=_wide(q))
         write("attention_lse_", [out], q, k, attn_mask, is_causal, scale, out)
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:3])
+        ctx.setting = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,8 +189,7 @@ class _PageRank(torch.autograd.Function):
     """Without gradients; as a function, so that forward differentiation is refused."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def forward(  # type: ignore[override]
         q: Tensor,
         k: Tensor,
         s: Tensor,
@@ -201,11 +203,14 @@ class _PageRank(torch.autograd.Function):
         write("attention_pagerank_", [out], q, k, s, attn_mask, is_causal, scale, iterations, tol, out)
         return out
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        pass
+
 
 class _Colsum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
+    def forward(  # type: ignore[override]
         q: Tensor,
         k: Tensor,
         weight: Tensor | None,
@@ -214,14 +219,17 @@ class _Colsum(torch.autograd.Function):
         is_causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, weight, lse, attn_mask)
-        ctx.setting = is_causal, scale
         out = q.new_empty((*q.shape[:2], k.shape[2]), dtype=_wide(q))
         found = q.new_empty(q.shape[:3], dtype=_wide(q)) if lse is None else None
         written = [out] if found is None else [out, found]
         write("attention_colsum_", written, q, k, weight, lse, attn_mask, is_causal, scale, found, out)
         return out, found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:5])
+        ctx.setting = inputs[5:]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, g_lse: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -242,6 +242,6 @@ def nearest_kept(metric: Tensor, indices: Tensor) -> Tensor:
     is_kept = torch.zeros(batch, count, device=metric.device).scatter_(1, indices, 1.0)
     pruned = topk_tokens(-is_kept, count - k)
     _, match = bipartite_match(gather_tokens(metric, pruned), gather_tokens(metric, indices))
-    places = torch.empty(batch, count, dtype=torch.int64, device=metric.device)
+    places = torch.zeros(batch, count, dtype=torch.int64, device=metric.device)  # in range, whatever the indices
     places.scatter_(1, indices, torch.arange(k, device=metric.device).expand(batch, k))
     return places.scatter_(1, pruned, match)
