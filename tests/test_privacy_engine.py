@@ -1,6 +1,7 @@
 """Private training: the gradient of each sample alone is the definition that norms, sums and steps are held to."""
 
 import copy
+import gc
 import io
 import itertools
 import math
@@ -2236,6 +2237,21 @@ def test_the_check_of_numbers_leaves_no_trace():
     assert len(seen) == 4
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+def test_the_check_of_numbers_keeps_nothing():
+    """Not the activations of a copy, which a cycle through the graph would hold."""
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    private(model)
+    before = alive()
+    model(X)
+    assert alive() == before
 
 
 def test_spectral_norm_keeps_its_vectors():

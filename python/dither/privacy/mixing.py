@@ -100,7 +100,7 @@ def _runner(
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = t.detach().clone().copy_(instead if t is x else t).requires_grad_(t.requires_grad)
         model, (args, kwargs) = copy.deepcopy((module, given), memo)
-        batch = Batch(size, constants(model), x.device)
+        batch = Batch(size, constants(model), next(iter(params)).device)
         uses: _Numbers = []
         batch.seen = uses
         recorder = Recorder(params, batch, batch_first, _Nobody())
@@ -110,8 +110,8 @@ def _runner(
                     del hooks[key]  # it may keep what it sees outside of the copy
         for maker in {m for each in model.modules() if isinstance(each, ParametrizationList) for m in each.modules()}:
             maker.register_forward_hook(lambda m, _, made: recorder.made_by(m, made))
-        with _replayed(x.device) as end:
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), recorder:  # none of a checkpoint
+        with _replayed({t.device for t in (x, *params) if t.is_cuda}) as end:
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t), recorder:  # none of a checkpoint
                 out = model.forward(*args, **kwargs)
             batch.user = ""
             for t in leaves(out):
@@ -147,18 +147,17 @@ def _rounding(device: str) -> float:
 
 
 @contextlib.contextmanager
-def _replayed(device: torch.device) -> Iterator[Callable[[], bytes]]:
+def _replayed(gpus: set[torch.device]) -> Iterator[Callable[[], bytes]]:
     """What is drawn inside will be drawn again after it. Gives a function that tells how far that is."""
     numpy = sys.modules.get("numpy")
-    cuda = device.type == "cuda"
 
     def now() -> bytes:
-        arrays = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if cuda else [])]
-        return pickle.dumps(([t.tolist() for t in arrays], random.getstate(), numpy and numpy.random.get_state()))
+        states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus)]
+        return pickle.dumps(([t.tolist() for t in states], random.getstate(), numpy and numpy.random.get_state()))
 
     python, legacy = random.getstate(), numpy and numpy.random.get_state()
     try:
-        with torch.random.fork_rng([device] if cuda else []):
+        with torch.random.fork_rng(gpus):
             yield now
     finally:
         random.setstate(python)
