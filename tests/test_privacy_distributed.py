@@ -1,5 +1,7 @@
 """Private training by two processes: the sums of both, the same noise, one budget."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -72,12 +74,12 @@ def replicas_begin_alike_and_share_a_key(mesh):
 def shards_are_the_whole(mesh):
     from torch.distributed.fsdp import fully_shard
 
-    for make in MAKERS.values():
-        want, _ = train(network(), make, ALL[mesh.get_rank()])
+    for make, secure in itertools.product(MAKERS.values(), ("key", "exact")):
+        want, _ = train(network(), make, ALL[mesh.get_rank()], secure=secure)
         model = network()
         for layer in (model[0], model[3], model):
             fully_shard(layer, mesh=mesh)
-        got, _ = train(model, make, [HALVES[mesh.get_rank()]])
+        got, _ = train(model, make, [HALVES[mesh.get_rank()]], secure=secure)
         torch.testing.assert_close(whole(got), want, rtol=1e-12, atol=1e-14)
 
 

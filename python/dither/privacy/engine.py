@@ -22,7 +22,7 @@ from .. import noise
 from .._checks import instance, number, one_of, share
 from ..ops import reference
 from ..optim import SGD, FusedOptimizer, PrivateNoise
-from ..optim._shards import is_sharded, local, place_of, scattered
+from ..optim._shards import is_sharded, local, place_of, scattered, shard_like
 from . import accounting
 from .clipping import FACTORS, Clipping, clip_factor
 from .contributions import Contribution, Lookup, Rows, Sums, full, independent
@@ -593,7 +593,8 @@ class Privacy:
     def _add_exactly(self, k: int, use: Contribution, factor: Tensor) -> None:
         for some, rows in _tiles(use, len(factor)):
             p = rows.views[0].param
-            self._exact[k].add(rows.gradients.reshape(-1, p.numel()), factor[some], self._start[p])
+            start = self._start[self._sharded.get(p, p)]
+            self._exact[k].add(rows.gradients.reshape(-1, p.numel()), factor[some], start)
 
     def _add_lazily(self, use: Contribution, factor: Tensor) -> None:
         p = next(view.param for view in use.views if view.param in self._tables)
@@ -734,7 +735,8 @@ class Privacy:
             noise_multiplier = self._gradient_noise * self.max_grad_norm / norm
             flat = total.release(noise_multiplier, seed=self._secret, step=self._noise.released, stream=k) * scale
             for p in mine:
-                p.grad = flat[self._start[p] :][: p.numel()].view(p.shape).to(p.dtype)
+                grad = flat[self._start[p] :][: p.numel()].view(p.shape).to(p.dtype)
+                p.grad = shard_like(p, local(grad, like=p)) if is_sharded(p) else grad
         self._exact = []
 
     def _add_noise(self, t: Tensor, std: float, stream: int) -> None:
