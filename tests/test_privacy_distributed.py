@@ -112,6 +112,15 @@ def lots_are_those_of_one_key(mesh):
 
 
 @check(CHECKS)
+def loaders_of_one_process_are_refused(mesh):
+    """Every process would draw of all samples: one that comes to both counts twice."""
+    model = network()
+    loader = privacy.poisson_loader(range(100), 0.3, rank=0, world_size=1)
+    with pytest.raises(ValueError, match=f"loader draws for process 0 of 1, expected {mesh.get_rank()} of 2"):
+        privacy.make_private(model, MAKERS["torch"](model.parameters()), noise_multiplier=1.0, max_grad_norm=1.0, loader=loader)
+
+
+@check(CHECKS)
 def pieces_of_shards_are_the_whole(mesh):
     """Processes make as many passes as the one with most samples needs; the sums are those of a process that has all."""
     from torch.distributed.fsdp import fully_shard
@@ -123,7 +132,8 @@ def pieces_of_shards_are_the_whole(mesh):
         optimizer, passes = MAKERS["torch"](model.parameters()), 0
         engine._owners.clear()
         options = {"noise_multiplier": 0.7, "max_grad_norm": 0.5, "loss_reduction": "sum", "key": KEY}
-        privacy.make_private(model, optimizer, loader=loader, **options)
+        options |= {"loader": loader} if loader.poisson.world_size == 2 else {"expected_batch_size": 36 * 0.2}
+        privacy.make_private(model, optimizer, **options)
         for (part, labels), is_last in privacy.split(loader, size):
             if has_samples:
                 nn.functional.cross_entropy(model(part), labels, reduction="sum").backward()

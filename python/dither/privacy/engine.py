@@ -116,6 +116,7 @@ class Privacy:
         self._quantile(owner, target_quantile, quantile_lr, unclipped_num_std)
         self._loader, self._given = loader, -1  # and the number of its batch that the sums are of
         self._given_key = key is not None
+        self._check_loader(owner, key)
         self._noise = self._new_noise(owner, key)
         instance(owner, "lazy", lazy, Iterable, "patterns of names")
         self._tables = self._lazy_tables(owner, (lazy,) if isinstance(lazy, str) else tuple(lazy))
@@ -249,12 +250,25 @@ class Privacy:
         if self.noise_multiplier:
             self._gradient_noise = accounting.gradient_noise_multiplier(self.noise_multiplier, std)
 
+    def _check_loader(self, owner: str, key: bytes | None) -> None:
+        if self._loader is None:
+            return
+        sampler = sampler_of(owner, self._loader)
+        if isinstance(key, bytes) and len(key) == 32 and sampler.has_key(key):
+            raise ValueError(f"{owner}: key is that of loader, expected another: one draws the noise, the other the batches")
+        if not self._distributed:
+            return
+        rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if (sampler.rank, sampler.world_size) != (rank, processes):
+            raise ValueError(
+                f"{owner}: loader draws for process {sampler.rank} of {sampler.world_size}, expected {rank} of {processes}: a "
+                "sample would come to several. Make it after init_process_group"
+            )
+
     def _new_noise(self, owner: str, key: bytes | None) -> PrivateNoise:
         """With the same key on every process."""
         if key is not None and not (isinstance(key, bytes) and len(key) == 32):
             raise ValueError(f"{owner}: key is not 32 bytes, expected those of dither.privacy.new_key or load_key")
-        if key is not None and self._loader is not None and sampler_of(owner, self._loader).has_key(key):
-            raise ValueError(f"{owner}: key is that of loader, expected another: one draws the noise, the other the batches")
         secret = os.urandom(32) if key is None else key
         self._secret = secret = shared_key(secret, self._device) if self._distributed else secret
         self._seed: bytes | int = int.from_bytes(secret[:8], "little") if self.secure == "fast" else secret
