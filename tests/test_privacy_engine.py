@@ -1683,6 +1683,9 @@ def test_lazy_tables_are_brought_to_the_present_before_they_are_seen():
         optimizer.state_dict,
         lambda: torch.no_grad()(model)(torch.ones(2, 4, dtype=torch.int64)),
         optimizer.privacy.flush,
+        lambda: copy.deepcopy(model),
+        lambda: pickle.dumps(model),
+        lambda: torch.optim.swa_utils.AveragedModel(model),
     ):
         optimizer.step()
         assert table.pending

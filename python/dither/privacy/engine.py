@@ -933,6 +933,8 @@ class _Hook:
         return None if self.method is None else self.method(*args)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        if self.method is not None:
+            self.method.__self__.flush()  # of a module hooks are copied before the modules in it, which hold the tables
         return _Hook, ()
 
 
