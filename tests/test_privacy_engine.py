@@ -2468,6 +2468,11 @@ def test_what_was_given_is_fixed():
     for name in ("max_grad_norm", "noise_multiplier", "sample_rate", "expected_batch_size", "secure", "unclipped_num_std"):
         with pytest.raises(AttributeError, match=name):
             setattr(optimizer.privacy, name, 0.01)
+    with pytest.raises(AttributeError, match="ledger is fixed"):
+        optimizer.privacy.ledger = privacy.Ledger(noise_multiplier=9.0, sample_rate=0.1)
+    with pytest.raises(AttributeError, match="fixed by make_private, expected a change of sample_rate alone"):
+        optimizer.privacy.ledger.change(noise_multiplier=9.0)
+    optimizer.privacy.ledger.change(sample_rate=0.5)
 
 
 @pytest.mark.parametrize("function", [torch.batch_norm, nn.functional.batch_norm])

@@ -41,7 +41,7 @@ _QUANTILE_STREAM = 2**32 - 1
 _TABLE_STREAMS = 2**31  # and up, of lazy tables: an optimizer of dither numbers its own parameters as it likes
 _FIXED = {
     *("noise_multiplier", "sample_rate", "expected_batch_size", "clipping", "secure", "loss_reduction", "batch_first"),
-    *("target_quantile", "quantile_lr", "unclipped_num_std"),
+    *("target_quantile", "quantile_lr", "unclipped_num_std", "ledger"),
 }
 _SCALER = (
     "privacy: a GradScaler scales the loss, expected none: norms would be those of the scaled loss (bfloat16 needs no scaling)"
@@ -122,7 +122,7 @@ class Privacy:
         self._tables = self._lazy_tables(owner, (lazy,) if isinstance(lazy, str) else tuple(lazy))
         self._read_rows: dict[Tensor, list[tuple[Tensor, Tensor]]] = {p: [] for p in self._tables}
         self._exact: list[ExactSum] = []  # of the clipping groups, since the last step
-        self.ledger = Ledger(
+        self.ledger = _FixedLedger(
             noise_multiplier=self._gradient_noise,
             sample_rate=1.0 if self.sample_rate is None else self.sample_rate,
             max_grad_norm=self.max_grad_norm,
@@ -896,6 +896,18 @@ def _uncopied(*_: Any) -> Any:
     raise TypeError(
         "privacy: a private optimizer is neither copied nor pickled, its copy would not be private; use its state_dict"
     )
+
+
+class _FixedLedger(Ledger):
+    """Of steps whose noise make_private has fixed."""
+
+    def change(self, **settings: Any) -> None:
+        if not settings.keys() <= {"sample_rate"}:
+            raise AttributeError(
+                "privacy: settings are fixed by make_private, expected a change of sample_rate alone: the ledger records "
+                "steps. For other noise: privacy.remove(), make_private, and epsilon_of both histories"
+            )
+        super().change(**settings)
 
 
 class _Backward:
