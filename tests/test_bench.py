@@ -10,6 +10,7 @@ import torch
 
 from dither import bench
 from dither.bench import Case, Contest, Setting, measure
+from dither.bench.measure import peak_bytes
 
 SHAPES = [(1, 0), (1, 1), (2, 1), (3, 2), (4, 1), (0, 1), (0, 2), (5, 0), (5, 3)]
 
@@ -73,6 +74,27 @@ def test_threads_are_those_of_the_case_and_restored(tiny):
     assert set(seen) == {1} and torch.get_num_threads() == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_peaks_of_memory(tiny):
+    """Of what is held at once: 64 MB, then as much again, of which half is given back before the last; of nothing."""
+    cpu = torch.device("cpu")
+
+    def twice():
+        a = torch.ones(16 << 20)
+        a = a + a
+        del a
+        torch.ones(16 << 20)
+
+    found = peak_bytes(twice, cpu)
+    if found is None:
+        pytest.skip("the system does not tell")
+    assert 0.95 * (128 << 20) < found < 1.05 * (128 << 20)  # measured: 1.00
+    assert peak_bytes(lambda: None, cpu) < 1 << 20
+    contest = Contest(lambda: torch.ones(4 << 20), {"b": twice}, bytes=8, elements=2, memory=True)
+    row = measure(Case("noise", "x", "2", lambda: contest), Setting(cpu, quick=True, threads=1))
+    assert row.peak_bytes == pytest.approx(16 << 20, rel=0.1) and row.peer_peak_bytes["b"] == pytest.approx(128 << 20, rel=0.1)
+
+
 @pytest.mark.parametrize("family", bench._FAMILIES)
 def test_a_family_end_to_end(family, tiny, tmp_path, capsys):
     report = bench.main([family], tmp_path / "a" / "b.json", tmp_path / "b.md", quick=True, threads=1)
@@ -85,6 +107,8 @@ def test_a_family_end_to_end(family, tiny, tmp_path, capsys):
         assert row.of_roof is None if "training step" in row.name else row.of_roof > 0
         assert row.name in out and f"| {row.name}" in table
     assert any(row.speedups for row in report.rows)
+    if family == "tokens" and report.rows[0].peak_bytes is not None:
+        assert "MB" in table and all(set(row.peer_peak_bytes) == set(row.speedups) for row in report.rows)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")

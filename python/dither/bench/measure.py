@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -29,7 +31,7 @@ class Setting:
 class Contest:
     """What is timed for one case.
 
-    bytes: the least that must be read and written. roof: a loop that moves just these.
+    bytes: the least that must be read and written. roof: a loop that moves just these. memory: whether peaks are taken.
     """
 
     subject: Callable[[], object]
@@ -37,6 +39,7 @@ class Contest:
     bytes: int
     elements: int
     roof: Callable[[], object] | None = None
+    memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Row:
     of_roof: float | None = None  # the roof's time / ours
     peer_seconds: dict[str, float] = field(default_factory=dict)
     speedups: dict[str, float] = field(default_factory=dict)  # the peer's time / ours
+    peak_bytes: int | None = None  # see `peak_bytes`
+    peer_peak_bytes: dict[str, int | None] = field(default_factory=dict)
 
 
 def measure(case: Case, setting: Setting) -> Row:
@@ -78,6 +83,8 @@ def measure(case: Case, setting: Setting) -> Row:
         runs = {"": contest.subject, **contest.peers, **({"roof": contest.roof} if contest.roof else {})}
         hot = _turns(runs, setting, flush=None)
         cold = _turns({"": contest.subject}, setting, flush=_Flush(setting.device))
+        gc.collect()
+        peaks = {name: peak_bytes(run, setting.device) for name, run in runs.items() if contest.memory and name != "roof"}
     finally:
         torch.set_num_threads(setting.threads)
     size = contest.bytes, contest.elements
@@ -92,7 +99,38 @@ def measure(case: Case, setting: Setting) -> Row:
             row.roof_seconds, row.of_roof = statistics.median(times), ratio
         else:
             row.peer_seconds[name], row.speedups[name] = statistics.median(times), ratio
+    row.peak_bytes = peaks.pop("", None)
+    row.peer_peak_bytes = peaks
     return row
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that run() holds beyond what was there before, its result included: of torch's allocator on a GPU,
+    elsewhere resident memory of this process, which pages that were free already and are used again escape (of two runs the one
+    with less, to the precision of the system's counters, some 0.1 MB). None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    found = []
+    for _ in range(2):
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # free pages back to the system, so that taking them shows
+            Path("/proc/self/clear_refs").write_text("5")
+        except (AttributeError, OSError, TypeError):
+            return None
+        before = _resident("VmRSS")
+        run()
+        found.append(max(_resident("VmHWM") - before, 0))
+    return min(found)
+
+
+def _resident(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
 
 
 def _turns(

@@ -20,7 +20,8 @@ _PEERS = ("pytorch-optimizer", "torch-optimizer", "adabelief-pytorch", "torch-ad
 _NOTE = (
     "Medians; all contenders of a row were timed in turns within one run. GB/s: least bytes over time. Roof: a loop that moves "
     "the same bytes with next to no arithmetic; 100 % is its speed. Cold: caches flushed before every call. A number "
-    "behind a peer is its time divided by dither's."
+    "behind a peer is its time divided by dither's. Memory: the most that a call holds beyond its inputs, and, "
+    "behind a peer, its own."
 )
 
 
@@ -57,8 +58,8 @@ class Report:
         path.write_text(f"# Benchmarks, {self.about['date']}\n\n{about}\n\n{_NOTE}\n\n" + "\n".join(lines) + "\n")
 
 
-_HEADERS = ["case", "size", "time", "GB/s", "of roof", "cold", "peers"]
-_WIDTHS = [-46, -11, 9, 6, 7, 9]
+_HEADERS = ["case", "size", "time", "GB/s", "of roof", "cold", "memory", "peers"]
+_WIDTHS = [-46, -11, 9, 6, 7, 9, 9]
 
 
 def _line(cells: list[str]) -> str:
@@ -74,8 +75,17 @@ def _cells(row: Row) -> list[str]:
         f"{row.bytes / row.seconds / 1e9:.1f}" if row.bytes else "",
         f"{row.of_roof:.0%}" if row.of_roof else "",
         _time(row.cold_seconds),
-        ", ".join(f"{name} {ratio:.2f}x" for name, ratio in row.speedups.items()),
+        _memory(row.peak_bytes),
+        ", ".join(" ".join(filter(None, cells)) for cells in _peers(row)),
     ]
+
+
+def _peers(row: Row) -> list[list[str]]:
+    return [[name, f"{ratio:.2f}x", _memory(row.peer_peak_bytes.get(name))] for name, ratio in row.speedups.items()]
+
+
+def _memory(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.1f} MB"
 
 
 def _time(seconds: float) -> str:

@@ -44,7 +44,14 @@ def _plan(setting: Setting, height: int, width: int, channels: int) -> Contest:
     peers: dict[str, Run] = {}
     if _tomesd(x, height, width):
         peers["tomesd"] = lambda: _tomesd(x, height, width)
-    return Contest(lambda: tokens.tomesd_plan(x, 0.5, height, width), peers, bytes=x.nbytes, elements=x.numel(), roof=_read(x))
+    return Contest(
+        lambda: tokens.tomesd_plan(x, 0.5, height, width),
+        peers,
+        bytes=x.nbytes,
+        elements=x.numel(),
+        roof=_read(x),
+        memory=True,
+    )
 
 
 def _match(setting: Setting, height: int, width: int, channels: int) -> Contest:
@@ -61,6 +68,7 @@ def _match(setting: Setting, height: int, width: int, channels: int) -> Contest:
         bytes=x.nbytes,
         elements=x.numel(),
         roof=_read(x),
+        memory=True,
     )
 
 

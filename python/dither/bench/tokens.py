@@ -52,6 +52,7 @@ def _contest(subject: Callable[[], Tensor], peers: dict[str, Callable[[], object
         bytes=q.nbytes + k.nbytes + 4 * written,
         elements=q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2],
         roof=lambda: [ops.native.triad_([], [t.view(-1)], 0, 1) for t in (q, k)],
+        memory=True,
     )
 
 
