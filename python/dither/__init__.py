@@ -1,4 +1,4 @@
-"""Fused kernels for training and sampling with noise, sparsity, privacy and transport in PyTorch."""
+"""Fused kernels for training and sampling with noise, sparsity, privacy and tokens in PyTorch."""
 
 import torch  # noqa: F401  (loads libtorch before the extension)
 
