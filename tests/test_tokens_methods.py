@@ -708,6 +708,16 @@ def test_tomesd_is_tomesd():
     assert {r.before for r in handle.records} == {64}
 
 
+def test_tomesd_of_one_grid():
+    """A model of patches merges by default, whatever its image is; a U-Net where its grid is the image's."""
+    made = pytest.importorskip("diffusers").DiTTransformer2DModel
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 1, "out_channels": 1, "num_layers": 2}
+    model = built(lambda: made(**shape, sample_size=16, patch_size=2, norm_num_groups=1, num_embeds_ada_norm=10))
+    with tokens.patched(model, "tomesd") as handle:
+        model(normal(2, 1, 16, 16), timestep=torch.tensor([3, 3]), class_labels=torch.tensor([1, 2]))
+    assert [(r.before, r.after) for r in handle.records] == [(64, 32), (64, 32)]
+
+
 def test_pag_is_that_of_diffusers():
     made = pytest.importorskip("diffusers.models.attention_processor").PAGIdentitySelfAttnProcessor2_0
     model, _ = unet()
@@ -1195,6 +1205,7 @@ BAD = [
     (lambda: tokens.patch(wrapped(), "tome"), r"'0' is WrappedLayer, expected a block of timm or torchvision or nn.Transf"),
     (lambda: tokens.patch(encoder(True), "evit", prefix=1), r"patch: Prune names layer \d, expected layers below \d"),
     (lambda: tokens.patch(encoder(True), "prune", kep=0.5), r"patch: 'prune' got an unexpected keyword argument 'kep'"),
+    (lambda: tokens.patch(ViT(), "erase"), r"patch: 'erase' missing 1 required positional argument: 'region'"),
     (lambda: tokens.patch(wrapped()[:1], "at-edm"), r"Sequential has one block in each stage, expected several for a method"),
     (
         lambda: called(encoder(True), "evit", layers=(0,)),

@@ -89,6 +89,18 @@ def test_compare():
     assert tokens.unpatch(model) is model and torch.equal(model(x), dense)  # nothing is left
 
 
+def test_overhead():
+    """What FLOPs do not explain; a slower call names the size from which it would be a faster one."""
+    fast = tokens.Comparison("tome", (1000, 600), (0.010, 0.007), 0.1, [])
+    assert fast.overhead == pytest.approx(0.001) and "1.43 times as fast, overhead 1 ms), error" in str(fast)
+    slow = tokens.Comparison("tome", (1000, 600), (0.001, 0.0026), 0.1, [])
+    assert slow.overhead == pytest.approx(
+        0.002
+    ) and "overhead 2 ms, which would pay in a model of more than 5 ms), error" in str(slow)
+    more = tokens.Comparison("negtome", (1000, 1100), (0.001, 0.002), 0.1, [])
+    assert "would pay" not in str(more) and tokens.Comparison("x", (0, 0), (1.0, 1.0), 0.0, []).overhead == 1.0
+
+
 def test_compare_of_other_outputs():
     """Fewer tokens at the end have no error; a method as an object; keywords; results that are no tensors."""
 

@@ -117,7 +117,7 @@ class Method(ABC):
 
     def plan(self, x: Tensor, grid: tuple[int, int], full: tuple[int, int], layer: Layer) -> MergePlan | None:
         """For "around": what is merged before attention and unmerged after it. x: tokens that come to the block; grid: of the
-        tokens; full: of the model's input."""
+        tokens; full: of the model's input, or of the tokens where blocks have but one grid."""
         raise NotImplementedError
 
     def attend(self, call: Attend, layer: Layer, grid: Grid) -> Tensor:
@@ -304,7 +304,8 @@ class ToMeSD(Method):
     """Token merging for diffusion (Bolya and Hoffman 2023): attention alone sees fewer tokens, each then gets back its own.
 
     ratio: of tokens that are merged into others, at most 1 - 1 / (stride height x stride width). stride: of the grid cells that
-    have one destination each. max_downsample: only attention over grids at most so much coarser than the model's input.
+    have one destination each. max_downsample: only attention over grids at most so much coarser than the model's input;
+        a model whose blocks are of one stage has one grid, which counts as the input's.
     seed: of the destinations' places in their cells; None: always the first. threshold: only pairs whose cosine is above it.
     """
 

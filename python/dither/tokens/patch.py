@@ -96,7 +96,7 @@ class Patch:
                 f"expected some: modules like nn.MultiheadAttention, or called ...Attention with {', '.join(QUERIES)}"
             )
         if method.place == "cache":
-            if len({id(block.stage) for block in self.blocks}) > 1:
+            if not self._one_stage():
                 raise ValueError("patch: model has several stages of blocks, expected one for a method that keeps results")
             if self.prefix:
                 raise ValueError(f"patch: prefix is {self.prefix}, expected 0 for a method that keeps results")
@@ -129,6 +129,9 @@ class Patch:
             if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
                 encoder.use_nested_tensor = False  # hooks could not see the tokens
                 self._nested.append(encoder)
+
+    def _one_stage(self) -> bool:
+        return all(block.stage is self.blocks[0].stage for block in self.blocks)
 
     def _marked(self) -> set[nn.Module]:
         return {self.model, *(block.module for block in self.blocks)}
@@ -378,7 +381,8 @@ class Patch:
             )
         grid = self._grid(block, x.shape[1] - self.prefix)
         metric = x if metric is None or metric.shape[:2] != x.shape[:2] else metric
-        block.plan = self.method.plan(metric, grid, self._full or grid, self._layer(block))
+        full = grid if self._full is None or self._one_stage() else self._full  # one stage has one grid, the finest
+        block.plan = self.method.plan(metric, grid, full, self._layer(block))
         if block.plan is None:
             return None
         y = merge(x, block.plan)
@@ -458,9 +462,10 @@ def patch(
         try:
             method = METHODS[method](**options)
         except TypeError as error:
-            if "unexpected keyword" not in str(error):
+            _, called, reason = str(error).partition("() ")
+            if not (called and reason.startswith(("got an unexpected keyword", "missing"))):
                 raise
-            raise TypeError(f"patch: {method!r} got {str(error).partition('got ')[2]}") from None
+            raise TypeError(f"patch: {method!r} {reason}") from None
     elif options:
         raise TypeError(f"patch: unexpected {', '.join(options)}, which only methods by name take")
     instance("patch", "method", method, Method, "a Method or its name")

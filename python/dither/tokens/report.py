@@ -70,14 +70,27 @@ class Comparison:
     error: float
     records: list[Record]
 
+    @property
+    def overhead(self) -> float:
+        """Seconds beyond what the FLOPs that are left would take at the speed of the model without: hooks, sorting, gathering, and
+        operations that are slower by being small."""
+        return self.seconds[1] - self.seconds[0] * self.flops[1] / max(self.flops[0], 1)
+
     def __str__(self) -> str:
         tokens = " ".join(str(n) for n in [self.records[0].before, *(r.after for r in self.records)]) if self.records else "-"
         (flops, fewer), (seconds, less) = self.flops, self.seconds
         return (
             f"{self.method}: GFLOP {flops / 1e9:.3g} -> {fewer / 1e9:.3g} ({fewer / max(flops, 1):.0%}), "
-            f"ms {seconds * 1e3:.3g} -> {less * 1e3:.3g} ({seconds / less:.2f} times as fast), "
-            f"error {self.error:.2g}, tokens {tokens}"
+            f"ms {seconds * 1e3:.3g} -> {less * 1e3:.3g} ({seconds / less:.2f} times as fast, "
+            f"overhead {self.overhead * 1e3:.2g} ms{self._pays()}), error {self.error:.2g}, tokens {tokens}"
         )
+
+    def _pays(self) -> str:
+        """Where a slower call would be a faster one, if its overhead stayed."""
+        (flops, fewer), (seconds, less) = self.flops, self.seconds
+        if less <= seconds or fewer >= flops:
+            return ""
+        return f", which would pay in a model of more than {self.overhead / (1 - fewer / flops) * 1e3:.2g} ms"
 
 
 def compare(
