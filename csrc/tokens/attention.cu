@@ -1,6 +1,7 @@
 #include "attention.h"
 #include "../common/launch.cuh"
 #include "../common/mma.cuh"
+#include "multiply_add.h"
 
 // A block of threads has a tile of rows of a head and goes through the columns. For the lse rows are queries and columns keys;
 // for the sums rows are keys and columns queries, so that either reduces along columns and nothing is added atomically.
@@ -21,19 +22,13 @@ __device__ inline float exp2_of(float x) {
 }
 __device__ inline double exp2_of(double x) { return power_of_2<double, uint64_t>(x); }
 
-__device__ inline float fused(float a, float b, float c) {
+// Doubles too are rounded once where that is one instruction.
+template <class T>
+__device__ inline T fused(T a, T b, T c) {
 #if defined(__CUDA_ARCH__)
-  return __fmaf_rn(a, b, c);
-#else
-  return a * b + c;
+  if constexpr (sizeof(T) == 8) return __fma_rn(a, b, c);
 #endif
-}
-__device__ inline double fused(double a, double b, double c) {
-#if defined(__CUDA_ARCH__)
-  return __fma_rn(a, b, c);
-#else
-  return a * b + c;
-#endif
+  return multiply_add(a, b, c);
 }
 
 // What a column adds to a row: weight 2^(score - taken).

@@ -1,9 +1,7 @@
 #include "attention.h"
-#include "../common/shuffle_cpu.h"
+#include "tiles_cpu.h"
 
 namespace dither::DITHER_ISA {
-template <class T>
-using Vector = typename Lanes<T>::type;
 template <bool kWide>
 struct WordOf {
   using type = uint32_t;
@@ -17,22 +15,9 @@ using Word = typename WordOf<sizeof(T) == 8>::type;
 template <class T>
 using Words = typename Lanes<Word<T>>::type;
 template <class T>
-constexpr int kPanel = kPanelBytes / sizeof(T);
-template <class T>
 constexpr int kFold = kFoldBytes / sizeof(T);
 constexpr int R = DITHER_VECTOR_BYTES == 64 ? 12 : 6, C = 2;  // rows and vectors whose sums fit the registers
-static_assert(kStrip % R == 0 && kPanelBytes % (C * DITHER_VECTOR_BYTES) == 0);
-
-template <class T>
-static INLINE Vector<T> load(const T* x) {
-  Vector<T> v;
-  __builtin_memcpy(&v, x, sizeof v);
-  return v;
-}
-template <class T>
-static INLINE void store(T* to, Vector<T> v) {
-  __builtin_memcpy(to, &v, sizeof v);
-}
+static_assert(kStrip % R == 0 && kPanelVectors % C == 0 && kPanel<char> == kPanelBytes);
 
 template <class T>
 static INLINE Vector<T> power(Vector<T> x) {  // power_of_2, to the bit
@@ -86,17 +71,8 @@ static __attribute__((noinline)) void scores(const T* q, const T* k, int64_t dim
   constexpr int L = Lanes<T>::count;
   for (int64_t row = 0; row < kStrip; row += R)
     for (int64_t column = 0; column < kPanel<T>; column += C * L) {
-      Vector<T> sum[R][C] = {};
-      const T *x = q + row, *y = k + column;
-      for (int64_t d = 0; d < dim; ++d, x += kStripPitch, y += kPanel<T>) {
-        Vector<T> keys[C];
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) keys[c] = load(y + c * L);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int c = 0; c < C; ++c) sum[r][c] += keys[c] * x[r];
-      }
+      Vector<T> sum[R][C];
+      tile_products<T>(q + row, 1, kStripPitch, k + column, dim, sum, [](auto a, auto b, auto c) { return a * b + c; });
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2

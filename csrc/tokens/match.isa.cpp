@@ -2,6 +2,7 @@
 #include "tiles_cpu.h"
 
 namespace dither::DITHER_ISA {
+constexpr int kTileRows = DITHER_VECTOR_BYTES == 64 ? 8 : DITHER_VECTOR_BYTES == 32 ? 3 : 1;  // whose sums fit the registers
 constexpr int kGroups = kTileRows == 1 ? 48 : 48 / kTileRows;  // of rows, which share a panel while it is near
 constexpr int kUnitRows = kGroups * kTileRows;
 
@@ -64,18 +65,18 @@ void pack_panels(const Tokens& t, int64_t lo, int64_t hi, void* scratch, void* p
 
 template <class T>
 static INLINE void match_unit(const Match& m, const T* rows, const T* panels, int64_t sample, int64_t first) {
-  using I = decltype(Vec<T>{} > Vec<T>{});
+  using I = decltype(Vector<T>{} > Vector<T>{});
   using Place = decltype(I{}[0] + 0);
   constexpr int W = kPanel<T>, R = kTileRows, P = kPanelVectors;
   constexpr T kLeast = -T(__builtin_inf());
   const int64_t C = m.a.channels, count = smaller<int64_t>(kUnitRows, m.a.count - first), groups = (count + R - 1) / R;
   const int64_t all = (m.b.count + W - 1) / W;
-  Vec<T> best[kGroups][R][P];
+  Vector<T> best[kGroups][R][P];
   I place[kGroups][R][P];  // the panel of the best
   for (int64_t g = 0; g < groups; ++g)
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < P; ++p) {
-        best[g][r][p] = kLeast - Vec<T>{};
+        best[g][r][p] = kLeast - Vector<T>{};
         place[g][r][p] = I{};
       }
   const int64_t stride = packed_stride(C);
@@ -90,8 +91,9 @@ static INLINE void match_unit(const Match& m, const T* rows, const T* panels, in
     __builtin_memcpy(within, flags, sizeof within);
     const I number = Place(panel) - I{};
     for (int64_t g = 0; g < groups; ++g) {
-      TileSums<T> sum;
-      tile_products<T>(rows + g * R * stride, stride, panels + column * C, C, sum);
+      Vector<T> sum[R][P];
+      tile_products<T>(rows + g * R * stride, stride, 1, panels + column * C, C, sum,
+                       [](auto a, auto b, auto c) { return multiply_add<T>(a, b, c); });
       const int64_t row = first + g * R;
       if (m.mask || (m.skip_diagonal && row < column + W && column < row + R)) {
         T tile[R][W];
