@@ -161,6 +161,28 @@ def test_equal_tokens_match_the_first(backend, normalize):
                 assert (score[s, i], index[s, i]) == (0, 0)
 
 
+CLOSE = {
+    "equal": lambda n, channels: torch.ones(1, n, channels),
+    "zero": lambda n, channels: normal(1, n, channels) * (torch.arange(n) % 3 > 0)[:, None],
+    "alike": lambda n, channels: 1 + 0.01 * normal(1, n, channels),
+    "multiples": lambda n, channels: normal(1, 1, channels) * (1 + torch.arange(n) % 5)[:, None],
+    "one bit": lambda n, channels: torch.where(torch.arange(channels) == torch.arange(n)[:, None] % 9, 1.0078125, 1.0)[None],
+    "far apart": lambda n, channels: normal(1, n, channels) * 2.0 ** (torch.arange(channels) % 13 - 9),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("channels", [16, 40, 96])
+@pytest.mark.parametrize("kind", CLOSE)
+def test_close_matches_of_16_bits(backend, kind, channels, dtype):
+    """Where tensor cores rule out most pairs: the ones left have the same bits as everywhere, however many they are."""
+    x = CLOSE[kind](200, channels).to(dtype)
+    a, b = x[:, ::3].flip(1), x[:, 50:]
+    everywhere(backend, tokens.bipartite_match, a, b)
+    mask = torch.arange(a.shape[1])[:, None] % 7 != torch.arange(b.shape[1]) % 7
+    everywhere(backend, lambda a, b, m: tokens.bipartite_match(a, b, mask=m, skip_diagonal=True), a, b, mask)
+
+
 def test_zero_tokens_are_similar_to_none(backend):
     b = torch.tensor([[[-1.0, 0.0], [0.0, 0.0], [0.0, -1.0]]])
     score, index = everywhere(backend, tokens.bipartite_match, torch.tensor([[[1.0, 1.0], [0.0, 0.0]]]), b)

@@ -105,7 +105,8 @@ static void bipartite_match_(const Tensor& a_tokens, const Tensor& b_tokens, con
     const Tensor tokens = torch::stable::new_empty(a_tokens, {a.batch * (a.count + b.count) * a.channels}, wide);
     const Tensor scores = torch::stable::new_empty(a_tokens, {splits * a.batch * a.count}, wide);
     const Tensor indices = torch::stable::new_empty(a_tokens, {splits * a.batch * a.count}, ScalarType::Long);
-    DITHER_CUDA_OK(op, match_cuda(m, splits, tokens.mutable_data_ptr(), scores.mutable_data_ptr(),
+    const Tensor filter = torch::stable::new_empty(a_tokens, {Filter(m, splits).bytes()}, ScalarType::Byte);
+    DITHER_CUDA_OK(op, match_cuda(m, splits, tokens.mutable_data_ptr(), filter.mutable_data_ptr(), scores.mutable_data_ptr(),
                                   static_cast<int64_t*>(indices.mutable_data_ptr()), current_stream(a_tokens)));
   }
 }

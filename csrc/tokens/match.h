@@ -48,6 +48,19 @@ DITHER_PER_ISA(void pack_panels(const Tokens&, int64_t lo, int64_t hi, void* scr
 DITHER_PER_ISA(void match_units(const Match&, const void* rows, const void* panels, int64_t lo, int64_t hi))
 
 constexpr int kMatchRows = 128, kMatchColumns = 64;  // tokens of a and b that a block of threads compares at a time
-// CUDA. Normalised tokens [batch][count][channels] of a and b in turn; scores and indices of each of `splits` ranges of b.
-int match_cuda(const Match&, int splits, void* tokens, void* scores, int64_t* indices, Stream);
+// CUDA, cosines of 16-bit tokens: tensor cores, whose sums are rounded in their own way, rule out the pairs that cannot be the
+// best; those that are left are compared as everywhere else. Tokens are scaled by powers of 2, to a norm between 1/2 and 1.
+constexpr int64_t kFilterDepth = 32;  // channels at a time
+struct Filter {
+  bool on;
+  int64_t width, tokens, maxima;  // channels of a scaled token; tokens of a and b; a's times splits
+  DITHER_HD Filter(const Match& m, int splits)
+      : on(m.a.normalize && size_of(m.a.type) == 2 && m.a.channels >= 16),
+        width((m.a.channels + kFilterDepth - 1) / kFilterDepth * kFilterDepth),
+        tokens(m.a.batch * (m.a.count + m.b.count)),
+        maxima(m.a.batch * m.a.count * splits) {}
+  int64_t bytes() const { return on ? tokens * (2 * width + 4) + maxima * 4 : 0; }
+};
+// Normalised tokens [batch][count][channels] of a and b in turn; scores and indices of each of `splits` ranges of b.
+int match_cuda(const Match&, int splits, void* tokens, void* filter, void* scores, int64_t* indices, Stream);
 }  // namespace dither
