@@ -1,0 +1,503 @@
+#include "sinkhorn.h"
+
+#include <cmath>
+#include <new>
+
+#include "../common/torch.h"
+
+namespace dither {
+constexpr int64_t kWorthThreads = 1 << 15;  // elements of the cost matrix
+
+class Room {  // whole cache lines
+ public:
+  explicit Room(int64_t bytes) : data_(static_cast<char*>(::operator new(size_t(bytes), kAlign))) {}
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+  ~Room() { ::operator delete(data_, kAlign); }
+  char* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlign{kLine};
+  char* data_;
+};
+
+static const double* doubles(const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); }
+static double* doubles_of(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
+static void check_doubles(const char* op, const char* name, const Tensor& t, const Ints& shape, const Tensor& x) {
+  check_out(op, name, t, ScalarType::Double, shape, "x", x);
+}
+
+// The arguments that all operators share.
+struct Problem {
+  Costs c;
+  Tensor x, y;
+  Problem(const char* op, const Tensor& x_, const std::optional<Tensor>& y_, int64_t ground, double scale, bool narrow,
+          int64_t batch)
+      : x(in_order(x_)), y(y_ ? in_order(*y_) : x) {
+    DITHER_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, op, ": x is ",
+                 name_of(x.scalar_type()), ", expected float32 or float64");
+    DITHER_CHECK(ground >= 0 && ground < kGrounds, op, ": ground is ", ground, ", expected 0 <= ground < ", kGrounds);
+    DITHER_CHECK(y_.has_value() == (ground != 0), op, ": y is ", y_ ? "a tensor" : "None", ", expected ",
+                 ground ? "a tensor" : "None", " with ground ", ground);
+    DITHER_CHECK(x.dim() == 3 && (x.size(0) == batch || x.size(0) == 1), op, ": x has shape ", shape_of(x), ", expected [",
+                 batch, " or 1, ", ground ? "n, dim]" : "n, m]");
+    c.type = x.scalar_type() == ScalarType::Double ? DType::f64 : DType::f32;
+    DITHER_CHECK(!narrow || c.type == DType::f32, op, ": narrow is True, expected False for float64");
+    if (y_) {
+      DITHER_CHECK(y.scalar_type() == x.scalar_type(), op, ": y is ", name_of(y.scalar_type()), ", expected ",
+                   name_of(x.scalar_type()), " like x");
+      check_device(op, "y", y, "x", x);
+      DITHER_CHECK(y.dim() == 3 && (y.size(0) == batch || y.size(0) == 1) && y.size(1) == x.size(2), op, ": y has shape ",
+                   shape_of(y), ", expected [", batch, " or 1, ", x.size(2), ", m]");
+    }
+    DITHER_CHECK(std::isfinite(scale) && scale > 0, op, ": scale is ", scale, ", expected a positive number");
+    c.x = x.const_data_ptr();
+    c.y = y_ ? y.const_data_ptr() : nullptr;
+    c.batch = batch;
+    c.n = x.size(1);
+    c.m = y.size(2);
+    c.dim = x.size(2);
+    DITHER_CHECK(c.n > 0 && c.m > 0 && c.m >> 31 == 0, op, ": costs have shape [", c.n, ", ", c.m,
+                 "], expected 0 < n and 0 < m < 2^31");
+    c.x_batch = x.size(0) == 1 ? 0 : c.n * c.dim;
+    c.y_batch = y.size(0) == 1 ? 0 : c.dim * c.m;
+    c.ground = Ground(ground);
+    c.narrow = narrow;
+    c.scale = scale * kLog2e;
+  }
+};
+static int64_t batch_of(const char* op, const char* name, const Tensor& t) {
+  DITHER_CHECK(t.dim() == 2, op, ": ", name, " has shape ", shape_of(t), ", expected two dimensions");
+  return t.size(0);
+}
+
+static void times(double* x, int64_t n, double factor) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+static std::vector<double> in_base_2(const double* x, int64_t n) {
+  std::vector<double> y(x, x + n);
+  times(y.data(), n, kLog2e);
+  return y;
+}
+
+// Columns as rows see them, with their room.
+struct RoundedColumns {
+  Room room;
+  Columns columns;
+  explicit RoundedColumns(const Costs& c)
+      : room(2 * whole_lines(c.m, 8) * 8), columns{room.get(), room.get() + whole_lines(c.m, 8) * 8} {}
+  void round(const Costs& c, const double* g) const { DITHER_PICK_ISA(round_columns)(c, g, columns); }
+};
+
+// All iterations of a problem. par(count, work, body): body(lo, hi) for parts of 0 .. count.
+template <class Parallel>
+static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, double tol, double* f, double* g, double* columns,
+                    double* errors, int64_t* done, const Parallel& par) {
+  const Costs& c = s.c;
+  const Chunks chunks = row_chunks(c.n);
+  const int64_t item = c.narrow ? 4 : 8, pitch = whole_lines(c.m, item) * item;
+  const double *b = s.b + problem * c.m, least = c.narrow ? kLeastColumn<float> : kLeastColumn<double>;
+  const RoundedColumns rounded(c);
+  const Room sums(chunks.count * pitch);
+  std::vector<double> row_error(chunks.count), logs;
+  std::vector<int64_t> faint;
+  const auto rows = DITHER_PICK_ISA(sinkhorn_rows);
+  const auto join = DITHER_PICK_ISA(join_columns);
+  const auto move = DITHER_PICK_ISA(sinkhorn_columns);
+  const auto column_log_of = DITHER_PICK_ISA(column_log);
+  times(f, c.n, kLog2e);
+  times(g, c.m, kLog2e);
+  for (*done = 0; *done < iterations;) {
+    rounded.round(c, g);
+    par(chunks.count, chunks.size * c.m, [&](int64_t lo, int64_t hi) {
+      const Room scratch(row_scratch(c));
+      for (int64_t k = lo; k < hi; ++k)
+        row_error[k] = rows(s, problem, k * chunks.size, std::min(c.n, (k + 1) * chunks.size), rounded.columns, f,
+                            scratch.get(), sums.get() + k * pitch);
+    });
+    join(c, chunks.count, sums.get(), columns);
+    faint.clear();
+    for (int64_t j = 0; j < c.m; ++j)
+      if (!(columns[j] > least) && b[j] > 0.0) faint.push_back(j);
+    logs.resize(faint.size());
+    par(int64_t(faint.size()), c.n, [&](int64_t lo, int64_t hi) {
+      for (int64_t k = lo; k < hi; ++k) {
+        logs[k] = column_log_of(c, problem, faint[k], f);
+        columns[faint[k]] = exp2_of_double(logs[k] + g[faint[k]]);
+      }
+    });
+    double error = move(s, problem, columns, g, false);
+    for (const double e : row_error) error += e;
+    errors[(*done)++] = error;
+    if (error <= tol) break;
+    for (double& log : logs) log += g[faint[&log - logs.data()]];
+    std::vector<double> before(faint.size());
+    for (size_t k = 0; k < faint.size(); ++k) before[k] = g[faint[k]];
+    move(s, problem, columns, g, true);
+    for (size_t k = 0; k < faint.size(); ++k)
+      g[faint[k]] = logs[k] > -INFINITY
+                        ? relaxed(before[k], before[k] + log2_of_double(b[faint[k]]) - logs[k], s.damp_b, s.omega)
+                        : before[k];
+  }
+  times(f, c.n, kLn2);
+  times(g, c.m, kLn2);
+}
+
+template <Device device>
+static void sinkhorn_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale, const Tensor& a,
+                      const Tensor& b, bool narrow, double damp_a, double damp_b, double omega, int64_t iterations, double tol,
+                      const Tensor& f, const Tensor& g, const Tensor& columns, const Tensor& errors, const Tensor& done) {
+  const char* op = "sinkhorn_";
+  const int64_t batch = batch_of(op, "a", a);
+  const Problem p(op, x, y, ground, scale, narrow, batch);
+  const Costs& c = p.c;
+  check_doubles(op, "a", a, {batch, c.n}, x);
+  check_doubles(op, "b", b, {batch, c.m}, x);
+  check_doubles(op, "f", f, {batch, c.n}, x);
+  check_doubles(op, "g", g, {batch, c.m}, x);
+  check_doubles(op, "columns", columns, {batch, c.m}, x);
+  check_doubles(op, "errors", errors, {batch, iterations}, x);
+  check_out(op, "done", done, ScalarType::Long, {batch}, "x", x);
+  DITHER_CHECK(damp_a > 0 && damp_a <= 1 && damp_b > 0 && damp_b <= 1, op, ": damping is ", damp_a, ", ", damp_b,
+               ", expected 0 < damping <= 1");
+  DITHER_CHECK(omega > 0 && omega < 2, op, ": omega is ", omega, ", expected 0 < omega < 2");
+  if (batch == 0 || iterations == 0) return;
+  const Sinkhorn s{c, doubles(a), doubles(b), damp_a, damp_b, omega};
+  int64_t* counts = static_cast<int64_t*>(done.mutable_data_ptr());
+  if constexpr (device == Device::cpu) {
+    const auto problem = [&](int64_t i, const auto& par) {
+      iterate(s, i, iterations, tol, doubles_of(f) + i * c.n, doubles_of(g) + i * c.m, doubles_of(columns) + i * c.m,
+              doubles_of(errors) + i * iterations, counts + i, par);
+    };
+    // Many problems share the threads; a single one is cut into chunks. The sums are the same.
+    if (batch >= 8 || (batch > 1 && c.n * c.m < kWorthThreads)) {
+      parallel(batch, std::max<int64_t>(1, kWorthThreads / (c.n * c.m * iterations)), [&](int64_t lo, int64_t hi) {
+        for (int64_t i = lo; i < hi; ++i) problem(i, [](int64_t count, int64_t, const auto& body) { body(0, count); });
+      });
+    } else {
+      for (int64_t i = 0; i < batch; ++i)
+        problem(i, [](int64_t count, int64_t work, const auto& body) {
+          parallel(count, std::max<int64_t>(1, kWorthThreads / work), body);
+        });
+    }
+  } else {
+    const auto guard = device_guard(x);
+    const Tensor scratch = torch::stable::new_empty(x, {batch, c.n + 2}, ScalarType::Double);
+    DITHER_CUDA_OK(op, sinkhorn_cuda(s, iterations, tol, doubles_of(f), doubles_of(g), doubles_of(columns), doubles_of(errors),
+                                     counts, doubles_of(scratch), current_stream(x)));
+  }
+}
+
+// ---- CPU: sums over a plan, and Newton's direction
+
+// columns = sum over chunks of rows of what plan_rows gives.
+static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& rounded, const double* f, const PlanSums& sums,
+                         double* columns) {
+  const Chunks chunks = row_chunks(c.n);
+  const auto rows = DITHER_PICK_ISA(plan_rows);
+  std::vector<double> parts(chunks.count * c.m);
+  parallel(chunks.count, std::max<int64_t>(1, kWorthThreads / (chunks.size * c.m)), [&](int64_t lo, int64_t hi) {
+    const Room scratch(row_scratch(c));
+    for (int64_t k = lo; k < hi; ++k)
+      rows(c, problem, k * chunks.size, std::min(c.n, (k + 1) * chunks.size), rounded.columns, f, sums, scratch.get(),
+           &parts[k * c.m]);
+  });
+  for (int64_t j = 0; j < c.m; ++j) columns[j] = parts[j];
+  for (int64_t k = 1; k < chunks.count; ++k)
+    for (int64_t j = 0; j < c.m; ++j) columns[j] += parts[k * c.m + j];
+}
+
+[[maybe_unused]] static void plan_sums_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale,
+                                        bool narrow, const Tensor& f, const Tensor& g, const Tensor& rows, const Tensor& linear,
+                                        const Tensor& columns) {
+  const char* op = "plan_sums_";
+  const int64_t batch = batch_of(op, "f", f);
+  const Problem p(op, x, y, ground, scale, narrow, batch);
+  const Costs& c = p.c;
+  check_doubles(op, "f", f, {batch, c.n}, x);
+  check_doubles(op, "g", g, {batch, c.m}, x);
+  check_doubles(op, "rows", rows, {batch, c.n}, x);
+  check_doubles(op, "linear", linear, {batch, c.n}, x);
+  check_doubles(op, "columns", columns, {batch, c.m}, x);
+  const RoundedColumns rounded(c);
+  for (int64_t i = 0; i < batch; ++i) {
+    const auto f2 = in_base_2(doubles(f) + i * c.n, c.n), g2 = in_base_2(doubles(g) + i * c.m, c.m);
+    rounded.round(c, g2.data());
+    plan_sums_of(c, i, rounded, f2.data(), {doubles_of(rows) + i * c.n, doubles_of(linear) + i * c.n, nullptr, nullptr},
+                 doubles_of(columns) + i * c.m);
+  }
+}
+
+// The plan's larger entries, row by row.
+struct Entries {
+  std::vector<int64_t> start{0};
+  std::vector<int32_t> at;
+  std::vector<double> values;
+  double left = 0;  // scores of the others
+};
+
+// Entries with scores of at least `least`; fewer rows if there are more than `most` of them.
+static Entries entries_of(const Costs& c, const RoundedColumns& rounded, const double* f, const double* a, const double* b,
+                          double least, int64_t most) {
+  const Chunks chunks = row_chunks(c.n);
+  std::vector<Entries> parts(chunks.count);
+  std::vector<double> inverse_b(c.m);
+  for (int64_t j = 0; j < c.m; ++j) inverse_b[j] = b[j] > 0.0 ? 1.0 / b[j] : 0.0;
+  const auto row = DITHER_PICK_ISA(plan_entries);
+  parallel(chunks.count, std::max<int64_t>(1, kWorthThreads / (chunks.size * c.m)), [&](int64_t lo, int64_t hi) {
+    const Room scratch(row_scratch(c));
+    std::vector<int32_t> at(c.m);
+    std::vector<double> values(c.m);
+    for (int64_t k = lo; k < hi; ++k) {
+      Entries& e = parts[k];
+      for (int64_t i = k * chunks.size; i < std::min(c.n, (k + 1) * chunks.size); ++i) {
+        int64_t count = 0;
+        if (a[i] > 0.0 && int64_t(e.at.size()) <= most)
+          count = row(c, 0, i, rounded.columns, f[i], 1.0 / a[i], inverse_b.data(), least, scratch.get(), at.data(),
+                      values.data(), &e.left);
+        e.at.insert(e.at.end(), at.begin(), at.begin() + count);
+        e.values.insert(e.values.end(), values.begin(), values.begin() + count);
+        e.start.push_back(int64_t(e.at.size()));
+      }
+    }
+  });
+  Entries all = std::move(parts[0]);
+  for (size_t k = 1; k < parts.size(); ++k) {
+    const int64_t base = int64_t(all.at.size());
+    for (size_t i = 1; i < parts[k].start.size(); ++i) all.start.push_back(base + parts[k].start[i]);
+    all.at.insert(all.at.end(), parts[k].at.begin(), parts[k].at.end());
+    all.values.insert(all.values.end(), parts[k].values.begin(), parts[k].values.end());
+    all.left += parts[k].left;
+  }
+  return all;
+}
+
+// Leaves out the smallest entries too, while all that is left out stays below `allowed`.
+static void drop_smallest(Entries& e, const double* a, const double* b, double allowed) {
+  constexpr int kBins = 2200, kMiddle = 1100;
+  std::vector<double> mass(kBins);
+  std::vector<int16_t> bin(e.at.size());
+  const int64_t n = int64_t(e.start.size()) - 1;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = e.start[i]; k < e.start[i + 1]; ++k) {
+      const double score = e.values[k] * std::max(1.0 / a[i], 1.0 / b[e.at[k]]);
+      int exponent;
+      std::frexp(score, &exponent);
+      bin[k] = int16_t(std::clamp(exponent + kMiddle, 0, kBins - 1));
+      mass[bin[k]] += score;
+    }
+  int first = 0;
+  for (; first < kBins - 1 && e.left + mass[first] <= allowed; ++first) e.left += mass[first];
+  int64_t kept = 0;
+  for (int64_t i = 0, begin = 0; i < n; ++i) {
+    const int64_t end = e.start[i + 1];
+    for (int64_t k = begin; k < end; ++k)
+      if (bin[k] >= first) {
+        e.at[kept] = e.at[k];
+        e.values[kept++] = e.values[k];
+      }
+    begin = end;
+    e.start[i + 1] = kept;
+  }
+  e.at.resize(kept);
+  e.values.resize(kept);
+}
+
+// y <- c y - P^T ((P y) / a), the kept entries of P.
+struct SparseSchur {
+  const Entries& e;
+  const double *a, *c;
+  int64_t n, m;
+  void operator()(const std::vector<double>& y, std::vector<double>& out) const {
+    constexpr int64_t kParts = 8;
+    const int64_t count = std::min<int64_t>(kParts, std::max<int64_t>(1, int64_t(e.at.size()) >> 15));
+    std::vector<double> parts(count * m);
+    parallel(count, 1, [&](int64_t lo, int64_t hi) {
+      for (int64_t part = lo; part < hi; ++part) {
+        double* to = &parts[part * m];
+        for (int64_t i = n * part / count; i < n * (part + 1) / count; ++i) {
+          double sum = 0;
+          for (int64_t k = e.start[i]; k < e.start[i + 1]; ++k) sum += e.values[k] * y[e.at[k]];
+          if (e.start[i + 1] > e.start[i]) sum /= a[i];
+          for (int64_t k = e.start[i]; k < e.start[i + 1]; ++k) to[e.at[k]] += e.values[k] * sum;
+        }
+      }
+    });
+    for (int64_t j = 0; j < m; ++j) {
+      double sum = parts[j];
+      for (int64_t part = 1; part < count; ++part) sum += parts[part * m + j];
+      out[j] = c[j] * y[j] - sum;
+    }
+  }
+};
+
+struct Solved {
+  int64_t iterations;
+  bool converged;
+};
+static double dot(const std::vector<double>& x, const std::vector<double>& y) {
+  double lanes[4] = {};
+  const size_t n = x.size() / 4 * 4;
+  for (size_t j = 0; j < n; j += 4)
+    for (size_t l = 0; l < 4; ++l) lanes[l] += x[j + l] * y[j + l];
+  for (size_t j = n; j < x.size(); ++j) lanes[0] += x[j] * y[j];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+// Conjugate gradients with the inverse diagonal as the preconditioner, from 0 on.
+template <class Matrix>
+static Solved conjugate_gradients(const Matrix& matrix, const std::vector<double>& inverse, std::vector<double> residual,
+                                  double tol, int64_t iterations, std::vector<double>& x) {
+  const size_t m = residual.size();
+  std::vector<double> z(m), p(m), q(m);
+  const auto precondition = [&] {
+    for (size_t j = 0; j < m; ++j) z[j] = inverse[j] * residual[j];
+    return dot(residual, z);
+  };
+  double rho = precondition();
+  const double goal = tol * tol * rho;
+  p = z;
+  for (int64_t k = 0; k < iterations; ++k) {
+    if (!(rho > goal) || !(rho > 0.0)) return {k, true};
+    matrix(p, q);
+    const double curvature = dot(p, q);
+    if (!(curvature > 0.0)) return {k, true};  // nothing but rounding is left
+    const double step = rho / curvature;
+    for (size_t j = 0; j < m; ++j) {
+      x[j] += step * p[j];
+      residual[j] -= step * q[j];
+    }
+    const double next = precondition(), more = next / rho;
+    rho = next;
+    for (size_t j = 0; j < m; ++j) p[j] = z[j] + more * p[j];
+  }
+  return {iterations, !(rho > goal)};
+}
+
+// One problem: f exact for g, c its column sums.
+struct NewtonProblem {
+  Problem p;
+  std::vector<double> f;
+  RoundedColumns rounded;
+  const double *a, *b, *columns;
+  NewtonProblem(const char* op, const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale, bool narrow,
+                const Tensor& a, const Tensor& b, const Tensor& f_, const Tensor& g, const Tensor& columns)
+      : p(op, x, y, ground, scale, narrow, 1), rounded(p.c), a(doubles(a)), b(doubles(b)), columns(doubles(columns)) {
+    check_doubles(op, "a", a, {1, p.c.n}, x);
+    check_doubles(op, "b", b, {1, p.c.m}, x);
+    check_doubles(op, "f", f_, {1, p.c.n}, x);
+    check_doubles(op, "g", g, {1, p.c.m}, x);
+    check_doubles(op, "columns", columns, {1, p.c.m}, x);
+    f = in_base_2(doubles(f_), p.c.n);
+    rounded.round(p.c, in_base_2(doubles(g), p.c.m).data());
+  }
+};
+
+// info: entries kept, least score, iterations, whether they converged.
+[[maybe_unused]] static void newton_direction_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale,
+                                               bool narrow, const Tensor& a, const Tensor& b, const Tensor& f, const Tensor& g,
+                                               const Tensor& columns, const Tensor& rhs, double delta, double density,
+                                               double tol, int64_t iterations, const Tensor& direction, const Tensor& info) {
+  const char* op = "newton_direction_";
+  const NewtonProblem s(op, x, y, ground, scale, narrow, a, b, f, g, columns);
+  const Costs& c = s.p.c;
+  check_doubles(op, "rhs", rhs, {1, c.m}, x);
+  check_doubles(op, "direction", direction, {1, c.m}, x);
+  check_doubles(op, "info", info, {4}, x);
+  std::vector<double> residual(doubles(rhs), doubles(rhs) + c.m), inverse(c.m), solution(c.m);
+  for (int64_t j = 0; j < c.m; ++j) inverse[j] = s.columns[j] > 0.0 ? 1.0 / s.columns[j] : 0.0;
+  // The scores are at least 1 in sum for every row and column, so that what lies below `least` is less than delta of them.
+  const double allowed = delta * double(std::max(c.n, c.m)), least = allowed / (double(c.n) * double(c.m));
+  const int64_t most = int64_t(density * double(c.n) * double(c.m));
+  double* report = doubles_of(info);
+  Solved solved;
+  Entries kept = most > 0 ? entries_of(c, s.rounded, s.f.data(), s.a, s.b, least, 2 * most) : Entries{};
+  const bool complete = most > 0 && int64_t(kept.at.size()) <= 2 * most;
+  if (complete) drop_smallest(kept, s.a, s.b, allowed);
+  if (complete && int64_t(kept.at.size()) <= most) {
+    report[0] = double(kept.at.size());
+    solved = conjugate_gradients(SparseSchur{kept, s.a, s.columns, c.n, c.m}, inverse, residual, tol, iterations, solution);
+  } else {
+    report[0] = double(c.n) * double(c.m);
+    std::vector<double> product(c.m);
+    const auto matrix = [&](const std::vector<double>& v, std::vector<double>& out) {
+      plan_sums_of(c, 0, s.rounded, s.f.data(), {nullptr, nullptr, s.a, v.data()}, product.data());
+      for (int64_t j = 0; j < c.m; ++j) out[j] = s.columns[j] * v[j] - product[j];
+    };
+    solved = conjugate_gradients(matrix, inverse, residual, tol, iterations, solution);
+  }
+  report[1] = least;
+  report[2] = double(solved.iterations);
+  report[3] = solved.converged;
+  std::copy(solution.begin(), solution.end(), doubles_of(direction));
+}
+
+// out = diag(c) - P^T diag(1/a) P of the entries that newton_direction_ keeps. Its diagonal is the sum of the others, and of
+// what was left out: nothing cancels. shift times c is added to it.
+[[maybe_unused]] static void schur_matrix_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale,
+                                           bool narrow, const Tensor& a, const Tensor& b, const Tensor& f, const Tensor& g,
+                                           const Tensor& columns, double delta, double shift, const Tensor& out) {
+  const char* op = "schur_matrix_";
+  const NewtonProblem s(op, x, y, ground, scale, narrow, a, b, f, g, columns);
+  const Costs& c = s.p.c;
+  check_doubles(op, "out", out, {c.m, c.m}, x);
+  const double allowed = delta * double(std::max(c.n, c.m)), least = allowed / (double(c.n) * double(c.m));
+  Entries kept = entries_of(c, s.rounded, s.f.data(), s.a, s.b, least, c.n * c.m);
+  drop_smallest(kept, s.a, s.b, allowed);
+  double* to = doubles_of(out);
+  std::vector<double> diagonal(c.m), held(c.m);
+  std::fill(to, to + c.m * c.m, 0.0);
+  for (int64_t i = 0; i < c.n; ++i) {
+    double sum = 0;
+    const int64_t begin = kept.start[i], end = kept.start[i + 1];
+    for (int64_t k = begin; k < end; ++k) {
+      sum += kept.values[k];
+      held[kept.at[k]] += kept.values[k];
+    }
+    const double missing = begin < end ? std::max(0.0, s.a[i] - sum) / s.a[i] : 0.0;
+    for (int64_t k = begin; k < end; ++k) {
+      const double share = kept.values[k] / s.a[i];
+      double* row = to + kept.at[k] * c.m;
+      for (int64_t l = begin; l < end; ++l) row[kept.at[l]] -= share * kept.values[l];
+      row[kept.at[k]] = 0;
+      diagonal[kept.at[k]] += kept.values[k] * missing;
+    }
+  }
+  parallel(c.m, std::max<int64_t>(1, kWorthThreads / c.m), [&](int64_t lo, int64_t hi) {
+    for (int64_t j = lo; j < hi; ++j) {
+      double sum = diagonal[j] + std::max(0.0, s.columns[j] - held[j]) + shift * s.columns[j];
+      for (int64_t l = 0; l < c.m; ++l) sum -= to[j * c.m + l];
+      to[j * c.m + j] = sum > 0.0 ? sum : 1.0;  // a column without mass
+    }
+  });
+}
+}  // namespace dither
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
+  m.def(
+      "sinkhorn_(Tensor x, Tensor? y, int ground, float scale, Tensor a, Tensor b, bool narrow, float damp_a, float damp_b, "
+      "float omega, int iterations, float tol, Tensor(a!) f, Tensor(b!) g, Tensor(c!) columns, Tensor(d!) errors, "
+      "Tensor(e!) done) -> ()");
+  m.def(
+      "plan_sums_(Tensor x, Tensor? y, int ground, float scale, bool narrow, Tensor f, Tensor g, Tensor(a!) rows, "
+      "Tensor(b!) linear, Tensor(c!) columns) -> ()");
+  m.def(
+      "newton_direction_(Tensor x, Tensor? y, int ground, float scale, bool narrow, Tensor a, Tensor b, Tensor f, Tensor g, "
+      "Tensor columns, Tensor rhs, float delta, float density, float tol, int iterations, Tensor(a!) direction, "
+      "Tensor(b!) info) -> ()");
+  m.def(
+      "schur_matrix_(Tensor x, Tensor? y, int ground, float scale, bool narrow, Tensor a, Tensor b, Tensor f, Tensor g, "
+      "Tensor columns, float delta, float shift, Tensor(a!) out) -> ()");
+}
+#if !defined(DITHER_EMULATE)
+STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {
+  m.impl("sinkhorn_", TORCH_BOX(&dither::sinkhorn_<dither::Device::cpu>));
+  m.impl("plan_sums_", TORCH_BOX(&dither::plan_sums_));
+  m.impl("newton_direction_", TORCH_BOX(&dither::newton_direction_));
+  m.impl("schur_matrix_", TORCH_BOX(&dither::schur_matrix_));
+}
+#endif
+#if defined(DITHER_CUDA) || defined(DITHER_EMULATE)
+STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, DITHER_CUDA_KEY, m) {
+  m.impl("sinkhorn_", TORCH_BOX(&dither::sinkhorn_<dither::Device::cuda>));
+}
+#endif

@@ -1,0 +1,118 @@
+// Entropic optimal transport: P_ij = exp(f_i + g_j - C_ij / reg), whose marginals are to be a and b.
+//
+// One iteration is one sweep over the costs. With e_j = exp(f_i + g_j - C_ij / reg) of the old f, s = sum_j e_j gives the row's
+// new f_i += ln(a_i / s), and e_j a_i / s is its new share of column j: one exponential an element, and no maximum. Rows whose
+// sum leaves the safe range are computed again with their maximum as the shift, and columns that underflow by themselves. The
+// column sums, and with them the L1 error of the marginals, come before g is updated, for nothing.
+//
+// Potentials are doubles, divided by reg, here in powers of 2. A row or column of weight 0 has the potential -inf and an empty
+// plan; a cost of +inf forbids a pair. Sums are taken in an order that depends on the shape alone: by lanes within a row, over
+// the rows of a chunk, then over chunks. So results do not depend on the number of threads, but do on the instruction set, in
+// the last digits: fma is used where there is one.
+//
+// Damped (unbalanced, Chizat et al. 2018), the marginals are held by rho KL: f is that of the balanced row times rho / (rho +
+// reg).
+#pragma once
+#include "../common/cpu.h"
+#include "../common/dtype.h"
+#include "../common/power.h"
+#include "../common/stream.h"
+
+namespace dither {
+enum class Ground : int { given, sqeuclidean, euclidean, l1 };
+constexpr int kGrounds = 4;
+
+// C: given as [batch][n][m], or the distances of x, [batch][n][dim], from y, [batch][dim][m].
+struct Costs {
+  const void *x, *y;
+  int64_t batch, n, m, dim;
+  int64_t x_batch, y_batch;  // strides, in elements; 0: one for all
+  Ground ground;
+  DType type;    // f32 or f64
+  bool narrow;   // plans are computed in float
+  double scale;  // of C: log2 e / reg
+};
+
+struct Sinkhorn {
+  Costs c;
+  const double *a, *b;  // [batch][n], [batch][m]
+  double damp_a, damp_b, omega;
+  DITHER_HD bool exact() const { return damp_a == 1.0 && omega == 1.0; }  // rows meet a
+};
+
+template <class T>
+DITHER_HD T distance_part(Ground ground, T x, T y, T sum) {
+  const T d = x - y;
+  return sum + (ground == Ground::l1 ? absolute(d) : d * d);
+}
+
+// Where a potential goes whose full update is `full`, and what its marginal should then be.
+DITHER_HD double relaxed(double old, double full, double damp, double omega) {
+  if (damp == 1.0 && omega == 1.0) return full;
+  return old == -__builtin_inf() ? damp * full : old + omega * (damp * full - old);
+}
+// 2^x of a double that may be anything.
+DITHER_HD double exp2_of_double(double x) { return power_of_2<double, uint64_t>(x); }
+DITHER_HD double log2_of_double(double x) { return x > 0.0 ? logarithm(x) * kLog2e : -__builtin_inf(); }
+DITHER_HD double wanted_marginal(double weight, double potential, double damp) {
+  return damp == 1.0 || !(weight > 0.0) ? weight : weight * exp2_of_double(potential * (1.0 - 1.0 / damp));
+}
+
+// Sums that can be trusted: what underflowed beside them is less than a rounding.
+template <class T>
+constexpr double kLeastRow = sizeof(T) == 8 ? 0x1p-500 : 0x1p-40;
+template <class T>
+constexpr double kMostRow = sizeof(T) == 8 ? 0x1p900 : 0x1p100;
+template <class T>
+constexpr double kLeastColumn = sizeof(T) == 8 ? 0x1p-450 : 0x1p-60;
+
+// ---- CPU
+
+constexpr int64_t kLine = 64;  // bytes
+DITHER_HD int64_t whole_lines(int64_t n, int64_t item) { return (n * item + kLine - 1) / kLine * kLine / item; }
+struct Chunks {
+  int64_t size, count;
+};
+inline Chunks row_chunks(int64_t n) {
+  const int64_t size = larger<int64_t>(64, ((n + 31) / 32 + 3) / 4 * 4);
+  return {size, (n + size - 1) / size};
+}
+
+// Columns as the rows see them, in whole lines: potentials rounded to the type, and 2^ of what was rounded off.
+struct Columns {
+  void *g, *rest;  // rest: float alone
+};
+constexpr int kRowBlock = 4;
+// Bytes of room for rows of terms, and of costs where these are distances.
+inline int64_t row_scratch(const Costs& c) { return 2 * kRowBlock * whole_lines(c.m, 8) * 8; }
+
+DITHER_PER_ISA(void round_columns(const Costs&, const double* g, const Columns&))
+// Rows lo .. hi of a problem: f is updated, sums[whole lines], of the type of the plan, get the columns' shares, and the L1
+// error of the rows is returned.
+DITHER_PER_ISA(double sinkhorn_rows(const Sinkhorn&, int64_t problem, int64_t lo, int64_t hi, const Columns&, double* f,
+                                    void* scratch, void* sums))
+// sums[chunks][whole lines] -> columns[m].
+DITHER_PER_ISA(void join_columns(const Costs&, int64_t chunks, const void* sums, double* columns))
+// g after columns; L1 error before it. Columns that underflowed have been replaced. move: update g.
+DITHER_PER_ISA(double sinkhorn_columns(const Sinkhorn&, int64_t problem, const double* columns, double* g, bool move))
+// sum_i 2^(f_i - C_ij) as its log2.
+DITHER_PER_ISA(double column_log(const Costs&, int64_t problem, int64_t j, const double* f))
+
+// Sums over the plan of given potentials, rows lo .. hi of a problem.
+struct PlanSums {
+  double *rows, *linear;  // sum_j P_ij, sum_j P_ij C_ij; or nullptr
+  const double *a, *y;    // nullptr, or the Schur complement's: columns get sum_i P_ij (P y)_i / a_i instead of sum_i P_ij
+};
+DITHER_PER_ISA(void plan_rows(const Costs&, int64_t problem, int64_t lo, int64_t hi, const Columns&, const double* f,
+                              const PlanSums&, void* scratch, double* columns))
+// Entries of row i with P_ij max(1 / a_i, 1 / b_j) >= least, and their number; left += the scores of the others.
+DITHER_PER_ISA(int64_t plan_entries(const Costs&, int64_t problem, int64_t i, const Columns&, double f, double inverse_a,
+                                    const double* inverse_b, double least, void* scratch, int32_t* at, double* values,
+                                    double* left))
+
+// ---- CUDA
+
+// Iterations of all problems that are not done. state[batch]: errors so far; see sinkhorn.cu.
+int sinkhorn_cuda(const Sinkhorn&, int64_t iterations, double tol, double* f, double* g, double* columns, double* errors,
+                  int64_t* count, double* scratch, Stream);
+}  // namespace dither

@@ -1,0 +1,135 @@
+"""Costs of moving mass: a matrix, or a cloud of points whose distances are never stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import one_of
+
+GROUNDS = {"sqeuclidean": 1, "euclidean": 2, "l1": 3, "cosine": 1}
+
+
+def as_tensor(owner: str, name: str, value: Any) -> Tensor:
+    """A tensor of float32 or float64, from a tensor or a numpy array."""
+    if not isinstance(value, Tensor):
+        if type(value).__module__ != "numpy":
+            raise TypeError(f"{owner}: {name} is {type(value).__name__}, expected a tensor or a numpy array")
+        value = torch.as_tensor(value)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{owner}: {name} is {value.dtype}, expected torch.float32 or torch.float64")
+    return value
+
+
+@dataclass(frozen=True)
+class PointCloud:
+    """Costs between points x [n, d] and y [m, d], or batches [B, n, d] and [B, m, d], computed again wherever they are needed.
+
+    cost: "sqeuclidean", |x - y|^2; "euclidean", |x - y|; "l1", sum |x_k - y_k|; "cosine", 1 - x.y / (|x| |y|), 1 for a point at
+    the origin. Memory is O((n + m) d), whatever is done but for `matrix` and the plan. float32 or float64, tensors or arrays.
+    """
+
+    x: Any
+    y: Any
+    cost: str = "sqeuclidean"
+    _tensors: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        owner = "PointCloud"
+        one_of(owner, "cost", self.cost, tuple(GROUNDS))
+        x, y = as_tensor(owner, "x", self.x), as_tensor(owner, "y", self.y)
+        if x.dim() not in (2, 3):
+            raise ValueError(f"{owner}: x has shape {list(x.shape)}, expected [n, d] or [B, n, d]")
+        if y.dim() != x.dim() or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
+            expected = [*x.shape[:-2], "m", x.shape[-1]]
+            raise ValueError(f"{owner}: y has shape {list(y.shape)}, expected [{', '.join(map(str, expected))}] like x")
+        if y.dtype != x.dtype or y.device != x.device:
+            raise ValueError(f"{owner}: y is {y.dtype} on {y.device}, expected {x.dtype} on {x.device} like x")
+        if not (x.isfinite().all() and y.isfinite().all()):
+            raise ValueError(f"{owner}: points are not finite, expected finite ones")
+        object.__setattr__(self, "_tensors", (x, y))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n, m] or [B, n, m]."""
+        x, y = self._tensors
+        return (*x.shape[:-1], y.shape[-2])
+
+    def matrix(self) -> Tensor:
+        """The costs, [n, m] or [B, n, m], as a tensor."""
+        x, y = self._tensors
+        if self.cost == "cosine":
+            return 1 - _unit(x) @ _unit(y).mT
+        c = torch.cdist(x, y, p=1 if self.cost == "l1" else 2, compute_mode="donot_use_mm_for_euclid_dist")
+        return c.square() if self.cost == "sqeuclidean" else c
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs as the operators take them: x [B or 1, n, m]; or points x [B or 1, n, d] and y [B or 1, d, m] with a ground."""
+
+    x: Tensor
+    y: Tensor | None
+    ground: int
+    spread: float
+    """The largest difference of two costs, or a bound of it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.x.shape[1], (self.x if self.y is None else self.y).shape[2]
+
+    def select(self, problem: int) -> Costs:
+        """One problem of the batch."""
+        x, y = (None if t is None else t if t.shape[0] == 1 else t[problem : problem + 1] for t in (self.x, self.y))
+        assert x is not None
+        return Costs(x, y, self.ground, self.spread)
+
+    def plan(self, reg: float, f: Tensor, g: Tensor) -> Tensor:
+        """exp(f_i + g_j - C_ij / reg), [B, n, m] in float64; 0 where a weight or a pair takes no part."""
+        if self.y is None:
+            c = self.x.double()
+        else:
+            c = torch.cdist(
+                self.x, self.y.mT, p=1 if self.ground == 3 else 2, compute_mode="donot_use_mm_for_euclid_dist"
+            ).double()
+            c = c.square() if self.ground == 1 else c
+        return torch.exp(f.unsqueeze(-1) + g.unsqueeze(-2) - c / reg)
+
+
+def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
+    """The costs, and whether they are a batch."""
+    if isinstance(m, PointCloud):
+        x, y = m._tensors
+        batched = x.dim() == 3
+        x, y = (t if batched else t.unsqueeze(0) for t in (x, y))
+        if m.cost == "cosine":  # |u - v|^2 / 2 of unit vectors
+            x, y = (_unit(t) * 0.5**0.5 for t in (x, y))
+        every = torch.cat([x, y], 1) if 0 not in (x.shape[1], y.shape[1]) else x.new_zeros(1, 1, 1)
+        sides = (every.amax(1) - every.amin(1)).double()
+        far = sides.sum(-1) if m.cost == "l1" else sides.square().sum(-1)
+        spread = float((far.sqrt() if m.cost == "euclidean" else far).max())
+        costs = Costs(x.contiguous(), y.mT.contiguous(), GROUNDS[m.cost], spread)
+    else:
+        c = as_tensor(owner, "M", m)
+        if c.dim() not in (2, 3):
+            raise ValueError(f"{owner}: M has shape {list(c.shape)}, expected [n, m] or [B, n, m]")
+        batched = c.dim() == 3
+        spread = 0.0
+        if c.numel():
+            least, most = (float(v) for v in c.aminmax())
+            if not least > -torch.inf:  # NaN too
+                raise ValueError(f"{owner}: M contains {least}, expected finite costs, or inf for a pair that is forbidden")
+            if most == torch.inf:
+                most = float(torch.where(c < torch.inf, c, least).max())
+            spread = most - least if most > -torch.inf else 0.0
+        costs = Costs((c if batched else c.unsqueeze(0)).contiguous(), None, 0, spread)
+    if 0 in costs.size:
+        raise ValueError(f"{owner}: M has shape {list(m.shape)}, expected at least one row and one column")
+    return costs, batched

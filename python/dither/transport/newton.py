@@ -1,0 +1,143 @@
+"""Newton's method on the semi-dual of entropic optimal transport, along a path of shrinking regularisation.
+
+Rows are eliminated exactly, f(g) = ln a - ln sum_j exp(g_j - C_ij / reg), so that one Sinkhorn sweep gives f, the gradient
+b - P^T 1 and the objective a.f + b.g, which is concave. Newton's direction solves the Schur complement
+diag(P^T 1) - P^T diag(1/a) P on the plan's larger entries (after Tang et al. 2024, "Accelerating Sinkhorn algorithm with sparse
+Newton iterations", which thins out the Hessian of both potentials). A trial step's sweep is the sweep of the next step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import _core
+from .costs import Costs
+
+LEVEL = 0.05  # the error at which reg shrinks
+_DROPPED = 0.02  # share of the plan that the first Hessian may lack
+_DIRECT = 4000  # columns of a Schur complement that is factorised
+
+
+@dataclass
+class Counts:
+    """What a solve has spent."""
+
+    iterations: int = 0
+    newton: int = 0
+    products: int = 0
+    direct: int = 0
+    history: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Problem:
+    """One problem: costs of batch 1, weights and potentials [1, n] and [1, m]."""
+
+    costs: Costs
+    a: Tensor
+    b: Tensor
+    f: Tensor
+    g: Tensor
+
+    def sweep(self, reg: float, iterations: int, tol: float, narrow: bool, counts: Counts) -> tuple[float, Tensor]:
+        found = _core.sweep(self.costs, reg, self.a, self.b, self.f, self.g, iterations, tol, narrow)
+        counts.iterations += int(found.done)
+        return float(found.last), found.columns
+
+
+def follow_path(p: Problem, reg: float, tol: float, steps: int, counts: Counts, factor: float = 2.0) -> float:
+    """From reg of a quarter of the costs' spread down to `reg`, a few Newton steps at each level. The error that is left."""
+    levels = [reg]
+    while levels[-1] * factor < p.costs.spread / 4:
+        levels.append(levels[-1] * factor)
+    p.f.zero_()
+    p.g.zero_()
+    p.sweep(levels[-1], 6, 0.0, False, counts)
+    for level in reversed(levels):
+        last = level == reg
+        narrow = p.costs.x.dtype == torch.float32 and p.costs.spread / level < 512
+        error = semidual(p, level, tol if last else LEVEL, steps, counts, narrow and not (last and tol < 1e-5))
+        if not last:
+            p.f *= factor
+            p.g *= factor
+    return error
+
+
+def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, narrow: bool = False) -> float:
+    """Newton steps from p.g on, until the error is at most tol or `counts.newton` is `steps`. The error that is left.
+
+    Far from the solution, where a step had to be cut, helped too little or columns miss their weight by e^2, Sinkhorn
+    iterations come between, ever more of them.
+    """
+    a, b = p.a, p.b
+    error, columns = p.sweep(reg, 1, math.inf, narrow, counts)
+    before, cut, batch, delta = math.inf, False, 10, _DROPPED
+    alive = b > 0
+    while error > tol and counts.newton < steps:
+        counts.history.append(error)
+        off = (b / columns).log().abs()[alive].max() if not cut and error <= 0.7 * before else torch.inf
+        if not off <= 2:
+            error, columns = p.sweep(reg, batch, tol, narrow, counts)
+            if error > tol:
+                error, columns = p.sweep(reg, 1, math.inf, narrow, counts)
+            before, cut, batch, delta = math.inf, False, min(2 * batch, 640), max(delta / 2, 1e-12)
+            counts.newton += 1 if batch == 640 else 0  # so that it ends
+            continue
+        before = error
+        counts.newton += 1
+        residual = torch.where(alive, b - columns, 0)
+        given = (p.costs, reg, a, b, p.f, p.g, columns)
+        dropped = min(delta, _DROPPED * error)
+        solved = _core.schur_solve(*given, residual, dropped, min(0.1, math.sqrt(error)), narrow=narrow)
+        counts.products += solved.iterations
+        y = solved.direction
+        if not solved.converged and b.shape[1] <= _DIRECT:
+            y = _direct(_core.schur_matrix(*given, dropped, min(1e-6, 1e-3 * error), narrow), residual)
+            counts.direct += 1
+        y = torch.where(alive, y - (y * b).sum() / b.sum(), 0)
+        error, columns, cut = _line_search(p, reg, narrow, counts, y, residual, error, columns)
+        if not cut:
+            batch = 10
+    counts.history.append(error)
+    return error
+
+
+def _line_search(
+    p: Problem, reg: float, narrow: bool, counts: Counts, y: Tensor, residual: Tensor, error: float, columns: Tensor
+) -> tuple[float, Tensor, bool]:
+    """Moves p along y by a step that is halved until the objective grows. The new error and columns; whether it was cut."""
+    f, g, slope = p.f.clone(), p.g.clone(), float((residual * y).sum())
+    step, rows, columns_alive = 1.0, p.a > 0, p.b > 0
+    largest = float(y.abs().max())
+    if not (slope > 0 and math.isfinite(largest)):
+        return error, columns, True
+    while step * largest > 500:
+        step /= 2
+    while step > 1e-9:
+        p.g.copy_(g + step * y)
+        p.f.copy_(f)
+        new_error, new_columns = p.sweep(reg, 1, math.inf, narrow, counts)
+        gain = float((p.a * (p.f - f))[rows].sum() + step * (p.b * y).sum())
+        new_slope = float(((p.b - new_columns) * y)[columns_alive].sum())
+        # The objective is concave: it grew if its slope has the same sign or is less than half as steep. That holds where the
+        # gain itself is lost in rounding.
+        if (gain >= 1e-4 * step * slope and gain > 1e-12) or abs(new_slope) <= 0.5 * slope:
+            return new_error, new_columns, step < 0.25
+        step /= 2
+    p.f.copy_(f)
+    p.g.copy_(g)
+    return error, columns, True
+
+
+def _direct(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """The solution by Cholesky's method; the shift makes the matrix positive definite but for rounding."""
+    for _ in range(8):
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return torch.cholesky_solve(rhs.mT, factor).mT
+        matrix.diagonal().mul_(1 + 1e-10)
+    return rhs / matrix.diagonal()

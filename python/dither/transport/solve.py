@@ -1,0 +1,295 @@
+"""Entropic optimal transport: min <P, M> + reg KL(P | a b^T) over plans P with marginals a and b."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import instance, integer, number, one_of
+from . import _core
+from .costs import Costs, PointCloud, as_tensor, prepared
+from .newton import Counts, Problem, follow_path
+from .sns import sparse_newton
+
+METHODS = ("auto", "sinkhorn", "newton", "sns")
+_SPENT = 150  # Sinkhorn iterations that take as long as Newton's path
+_LOOK = 25  # iterations before a first look at their rate
+_FLOOR = 1e-5  # error that sweeps in float32 reach
+_COARSE = 512  # spread / reg up to which they do
+
+
+@dataclass(frozen=True)
+class Transport:
+    """A plan between a and b, by its potentials: P_ij = exp(f_i + g_j - M_ij / reg).
+
+    What was solved from numpy arrays is given as numpy arrays; without a batch, arrays lack their first dimension and numbers are
+    Python's.
+    """
+
+    reg: float
+    status: str
+    """"converged", or "not converged: ..." with the reason."""
+    converged: bool
+    history: list[list[float]] = field(repr=False)
+    """L1 errors, of each problem: Sinkhorn's iterations, or Newton's steps on every level of reg."""
+    _f: Tensor = field(repr=False)
+    _g: Tensor = field(repr=False)
+    _a: Tensor = field(repr=False)
+    _b: Tensor = field(repr=False)
+    _errors: Tensor = field(repr=False)
+    _iterations: Tensor = field(repr=False)
+    _newton: Tensor = field(repr=False)
+    _costs: Costs = field(repr=False)
+    _batched: bool = field(repr=False)
+    _numpy: bool = field(repr=False)
+
+    def _out(self, t: Tensor) -> Any:
+        t = t if self._batched else t[0]
+        return t.cpu().numpy() if self._numpy else t
+
+    def _number(self, t: Tensor) -> Any:
+        return self._out(t) if self._batched else t.item()
+
+    @functools.cached_property
+    def plan(self) -> Any:
+        """P: [n, m] or [B, n, m], of M's dtype."""
+        return self._out(self._costs.plan(self.reg, self._f, self._g).to(self._costs.x.dtype))
+
+    @property
+    def potentials(self) -> tuple[Any, Any]:
+        """f [n] and g [m] in float64, divided by reg as POT's log_u and log_v are; -inf where a weight is 0."""
+        return self._out(self._f), self._out(self._g)
+
+    @functools.cached_property
+    def _values(self) -> tuple[Tensor, Tensor]:
+        rows, costs, columns = _core.plan_sums(self._costs, self.reg, self._f, self._g)
+        linear = costs.sum(1)
+        zero = torch.zeros((), dtype=rows.dtype, device=rows.device)
+        entropy = torch.where(rows > 0, rows * (self._f - self._a.log()), zero).sum(1)
+        entropy = entropy + torch.where(columns > 0, columns * (self._g - self._b.log()), zero).sum(1)
+        return linear, self.reg * entropy
+
+    @property
+    def value_linear(self) -> Any:
+        """<P, M>."""
+        return self._number(self._values[0])
+
+    @property
+    def value(self) -> Any:
+        """<P, M> + reg KL(P | a b^T), KL = sum P ln(P / (a b^T))."""
+        return self._number(self._values[1])
+
+    @property
+    def error(self) -> Any:
+        """sum_i |sum_j P_ij - a_i| + sum_j |sum_i P_ij - b_j|."""
+        return self._number(self._errors)
+
+    @property
+    def iterations(self) -> Any:
+        """Sweeps over the costs, but for those that multiply Newton's matrix."""
+        return self._number(self._iterations)
+
+    @property
+    def newton_steps(self) -> Any:
+        """Newton steps, on all levels of reg."""
+        return self._number(self._newton)
+
+
+def solve(
+    a: Any,
+    b: Any,
+    M: Any,
+    reg: float,
+    method: str = "auto",
+    tol: float = 1e-9,
+    max_iterations: int = 10_000,
+    warmstart: Sequence[Any] | None = None,
+    warn: bool = True,
+) -> Transport:
+    """Entropic optimal transport from a to b with costs M.
+
+    M: [n, m] or [B, n, m], a tensor or a numpy array of float32 or float64, or a `PointCloud`; inf forbids a pair. a: [n] or
+    [B, n], b: [m] or [B, m], not negative, of equal sums (to 1e-5 in float32, 1e-8 in float64; b is then scaled to a's);
+    None: uniform with sum 1. A weight of 0 takes its row or column out of the plan.
+    method: "sinkhorn", iterations in the log domain (Cuturi 2013); "newton", on the semi-dual along a path of shrinking reg
+    (`dither.transport.newton`); "auto", Sinkhorn, and Newton for the problems where its rate foretells more iterations than
+    Newton takes; "sns", the algorithm of Tang et al. 2024 as published, dense and for comparison.
+    tol: for the L1 error of both marginals together, in units of their sum. max_iterations: of Sinkhorn, and Newton steps times
+    50. warmstart: potentials (f, g) of an earlier result, for Sinkhorn. warn: warn where tol was not reached.
+
+    float32 costs are taken as they are: sweeps near the solution compute in float64, and reach any tol that float64 costs do.
+    """
+    owner = "solve"
+    one_of(owner, "method", method, METHODS)
+    reg = number(owner, "reg", reg, above=0)
+    tol = number(owner, "tol", tol, least=0)
+    integer(owner, "max_iterations", max_iterations, 1)
+    instance(owner, "warn", warn, bool, "a bool")
+    costs, batched = prepared(owner, M)
+    weights = _weights(owner, a, b, M, costs, batched)
+    f, g = _start(owner, warmstart, weights, batched)
+    wa, wb = weights
+    batch = wa.shape[0]
+    done = Tensor.new_zeros(wa, batch, dtype=torch.int64), Tensor.new_zeros(wa, batch, dtype=torch.int64)
+    history: list[list[float]] = [[] for _ in range(batch)]
+    goal = tol * float(wa.sum(1).max())
+    errors = wa.new_full((batch,), torch.inf)
+    if method == "sns":
+        for i in range(batch):
+            counts = Counts()
+            errors[i] = sparse_newton(
+                Problem(costs.select(i), wa[i : i + 1], wb[i : i + 1], f[i : i + 1], g[i : i + 1]), reg, goal, counts
+            )
+            _note(counts, i, done, history)
+    slow = torch.ones(batch, dtype=torch.bool)
+    if method in ("auto", "sinkhorn"):
+        slow = _iterate(costs, reg, wa, wb, f, g, goal, max_iterations, method == "auto", errors, done[0], history)
+    if method in ("auto", "newton"):
+        for i in slow.nonzero().flatten().tolist():
+            counts, one = Counts(), slice(i, i + 1)
+            problem = Problem(costs.select(i), wa[one], wb[one], f[one], g[one])
+            errors[i] = follow_path(problem, reg, goal, max(1, max_iterations // 50), counts)
+            _note(counts, i, done, history)
+    worst = float(errors.max()) if batch else 0.0
+    converged = worst <= goal
+    status = "converged"
+    if not converged:
+        late = int((errors > goal).sum())
+        which = f"{late} of {batch} problems have" if batch > 1 else "the marginals have"
+        status = f"not converged: {which} an error of {worst:.1e}, tol is {tol:.1e}, after {int(done[0].max())} iterations"
+        if warn:
+            warnings.warn(f"solve: {status}", stacklevel=2)
+    numpy = not isinstance(M.x if isinstance(M, PointCloud) else M, Tensor)
+    return Transport(reg, status, converged, history, f, g, wa, wb, errors, *done, costs, batched, numpy)
+
+
+def _note(counts: Counts, i: int, done: tuple[Tensor, Tensor], history: list[list[float]]) -> None:
+    done[0][i] += counts.iterations
+    done[1][i] += counts.newton
+    history[i] += counts.history
+
+
+def _weights(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool) -> tuple[Tensor, Tensor]:
+    """Both as [B, n] and [B, m] in float64, of equal sums."""
+    sizes, batch = costs.size, m.shape[0] if batched else 1
+    found = []
+    for name, w, size in (("a", a, sizes[0]), ("b", b, sizes[1])):
+        if w is None:
+            found.append(costs.x.new_full((batch, size), 1 / size, dtype=torch.float64))
+            continue
+        t = as_tensor(owner, name, w)
+        if t.dtype != costs.x.dtype or t.device != costs.x.device:
+            raise ValueError(f"{owner}: {name} is {t.dtype} on {t.device}, expected {costs.x.dtype} on {costs.x.device} like M")
+        if t.shape != (size,) and (t.shape != (batch, size) or not batched):
+            raise ValueError(f"{owner}: {name} has shape {list(t.shape)}, expected [{size}]" + f" or {[batch, size]}" * batched)
+        if not bool((t >= 0).all() and (t < torch.inf).all()):
+            raise ValueError(f"{owner}: {name} contains {_bad(t)}, expected finite weights that are not negative")
+        found.append(t.double().expand(batch, size).contiguous())
+    wa, wb = found
+    masses = wa.sum(1), wb.sum(1)
+    for name, mass in zip("ab", masses):
+        if bool((mass <= 0).any()):
+            raise ValueError(f"{owner}: {name} has a sum of 0, expected some mass")
+    slack = 1e-5 if costs.x.dtype == torch.float32 else 1e-8
+    apart = (masses[1] - masses[0]).abs() > slack * masses[0]
+    if bool(apart.any()):
+        i = int(apart.nonzero()[0])
+        raise ValueError(f"{owner}: b has a sum of {float(masses[1][i]):g}, expected {float(masses[0][i]):g} like a")
+    return wa, wb * (masses[0] / masses[1]).unsqueeze(1)
+
+
+def _bad(t: Tensor) -> float:
+    return float(t[~((t >= 0) & (t < torch.inf))][0])
+
+
+def _start(owner: str, warmstart: Sequence[Any] | None, weights: Sequence[Tensor], batched: bool) -> tuple[Tensor, Tensor]:
+    if warmstart is None:
+        return torch.zeros_like(weights[0]), torch.zeros_like(weights[1])
+    if not isinstance(warmstart, (tuple, list)) or len(warmstart) != 2:
+        raise TypeError(f"{owner}: warmstart is {type(warmstart).__name__}, expected None or potentials (f, g)")
+    found = []
+    for name, p, w in zip("fg", warmstart, weights):
+        t = as_tensor(owner, f"warmstart {name}", p).to(w)
+        t = t if batched else t.unsqueeze(0)
+        if t.shape != w.shape:
+            expected = list(w.shape[0 if batched else 1 :])
+            raise ValueError(f"{owner}: warmstart {name} has shape {list(t.shape[0 if batched else 1 :])}, expected {expected}")
+        if bool((t.isnan() | (t == torch.inf)).any()):
+            raise ValueError(f"{owner}: warmstart {name} contains {float(t.max())}, expected finite potentials or -inf")
+        found.append(torch.where((w > 0) & (t == -torch.inf), 0, t).clone())
+    return found[0], found[1]
+
+
+def _iterate(
+    costs: Costs,
+    reg: float,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    tol: float,
+    most: int,
+    look: bool,
+    errors: Tensor,
+    done: Tensor,
+    history: list[list[float]],
+) -> Tensor:
+    """Sinkhorn's iterations on all problems. look: leave those to Newton that are told to take long; returns which, [B]."""
+    live = torch.arange(a.shape[0], device=a.device)
+    slow = torch.zeros(a.shape[0], dtype=torch.bool)
+    narrow = costs.x.dtype == torch.float32 and costs.spread / reg < _COARSE
+    step = _LOOK if look else 200
+    while len(live):
+        part = costs if len(live) == a.shape[0] or costs.x.shape[0] == 1 else _subset(costs, live)
+        pf, pg, pa, pb = f[live], g[live], a[live], b[live]
+        step = min(step, most - int(done.max()))
+        goal = max(tol, _FLOOR * float(pa.sum(1).max())) if narrow else tol
+        found = _core.sweep(part, reg, pa, pb, pf, pg, step, goal, narrow)
+        f[live], g[live], errors[live] = pf, pg, found.last
+        done[live] += found.done
+        counts = found.done.tolist()
+        for i, count, trace in zip(live.tolist(), counts, found.errors.tolist()):
+            history[i] += trace[:count]
+        over = found.last <= goal
+        if narrow:
+            # float32 has done what it can for those that are there, or no longer come closer
+            narrow = not bool(over.all()) and bool((found.last < 0.5 * found.errors[:, 0]).any())
+            over = found.last <= tol
+        spent = int(done.max()) >= most
+        if look and not spent:
+            late = torch.tensor(
+                [not o and _slow(history[i], tol) for i, o in zip(live.tolist(), over.tolist())], device=a.device
+            )
+            slow[live[late].cpu()] = True
+            over = over | late
+        live = live[~over]
+        if spent:
+            break
+    if len(live):  # g has moved since
+        part = costs if len(live) == a.shape[0] else _subset(costs, live)
+        pf, pg = f[live], g[live]
+        errors[live] = _core.sweep(part, reg, a[live], b[live], pf, pg, 1, math.inf).last
+        f[live], g[live] = pf, pg
+    return slow
+
+
+def _slow(trace: list[float], tol: float) -> bool:
+    """Whether the last iterations foretell more of them than Newton's path takes."""
+    span = min(_LOOK, len(trace)) // 2
+    if span == 0:
+        return False
+    rate = math.log(max(trace[-1], 1e-300) / max(trace[-1 - span], 1e-300)) / span
+    return rate >= 0 or math.log(max(tol, 1e-300) / trace[-1]) / rate > _SPENT
+
+
+def _subset(costs: Costs, live: Tensor) -> Costs:
+    x, y = (None if t is None else t if t.shape[0] == 1 else t[live] for t in (costs.x, costs.y))
+    assert x is not None
+    return Costs(x, y, costs.ground, costs.spread)
