@@ -77,6 +77,7 @@ static int64_t entries(const Costs& c, int64_t problem, int64_t i, const Columns
       c.m, [&](int64_t j, auto&& load_at) FLAT { store(terms + j, power<T>(scale(load_at(row[0]), load(g + j)) + T(f))); });
   int64_t count = 0;
   Vector<double> small = {};
+  least = larger(least, 0x1p-1022);  // nothing is no entry
   for (int64_t j = 0; j < c.m; j += L) {
     double score[L];
     for (int l = 0; l < L; ++l) {

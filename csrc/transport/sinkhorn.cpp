@@ -105,8 +105,9 @@ static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, doub
   const auto join = DITHER_PICK_ISA(join_columns);
   const auto move = DITHER_PICK_ISA(sinkhorn_columns);
   const auto column_log_of = DITHER_PICK_ISA(column_log);
-  times(f, c.n, kLog2e);
-  times(g, c.m, kLog2e);
+  const double* a = s.a + problem * c.n;
+  for (int64_t i = 0; i < c.n; ++i) f[i] = a[i] > 0.0 ? f[i] * kLog2e : -INFINITY;
+  for (int64_t j = 0; j < c.m; ++j) g[j] = b[j] > 0.0 ? g[j] * kLog2e : -INFINITY;
   for (*done = 0; *done < iterations;) {
     rounded.round(c, g);
     par(chunks.count, chunks.size * c.m, [&](int64_t lo, int64_t hi) {
@@ -182,7 +183,7 @@ static void sinkhorn_(const Tensor& x, const std::optional<Tensor>& y, int64_t g
     }
   } else {
     const auto guard = device_guard(x);
-    const Tensor scratch = torch::stable::new_empty(x, {batch, c.n + 2}, ScalarType::Double);
+    const Tensor scratch = torch::stable::new_empty(x, {batch * (c.n + c.m + 1)}, ScalarType::Double);
     DITHER_CUDA_OK(op, sinkhorn_cuda(s, iterations, tol, doubles_of(f), doubles_of(g), doubles_of(columns), doubles_of(errors),
                                      counts, doubles_of(scratch), current_stream(x)));
   }
@@ -407,7 +408,8 @@ struct NewtonProblem {
   for (int64_t j = 0; j < c.m; ++j) inverse[j] = s.columns[j] > 0.0 ? 1.0 / s.columns[j] : 0.0;
   // The scores are at least 1 in sum for every row and column, so that what lies below `least` is less than delta of them.
   const double allowed = delta * double(std::max(c.n, c.m)), least = allowed / (double(c.n) * double(c.m));
-  const int64_t most = int64_t(density * double(c.n) * double(c.m));
+  constexpr double kMostEntries = 1 << 25;
+  const int64_t most = int64_t(std::min(kMostEntries, density * double(c.n) * double(c.m)));
   double* report = doubles_of(info);
   Solved solved;
   Entries kept = most > 0 ? entries_of(c, s.rounded, s.f.data(), s.a, s.b, least, 2 * most) : Entries{};

@@ -112,7 +112,7 @@ DITHER_PER_ISA(int64_t plan_entries(const Costs&, int64_t problem, int64_t i, co
 
 // ---- CUDA
 
-// Iterations of all problems that are not done. state[batch]: errors so far; see sinkhorn.cu.
+// All iterations of all problems; scratch: batch (n + m + 1). A problem that is done is left alone.
 int sinkhorn_cuda(const Sinkhorn&, int64_t iterations, double tol, double* f, double* g, double* columns, double* errors,
-                  int64_t* count, double* scratch, Stream);
+                  int64_t* done, double* scratch, Stream);
 }  // namespace dither

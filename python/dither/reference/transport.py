@@ -1,8 +1,9 @@
 """Entropic optimal transport in plain torch float64, the plan written out.
 
-P_ij = exp(f_i + g_j - scale C_ij) with scale = 1 / reg and potentials divided by reg. Costs C are x (batch or 1, n, m), or, with
-a ground number, distances of points x (batch or 1, n, dim) from y (batch or 1, dim, m): 1 their squared Euclidean distance, 2 the
-Euclidean, 3 the L1 distance. Weights a (batch, n), b (batch, m); a weight of 0 has the potential -inf.
+P_ij = exp(f_i + g_j - scale C_ij) with scale = 1 / reg and potentials divided by reg. Costs C are x (batch or 1, n, m) where
+ground is 0; else distances of points x (batch or 1, n, dim) from y (batch or 1, dim, m): 1 squared Euclidean, 2 Euclidean,
+3 L1.
+Weights a (batch, n), b (batch, m); a weight of 0 has the potential -inf.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def sinkhorn_(
     omega: over-relaxation (Thibault et al. 2021). narrow changes nothing here.
     """
     c = -scale * costs(x, y, ground)
+    f.masked_fill_(~(a > 0), -torch.inf)
+    g.masked_fill_(~(b > 0), -torch.inf)
     moving = torch.ones_like(done, dtype=torch.bool).unsqueeze(1)
     done.zero_()
     for t in range(iterations):
@@ -135,9 +138,9 @@ def newton_direction_(
 ) -> None:
     """`dither::newton_direction_` where no kernel is available: (diag(columns) - P^T diag(1/a) P) direction = rhs.
 
-    Conjugate gradients with the diagonal `columns` as preconditioner, from 0 until the preconditioned residual is tol times what
-    it was; one problem. P is thinned out by delta (`kept_entries`), unless more than the share `density` of it is left. info:
-    entries kept, the least score, iterations, and whether they converged.
+    Conjugate gradients with the diagonal `columns` as preconditioner, from 0 until the preconditioned residual is tol times
+    what it was; one problem. P is thinned out by delta (`kept_entries`), unless more than the share `density` of it is left.
+    info: entries kept, the least score, iterations, and whether they converged.
     """
     full = plan(x, y, ground, scale, f, g)[0]
     p, size = kept_entries(full, a[0], b[0], delta), full.numel()

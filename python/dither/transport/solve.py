@@ -29,8 +29,8 @@ _COARSE = 512  # spread / reg up to which they do
 class Transport:
     """A plan between a and b, by its potentials: P_ij = exp(f_i + g_j - M_ij / reg).
 
-    What was solved from numpy arrays is given as numpy arrays; without a batch, arrays lack their first dimension and numbers are
-    Python's.
+    What was solved from numpy arrays is given as numpy arrays; without a batch, arrays lack their first dimension and numbers
+    are Python's.
     """
 
     reg: float
@@ -137,25 +137,26 @@ def solve(
     f, g = _start(owner, warmstart, weights, batched)
     wa, wb = weights
     batch = wa.shape[0]
-    done = Tensor.new_zeros(wa, batch, dtype=torch.int64), Tensor.new_zeros(wa, batch, dtype=torch.int64)
+    done = wa.new_zeros(batch, dtype=torch.int64), wa.new_zeros(batch, dtype=torch.int64)
     history: list[list[float]] = [[] for _ in range(batch)]
     goal = tol * float(wa.sum(1).max())
     errors = wa.new_full((batch,), torch.inf)
+
+    def one(i: int) -> Problem:
+        return Problem(costs.select(i), *(t[i : i + 1] for t in (wa, wb, f, g)))
+
     if method == "sns":
         for i in range(batch):
             counts = Counts()
-            errors[i] = sparse_newton(
-                Problem(costs.select(i), wa[i : i + 1], wb[i : i + 1], f[i : i + 1], g[i : i + 1]), reg, goal, counts
-            )
+            errors[i] = sparse_newton(one(i), reg, goal, counts)
             _note(counts, i, done, history)
     slow = torch.ones(batch, dtype=torch.bool)
     if method in ("auto", "sinkhorn"):
         slow = _iterate(costs, reg, wa, wb, f, g, goal, max_iterations, method == "auto", errors, done[0], history)
     if method in ("auto", "newton"):
         for i in slow.nonzero().flatten().tolist():
-            counts, one = Counts(), slice(i, i + 1)
-            problem = Problem(costs.select(i), wa[one], wb[one], f[one], g[one])
-            errors[i] = follow_path(problem, reg, goal, max(1, max_iterations // 50), counts)
+            counts = Counts()
+            errors[i] = follow_path(one(i), reg, goal, max(1, max_iterations // 50), counts)
             _note(counts, i, done, history)
     worst = float(errors.max()) if batch else 0.0
     converged = worst <= goal
@@ -264,11 +265,9 @@ def _iterate(
             over = found.last <= tol
         spent = int(done.max()) >= most
         if look and not spent:
-            late = torch.tensor(
-                [not o and _slow(history[i], tol) for i, o in zip(live.tolist(), over.tolist())], device=a.device
-            )
-            slow[live[late].cpu()] = True
-            over = over | late
+            late = [not o and _slow(history[i], tol) for i, o in zip(live.tolist(), over.tolist())]
+            slow[[i for i, o in zip(live.tolist(), late) if o]] = True
+            over = over | over.new_tensor(late)
         live = live[~over]
         if spent:
             break

@@ -1,0 +1,484 @@
+"""Entropic transport: operators against the plan written out; solve against POT, linear programming and its own claims."""
+
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import dither
+from dither import reference
+from dither.transport import PointCloud, solve
+from dither.transport.costs import prepared
+from machines import machine
+
+F32, F64 = torch.float32, torch.float64
+MACHINES = [{"capability": c} for c in dither.build_info()["cpu_usable"]] + [{"threads": n} for n in (1, 2, 3, 7)]
+# Of potentials of up to 50, in iterations that do not converge; the worst found were 2e-5 and 2e-13.
+TOLERANCE = {(F32, True): 2e-4, (F32, False): 1e-11, (F64, False): 1e-11}
+KINDS = list(TOLERANCE)
+each_kind = pytest.mark.parametrize("dtype, narrow", KINDS, ids=lambda v: str(v).replace("torch.", ""))
+
+
+def uniform(*shape, seed=0, dtype=F64):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def normal(*shape, seed=0, dtype=F64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def weights(*shape, seed=0, zeros=0):
+    w = uniform(*shape, seed=seed) + 0.1
+    w[..., :zeros] = 0
+    return w / w.sum(-1, keepdim=True)
+
+
+def arguments(batch=2, n=13, m=21, ground=0, dim=3, dtype=F64, narrow=False, zeros=1, **other):
+    """Of sinkhorn_, with reg = 0.1."""
+    x = uniform(batch, n, dim if ground else m, dtype=dtype)
+    y = uniform(batch, dim, m, seed=1, dtype=dtype) if ground else None
+    given = {"x": x, "y": y, "ground": ground, "scale": 10.0, "a": weights(batch, n, seed=2, zeros=zeros)}
+    given |= {"b": weights(batch, m, seed=3, zeros=zeros), "narrow": narrow, "damp_a": 1.0, "damp_b": 1.0, "omega": 1.0}
+    given |= {"iterations": 7, "tol": -1.0, "f": torch.zeros(batch, n, dtype=F64), "g": torch.zeros(batch, m, dtype=F64)}
+    given |= other
+    given |= {"columns": torch.zeros(batch, m, dtype=F64), "errors": torch.zeros(batch, given["iterations"], dtype=F64)}
+    return given | {"done": torch.zeros(batch, dtype=torch.int64)}
+
+
+def copied(given, device="cpu"):
+    return {name: v.clone().to(device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
+
+
+def compare(got, want, tolerance, names=("f", "g", "columns", "errors")):
+    for name in names:
+        g, w = got[name].cpu(), want[name]
+        finite = w.isfinite()
+        assert torch.equal(g.isfinite(), finite), name
+        torch.testing.assert_close(
+            g[finite], w[finite], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert torch.equal(got["done"].cpu(), want["done"])
+
+
+def run(ops, given):
+    ops.sinkhorn_(*given.values())
+    return given
+
+
+SETTINGS = {
+    "plain": {},
+    "damped": {"damp_a": 0.7, "damp_b": 0.9},
+    "relaxed": {"omega": 1.5},
+    "both": {"damp_a": 0.8, "omega": 1.3},
+    "one row": {"n": 1, "zeros": 0},
+    "one column": {"m": 1, "zeros": 0},
+    "wide": {"n": 5, "m": 200},
+    "tall": {"n": 150, "m": 9},
+}
+
+
+@each_kind
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("ground", range(4))
+def test_the_operator_is_its_definition(backend, dtype, narrow, ground, setting):
+    given = arguments(dtype=dtype, narrow=narrow, ground=ground, **SETTINGS[setting])
+    if ground:  # distances are float32's
+        given["x"], given["y"] = (t.mul(64).round().div(64) for t in (given["x"], given["y"]))
+    want = copied(given)
+    reference.transport.sinkhorn_(*want.values())
+    tolerance = TOLERANCE[dtype, narrow] if ground != 2 or dtype == F64 else 2e-4
+    compare(run(backend.ops, copied(given, backend.device)), want, tolerance)
+
+
+@each_kind
+def test_extreme_costs(backend, dtype, narrow):
+    """Rows and columns that underflow, pairs that are forbidden, negative costs."""
+    given = arguments(n=20, m=30, dtype=dtype, narrow=narrow, iterations=4, zeros=2)
+    given["x"] = normal(2, 20, 30, dtype=dtype) * torch.logspace(0, 4, 20)[:, None] ** (0.3 if narrow else 1)
+    given["x"][0, 5, :29] = math.inf
+    given["x"][1, :19, 7] = math.inf
+    given["x"][1, 3, 4] = -300.0 if narrow else -1e5
+    want = copied(given)
+    reference.transport.sinkhorn_(*want.values())
+    compare(run(backend.ops, copied(given, backend.device)), want, 2e-3 if narrow else 1e-8)
+
+
+def test_nowhere_to_go(backend):
+    given = arguments(zeros=0)
+    given["x"][0, 4] = math.inf
+    given["x"][1, :, 6] = math.inf
+    got = run(backend.ops, copied(given, backend.device))
+    assert all(got[name].isfinite().all() for name in ("f", "g", "columns", "errors"))
+    assert got["errors"][0, -1] >= given["a"][0, 4] and got["errors"][1, -1] >= given["b"][1, 6]
+
+
+def test_problems_stop_by_themselves(backend):
+    given = arguments(batch=3, iterations=40, tol=1e-8, scale=3.0)
+    given["x"][1] *= 4
+    want = copied(given)
+    reference.transport.sinkhorn_(*want.values())
+    got = run(backend.ops, copied(given, backend.device))
+    compare(got, want, 1e-11)
+    done = got["done"].tolist()
+    assert done[1] > done[0] and max(done) < 40
+    p = reference.transport.plan(given["x"], None, 0, 3.0, got["f"].cpu(), got["g"].cpu())
+    off = (p.sum(2) - given["a"]).abs().sum(1) + (p.sum(1) - given["b"]).abs().sum(1)
+    torch.testing.assert_close(off, got["errors"].cpu().gather(1, got["done"].cpu()[:, None] - 1)[:, 0], rtol=1e-4, atol=1e-15)
+
+
+@pytest.mark.parametrize("ground", (0, 1))
+@pytest.mark.parametrize("batch, n, m", [(1, 300, 257), (20, 33, 17)])
+def test_machines_agree(ground, batch, n, m):
+    """Threads to the bit, instruction sets but for rounding."""
+    given = arguments(batch, n, m, ground, iterations=20)
+    want = run(torch.ops.dither, copied(given))
+    for setting in MACHINES:
+        with machine(**setting):
+            got = run(torch.ops.dither, copied(given))
+        exact = "threads" in setting
+        compare(got, want, 0 if exact else 1e-11)
+
+
+@pytest.mark.parametrize("narrow", (False, True))
+def test_one_set_of_costs_for_all(backend, narrow):
+    given = arguments(batch=3, dtype=F32, narrow=narrow)
+    given["x"] = given["x"][:1]
+    many = copied(given) | {"x": given["x"].repeat(3, 1, 1)}
+    one, other = run(backend.ops, copied(given, backend.device)), run(backend.ops, copied(many, backend.device))
+    assert all(torch.equal(one[name], other[name]) for name in ("f", "g", "columns", "errors"))
+
+
+# The plan, and Newton's direction
+
+
+def solved(n=60, m=47, reg=0.02, dtype=F64, ground=0, zeros=2):
+    """Arguments of the operators on plans, some way from the solution: f is exact."""
+    x = uniform(1, n, 2 if ground else m, dtype=dtype)
+    y = uniform(1, 2, m, seed=1, dtype=dtype) if ground else None
+    a, b = weights(1, n, seed=2, zeros=zeros), weights(1, m, seed=3, zeros=zeros)
+    given = arguments(1, n, m, ground, dtype=dtype, iterations=6) | {"x": x, "y": y, "scale": 1 / reg, "a": a, "b": b}
+    reference.transport.sinkhorn_(*given.values())
+    given |= {"iterations": 1, "tol": math.inf, "errors": torch.zeros(1, 1, dtype=F64)}
+    reference.transport.sinkhorn_(*given.values())
+    return given
+
+
+@each_kind
+@pytest.mark.parametrize("ground", range(4))
+def test_sums_of_a_plan(dtype, narrow, ground):
+    s = solved(dtype=dtype, ground=ground)
+    outs = [[torch.zeros_like(s[name]) for name in ("f", "f", "g")] for _ in range(2)]
+    for op, out in zip((torch.ops.dither.plan_sums_, reference.transport.plan_sums_), outs):
+        op(s["x"], s["y"], ground, s["scale"], narrow, s["f"], s["g"], *out)
+    for got, want in zip(*outs):
+        torch.testing.assert_close(got, want, rtol=1e-4 if dtype == F32 else 1e-11, atol=1e-12)
+
+
+@each_kind
+@pytest.mark.parametrize("ground", (0, 1))
+@pytest.mark.parametrize("delta, density", [(1e-3, 1.0), (1e-9, 1.0), (1e-3, 1e-4), (0.0, 0.0)])
+def test_newton_direction(dtype, narrow, ground, delta, density):
+    s = solved(dtype=dtype, ground=ground)
+    rhs = torch.where(s["b"] > 0, s["b"] - s["columns"], 0)
+    found = []
+    for op in (torch.ops.dither.newton_direction_, reference.transport.newton_direction_):
+        out, info = torch.zeros_like(rhs), torch.zeros(4, dtype=F64)
+        op(
+            *(s[name] for name in ("x", "y", "ground", "scale")),
+            *(narrow, *(s[name] for name in ("a", "b", "f", "g", "columns")), rhs, delta, density, 1e-10, 400, out, info),
+        )
+        assert info[3] == 1
+        found.append((out, info))
+    (got, info), (want, expected) = found
+    assert info[0] == expected[0] or dtype == F32
+    # Constants are in the kernel of the matrix, and a thinned-out one is nearly singular elsewhere too.
+    centred = [(y - (y * s["b"]).sum()) * (s["b"] > 0) for y in (got, want)]
+    torch.testing.assert_close(
+        *centred, rtol=1e-2 if dtype == F32 else 1e-5, atol=(1e-2 if dtype == F32 else 1e-6) * float(want.abs().max())
+    )
+
+
+def test_schur_matrix():
+    s = solved()
+    outs = [torch.zeros(47, 47, dtype=F64) for _ in range(2)]
+    given = [s[name] for name in ("x", "y", "ground", "scale", "narrow", "a", "b", "f", "g", "columns")]
+    torch.ops.dither.schur_matrix_(*given, 1e-4, 1e-6, outs[0])
+    reference.transport.schur_matrix_(*given, 1e-4, 1e-6, outs[1])
+    torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-15)
+    assert torch.linalg.eigvalsh(outs[0])[0] > 0
+    p = reference.transport.plan(s["x"], None, 0, s["scale"], s["f"], s["g"])[0]
+    inverse = torch.where(s["a"][0] > 0, 1 / s["a"][0], 0)
+    full = torch.diag(s["columns"][0]) - p.mT @ (inverse[:, None] * p)
+    torch.ops.dither.schur_matrix_(*given, 0.0, 0.0, outs[0])
+    outs[0].diagonal()[s["b"][0] == 0] = 0
+    torch.testing.assert_close(outs[0], full, rtol=1e-9, atol=1e-14)
+
+
+def operator_arguments():
+    s = solved()
+    shared = [s[name] for name in ("x", "y", "ground", "scale")]
+    plan = [*shared, False, s["a"], s["b"], s["f"], s["g"], s["columns"]]
+    rhs = s["b"] - s["columns"]
+    return {
+        "sinkhorn_": list(arguments().values()),
+        "plan_sums_": [*shared, False, s["f"], s["g"], *(torch.zeros_like(s[name]) for name in ("f", "f", "g"))],
+        "newton_direction_": [*plan, rhs, 1e-3, 0.1, 0.1, 20, torch.zeros_like(rhs), torch.zeros(4, dtype=F64)],
+        "schur_matrix_": [*plan, 1e-3, 1e-6, torch.zeros(47, 47, dtype=F64)],
+    }
+
+
+@pytest.mark.parametrize("operator", operator_arguments())
+def test_opcheck(operator):
+    torch.library.opcheck(getattr(torch.ops.dither, operator).default, tuple(operator_arguments()[operator]))
+
+
+MISUSED = [
+    ("x", torch.Tensor.half, "x is float16, expected float32 or float64"),
+    ("x", lambda t: t[0], "x has shape [13, 21], expected [2 or 1, n, m]"),
+    ("y", torch.zeros(2, 3, 4), "y is a tensor, expected None with ground 0"),
+    ("ground", lambda n: 4, "ground is 4, expected 0 <= ground < 4"),
+    ("scale", lambda v: 0.0, "scale is 0, expected a positive number"),
+    ("narrow", lambda v: True, "narrow is True, expected False for float64"),
+    ("a", torch.Tensor.float, "a is float32 of shape [2, 13], expected contiguous float64 of shape [2, 13]"),
+    ("b", lambda t: t[:, 1:], "b is float64 of shape [2, 20], expected contiguous float64 of shape [2, 21]"),
+    ("g", lambda t: t[:1], "g is float64 of shape [1, 21], expected contiguous float64 of shape [2, 21]"),
+    ("damp_a", lambda v: 1.5, "damping is 1.5, 1, expected 0 < damping <= 1"),
+    ("omega", lambda v: 2.0, "omega is 2, expected 0 < omega < 2"),
+    ("done", torch.Tensor.int, "done is int32 of shape [2], expected contiguous int64 of shape [2]"),
+]
+
+
+@pytest.mark.parametrize("argument, change, message", MISUSED, ids=lambda v: v if isinstance(v, str) else "")
+def test_the_operator_refuses(backend, argument, change, message):
+    given = copied(arguments(), backend.device)
+    given[argument] = change(given[argument]) if callable(change) else change.to(backend.device)
+    with pytest.raises(RuntimeError, match="^" + re.escape(f"sinkhorn_: {message}")):
+        backend.ops.sinkhorn_(*given.values())
+
+
+# solve
+
+
+def instance(kind, n, seed=0):
+    """Costs of the literature, the largest 1: uniform ones, or between two Gaussian clouds."""
+    r = np.random.default_rng(seed)
+    if kind == "U":
+        c = r.random((n, n))
+    else:
+        d = int(kind[1:])
+        x, y = r.standard_normal((n, d)), r.standard_normal((n, d))
+        y[:, 0] += 1
+        c = torch.cdist(torch.from_numpy(x), torch.from_numpy(y)).square().numpy()
+    return c / c.max()
+
+
+def l1_error(p, a, b):
+    return float(abs(p.sum(-1) - a).sum(-1).max() + abs(p.sum(-2) - b).sum(-1).max())
+
+
+@pytest.mark.parametrize("reg", (0.1, 1e-2, 1e-3, 1e-4))
+@pytest.mark.parametrize("kind", ("U", "P2", "P64"))
+def test_the_grid_converges(kind, reg):
+    c = instance(kind, 250)
+    a = np.full(250, 1 / 250)
+    values = []
+    for method in ("auto", "newton"):
+        r = solve(a, a, c, reg, method=method)
+        assert r.converged and r.status == "converged" and r.error <= 1e-9
+        assert l1_error(r.plan, a, a) <= 1e-9 + 1e-12 / reg
+        entropy = np.where(r.plan > 0, r.plan * np.log(np.maximum(r.plan, 1e-300) * 250**2), 0).sum()
+        assert r.value_linear == pytest.approx((r.plan * c).sum(), rel=1e-9)
+        assert r.value == pytest.approx((r.plan * c).sum() + reg * entropy, rel=1e-7)
+        assert r.newton_steps <= 60 and r.iterations <= 2000  # the most found were 29 and 321
+        values.append(r.value)
+    assert values[0] == pytest.approx(values[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ("P2", "P64"))
+def test_mass_arrives(kind):
+    """Where a stabilised solver that resets its scalings returned plans of mass 1e-6."""
+    r = solve(None, None, torch.from_numpy(instance(kind, 1000)), 0.01)
+    assert abs(float(r.plan.sum()) - 1) < 1e-8 and r.error <= 1e-9
+
+
+def test_light_rows_keep_their_entries():
+    """Weights over seven orders of magnitude, as of an image's background."""
+    w = torch.from_numpy(10 ** np.random.default_rng(0).uniform(-7, 0, (2, 200)))
+    a, b = w / w.sum(1, keepdim=True)
+    side = torch.arange(200, dtype=F64)[:, None] / 200
+    for reg in (1e-2, 1e-3):
+        r = solve(a, b, PointCloud(side, side, "l1"), reg, method="newton")
+        assert r.converged and l1_error(r.plan, a, b) <= 1e-9
+
+
+def test_assignment_at_small_reg():
+    optimize = pytest.importorskip("scipy.optimize")
+    c = np.random.default_rng(1).random((200, 200))
+    rows, columns = optimize.linear_sum_assignment(c)
+    best = c[rows, columns].mean()
+    r = solve(None, None, c, 1 / 1200)
+    assert r.converged and best <= r.value_linear <= best + 1e-3  # 4e-4 was found
+    r = solve(None, None, c, 5e-5)
+    assert r.converged and abs(r.value_linear - best) < 5e-6
+    assert (r.plan.argmax(1) == columns[np.argsort(rows)]).mean() > 0.95
+
+
+def test_sinkhorn_needs_many_iterations_where_newton_does_not():
+    c = np.random.default_rng(2).random((200, 200))
+    with pytest.warns(UserWarning, match="^solve: not converged: the marginals have an error of .*, tol is 1.0e-09"):
+        r = solve(None, None, c, 1 / 1200, method="sinkhorn", max_iterations=500)
+    assert not r.converged and r.iterations >= 500 and r.status.startswith("not converged")
+    assert l1_error(r.plan, 1 / 200, 1 / 200) == pytest.approx(r.error, rel=1e-6)
+    assert solve(None, None, c, 1 / 1200).newton_steps <= 30
+
+
+@pytest.mark.parametrize(
+    "method, reg", [("auto", 1e-1), ("auto", 1e-3), ("sinkhorn", 1e-2), ("newton", 1e-2), ("newton", 1e-4)]
+)
+def test_float32_costs_reach_the_tolerance(method, reg):
+    c = torch.from_numpy(instance("P2", 200)).float()
+    a = torch.full((200,), 1 / 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r = solve(a, a, c, reg, method=method)
+    assert r.error <= 1e-9 and r.plan.dtype == F32
+    want = solve(a.double(), a.double(), c.double(), reg)
+    assert r.value == pytest.approx(want.value, rel=1e-8)
+
+
+@pytest.mark.parametrize("cost", ("sqeuclidean", "euclidean", "l1", "cosine"))
+@pytest.mark.parametrize("method", ("sinkhorn", "newton"))
+def test_point_clouds(cost, method):
+    x, y = normal(2, 120, 3), normal(2, 90, 3, seed=1)
+    cloud = PointCloud(x, y, cost)
+    r, want = solve(None, None, cloud, 0.1, method=method), solve(None, None, cloud.matrix(), 0.1, method=method)
+    assert cloud.shape == (2, 120, 90) and r.plan.shape == (2, 120, 90)
+    for name in ("plan", "value", "value_linear"):
+        torch.testing.assert_close(getattr(r, name), getattr(want, name), rtol=1e-6, atol=1e-8)
+
+
+def test_point_clouds_have_no_matrix():
+    x, y = normal(40_000, 2), normal(40_000, 2, seed=1)
+    costs, _ = prepared("test", PointCloud(x, y))
+    assert costs.x.numel() + costs.y.numel() == 4 * 40_000
+
+
+def test_batches():
+    c, a, b = uniform(5, 40, 30), weights(5, 40, seed=1, zeros=3), weights(5, 30, seed=2)
+    c[2] *= 30
+    r = solve(a, b, c, 0.02)
+    assert r.converged and r.error.shape == (5,) and (r.error <= 1e-9).all() and len(r.history) == 5
+    assert r.newton_steps[2] > 0
+    for i in range(5):
+        one = solve(a[i], b[i], c[i], 0.02)
+        torch.testing.assert_close(r.plan[i], one.plan, rtol=1e-6, atol=1e-9)
+        assert r.value[i] == pytest.approx(one.value, rel=1e-7)
+    shared = solve(a, b, c[:1].expand(5, 40, 30), 0.02)
+    assert shared.converged
+
+
+def test_zero_weights():
+    c, a, b = uniform(50, 40), weights(50, seed=1, zeros=10), weights(40, seed=2, zeros=5)
+    for method in ("sinkhorn", "newton"):
+        r = solve(a, b, c, 0.02, method=method)
+        assert not r.plan[:10].any() and not r.plan[:, :5].any() and l1_error(r.plan, a, b) <= 1e-9
+        small = solve(a[10:], b[5:], c[10:, 5:], 0.02, method=method)
+        torch.testing.assert_close(r.plan[10:, 5:], small.plan, rtol=1e-6, atol=1e-9)
+        assert r.value == pytest.approx(small.value, rel=1e-8)
+
+
+def test_forbidden_pairs_and_negative_costs():
+    c = uniform(30, 30) - 0.5
+    c[uniform(30, 30, seed=1) < 0.3] = math.inf
+    for method in ("sinkhorn", "newton"):
+        r = solve(None, None, c, 0.05, method=method)
+        assert r.converged and not r.plan[c == math.inf].any() and math.isfinite(r.value) and r.value_linear < 0
+
+
+def test_infeasible_is_told():
+    c = uniform(10, 10)
+    c[3] = math.inf
+    for method in ("auto", "sinkhorn", "newton"):
+        r = solve(None, None, c, 0.1, method=method, max_iterations=200, warn=False)
+        assert not r.converged and r.error >= 0.1 and "not converged" in r.status and r.plan.isfinite().all()
+
+
+def test_warm_start():
+    c = uniform(100, 100)
+    cold = solve(None, None, c, 0.02, method="sinkhorn")
+    assert solve(None, None, c, 0.02, method="sinkhorn", warmstart=cold.potentials).iterations <= 2
+    assert cold.history[0][-1] == cold.error and len(cold.history[0]) == cold.iterations
+
+
+def test_masses_other_than_one():
+    c, a, b = uniform(30, 20), 7 * weights(30), 7 * weights(20, seed=1)
+    r = solve(a, b, c, 0.05)
+    assert l1_error(r.plan, a, b) <= 7e-9
+
+
+def test_the_published_algorithm():
+    c = np.random.default_rng(0).random((150, 150))
+    r = solve(None, None, c, 0.01, method="sns")
+    assert r.converged and r.iterations == 20 and r.newton_steps <= 15
+    assert r.value == pytest.approx(solve(None, None, c, 0.01).value, abs=1e-8)
+
+
+@pytest.mark.parametrize("reg", (0.05, 0.01))
+def test_plans_are_those_of_pot(reg):
+    ot = pytest.importorskip("ot")
+    c, a, b = uniform(60, 45).numpy(), weights(60).numpy(), weights(45, seed=1).numpy()
+    want, log = ot.sinkhorn(a, b, c, reg, method="sinkhorn_log", stopThr=1e-12, numItermax=20_000, log=True)
+    r = solve(a, b, c, reg)
+    np.testing.assert_allclose(r.plan, want, atol=1e-9)
+    shift = r.potentials[0][0] - log["log_u"][0]
+    np.testing.assert_allclose(r.potentials[0] - shift, log["log_u"], atol=1e-6)
+    np.testing.assert_allclose(r.potentials[1] + shift, log["log_v"], atol=1e-6)
+    full = ot.solve(c, a, b, reg=reg, reg_type="KL", max_iter=20_000, tol=1e-12)
+    assert r.value == pytest.approx(full.value, abs=1e-8) and r.value_linear == pytest.approx(full.value_linear, abs=1e-8)
+
+
+C, A, B = uniform(4, 5), weights(4), weights(5)
+BAD = [
+    ({"M": [[1.0]]}, TypeError, "solve: M is list, expected a tensor or a numpy array"),
+    ({"M": C.long()}, TypeError, "solve: M is torch.int64, expected torch.float32 or torch.float64"),
+    ({"M": C[0]}, ValueError, "solve: M has shape [5], expected [n, m] or [B, n, m]"),
+    ({"M": C[:0]}, ValueError, "solve: M has shape [0, 5], expected at least one row and one column"),
+    ({"M": C * math.nan}, ValueError, "solve: M contains nan, expected finite costs, or inf for a pair that is forbidden"),
+    ({"M": C - math.inf}, ValueError, "solve: M contains -inf, expected finite costs"),
+    ({"a": A[:3]}, ValueError, "solve: a has shape [3], expected [4]"),
+    ({"a": A.float()}, ValueError, "solve: a is torch.float32 on cpu, expected torch.float64 on cpu like M"),
+    ({"a": -A}, ValueError, f"solve: a contains {-float(A[0])}, expected finite weights that are not negative"),
+    ({"b": B * math.nan}, ValueError, "solve: b contains nan, expected finite weights that are not negative"),
+    ({"a": 0 * A, "b": 0 * B}, ValueError, "solve: a has a sum of 0, expected some mass"),
+    ({"b": 2 * B}, ValueError, "solve: b has a sum of 2, expected 1 like a"),
+    ({"reg": 0}, ValueError, "solve: reg is 0, expected 0 < reg < inf"),
+    ({"method": "exact"}, ValueError, "solve: method is 'exact', expected 'auto', 'sinkhorn', 'newton', 'sns'"),
+    ({"tol": -1}, ValueError, "solve: tol is -1, expected 0 <= tol < inf"),
+    ({"max_iterations": 0}, ValueError, "solve: max_iterations is 0, expected at least 1"),
+    ({"warmstart": (A, A)}, ValueError, "solve: warmstart g has shape [4], expected [5]"),
+    ({"warmstart": (A * math.nan, B)}, ValueError, "solve: warmstart f contains nan, expected finite potentials or -inf"),
+]
+
+
+@pytest.mark.parametrize("given, error, message", BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_solve_refuses(given, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        solve(**({"a": A, "b": B, "M": C, "reg": 0.1} | given))
+
+
+CLOUDS = [
+    ((C, C, "sqeuclid"), ValueError, "PointCloud: cost is 'sqeuclid', expected 'sqeuclidean', 'euclidean', 'l1', 'cosine'"),
+    ((C[0], C), ValueError, "PointCloud: x has shape [5], expected [n, d] or [B, n, d]"),
+    ((C, C[:, 1:]), ValueError, "PointCloud: y has shape [4, 4], expected [m, 5] like x"),
+    ((C, C.float()), ValueError, "PointCloud: y is torch.float32 on cpu, expected torch.float64 on cpu like x"),
+    ((C, C * math.inf), ValueError, "PointCloud: points are not finite"),
+]
+
+
+@pytest.mark.parametrize("given, error, message", CLOUDS, ids=lambda v: v if isinstance(v, str) else "")
+def test_clouds_refuse(given, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        PointCloud(*given)
