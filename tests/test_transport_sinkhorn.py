@@ -10,7 +10,7 @@ import torch
 
 import dither
 from dither import reference
-from dither.transport import PointCloud, solve
+from dither.transport import PointCloud, sinkhorn, sinkhorn2, solve
 from dither.transport.costs import prepared
 from machines import machine
 
@@ -438,6 +438,38 @@ def test_plans_are_those_of_pot(reg):
     np.testing.assert_allclose(r.potentials[1] + shift, log["log_v"], atol=1e-6)
     full = ot.solve(c, a, b, reg=reg, reg_type="KL", max_iter=20_000, tol=1e-12)
     assert r.value == pytest.approx(full.value, abs=1e-8) and r.value_linear == pytest.approx(full.value_linear, abs=1e-8)
+
+
+@pytest.mark.parametrize("method", ("sinkhorn", "sinkhorn_log"))
+def test_functions_of_pot(method):
+    ot = pytest.importorskip("ot")
+    c, a, b = uniform(40, 30).numpy()[::-1], weights(40).numpy(), weights(4, 30, seed=1).numpy().T
+    given = {"reg": 0.02, "method": method, "stopThr": 1e-11, "numItermax": 5000}
+    want, want_log = ot.sinkhorn(a, b[:, 0], c, log=True, **given)
+    got, log = sinkhorn(a, b[:, 0], c, log=True, **given)
+    np.testing.assert_allclose(got, want, atol=1e-9)
+    assert (
+        set(log) == {"err", "niter", "u", "v", "log_u", "log_v", "warmstart"} <= set(want_log) | {"log_u", "log_v", "warmstart"}
+    )
+    np.testing.assert_allclose(log["u"][:, None] * np.exp(-c / 0.02) * log["v"], want, atol=1e-9)
+    assert sinkhorn2(a, b[:, 0], c, **given) == pytest.approx(ot.sinkhorn2(a, b[:, 0], c, **given), abs=1e-9)
+    assert sinkhorn([], [], c, 0.1).sum() == pytest.approx(1)
+    np.testing.assert_allclose(sinkhorn2(a, b, c, **given), ot.sinkhorn2(a, b, c, **given), atol=1e-8)
+    _, log = sinkhorn(a, b[:, 0], c, log=True, warmstart=log["warmstart"], **given)
+    assert log["niter"] <= 2
+
+
+def test_functions_of_pot_without_it():
+    c, a, b = uniform(40, 30), weights(40), weights(4, 30, seed=1)
+    costs, log = sinkhorn2(a, b.T, c, 0.02, log=True)
+    for k in range(4):
+        plan, one = sinkhorn(a, b[k], c, 0.02, method="newton", log=True)
+        assert float((plan * c).sum()) == pytest.approx(float(costs[k]), rel=1e-6)
+        torch.testing.assert_close(one["u"][:, None] * torch.exp(-c / 0.02) * one["v"], plan, rtol=1e-9, atol=1e-12)
+    assert log["u"].shape == (40, 4) and log["v"].shape == (30, 4) and len(log["err"]) == len(log["warmstart"]) == 4
+    assert sinkhorn2(a, b.T, c, 0.02, log=True, warmstart=log["warmstart"])[1]["niter"] <= 2
+    with pytest.raises(ValueError, match=r"^sinkhorn: method is 'x', expected 'sinkhorn'"):
+        sinkhorn(a, b[0], c, 0.02, method="x")
 
 
 C, A, B = uniform(4, 5), weights(4), weights(5)

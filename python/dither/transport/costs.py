@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,9 @@ def as_tensor(owner: str, name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         if type(value).__module__ != "numpy":
             raise TypeError(f"{owner}: {name} is {type(value).__name__}, expected a tensor or a numpy array")
-        value = torch.as_tensor(value)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
+            value = torch.as_tensor(value.copy() if any(step < 0 for step in value.strides) else value)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{owner}: {name} is {value.dtype}, expected torch.float32 or torch.float64")
     return value
@@ -129,7 +132,8 @@ def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
             if most == torch.inf:
                 most = float(torch.where(c < torch.inf, c, least).max())
             spread = most - least if most > -torch.inf else 0.0
-        costs = Costs((c if batched else c.unsqueeze(0)).contiguous(), None, 0, spread)
+        x = c if batched else c.unsqueeze(0)
+        costs = Costs((x[:1] if x.stride(0) == 0 else x).contiguous(), None, 0, spread)  # one for all, where it was expanded
     if 0 in costs.size:
         raise ValueError(f"{owner}: M has shape {list(m.shape)}, expected at least one row and one column")
     return costs, batched

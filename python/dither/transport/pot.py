@@ -1,0 +1,100 @@
+"""POT's `sinkhorn` and `sinkhorn2`, so that code written for them runs on `solve`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._checks import one_of
+from .solve import METHODS, Transport, solve
+
+POT_METHODS = ("sinkhorn", "sinkhorn_log", "greenkhorn", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling")
+
+
+def sinkhorn(
+    a: Any,
+    b: Any,
+    M: Any,
+    reg: float,
+    method: str = "sinkhorn",
+    numItermax: int = 1000,
+    stopThr: float = 1e-9,
+    verbose: bool = False,
+    log: bool = False,
+    warn: bool = True,
+    warmstart: Any = None,
+    **others: Any,
+) -> Any:
+    """The plan [n, m] as `ot.sinkhorn` gives it, or the costs <P, M> [k] where b is [m, k]; with `log` a dict too.
+
+    a and b may be empty: uniform weights. method: POT's names all stand for one solver, `solve`'s "auto", in the log domain; or
+    "auto", "newton", "sns". stopThr bounds the L1 error of the marginals, which POT's L2 norm never exceeds. warmstart: (log u,
+    log v). POT's other options, which tune its own iterations, are ignored.
+    The dict: err, niter, u, v, log_u, log_v and warmstart.
+    """
+    result, many = _solved("sinkhorn", a, b, M, reg, method, numItermax, stopThr, verbose, warn, warmstart)
+    found = result.value_linear if many else result.plan
+    return (found, _log(result, many)) if log else found
+
+
+def sinkhorn2(
+    a: Any,
+    b: Any,
+    M: Any,
+    reg: float,
+    method: str = "sinkhorn",
+    numItermax: int = 1000,
+    stopThr: float = 1e-9,
+    verbose: bool = False,
+    log: bool = False,
+    warn: bool = True,
+    warmstart: Any = None,
+    **others: Any,
+) -> Any:
+    """<P, M> as `ot.sinkhorn2` gives it, a number, or [k] where b is [m, k]. Otherwise as `sinkhorn`."""
+    result, many = _solved("sinkhorn2", a, b, M, reg, method, numItermax, stopThr, verbose, warn, warmstart)
+    found = result.value_linear
+    return (found, _log(result, many)) if log else found
+
+
+def _solved(
+    owner: str,
+    a: Any,
+    b: Any,
+    m: Any,
+    reg: float,
+    method: str,
+    most: int,
+    tol: float,
+    verbose: bool,
+    warn: bool,
+    warmstart: Any,
+) -> tuple[Transport, bool]:
+    one_of(owner, "method", method, (*POT_METHODS, *METHODS))
+    m, a, b = (np.asarray(v, dtype=np.float64) if isinstance(v, (list, tuple)) else v for v in (m, a, b))
+    many = b is not None and b.ndim == 2
+    a, b = (None if w is None or 0 in w.shape else w for w in (a, b))
+    if many:
+        count = b.shape[1]
+        b = b.T
+        stack = torch.stack if isinstance(m, torch.Tensor) else np.stack
+        m = m.expand(count, *m.shape) if isinstance(m, torch.Tensor) else np.broadcast_to(m, (count, *m.shape))
+        if warmstart is not None:
+            warmstart = tuple(stack([w[side] for w in warmstart]) for side in (0, 1))
+    result = solve(a, b, m, reg, "auto" if method in POT_METHODS else method, max(tol, 0.0), most, warmstart, warn)
+    if verbose:
+        print(f"{owner}: {result.status}, {result.iterations} iterations, error {result.error}")
+    return result, many
+
+
+def _log(result: Transport, many: bool) -> dict[str, Any]:
+    f, g = result.potentials
+    exp = np.exp if isinstance(f, np.ndarray) else torch.exp
+    if many:
+        f, g = f.T, g.T
+    history = result.history if many else result.history[0]
+    warm = [(f[:, k], g[:, k]) for k in range(f.shape[1])] if many else (f, g)
+    count = int(np.max(np.asarray(result.iterations)))
+    return {"err": history, "niter": count, "u": exp(f), "v": exp(g), "log_u": f, "log_v": g, "warmstart": warm}
