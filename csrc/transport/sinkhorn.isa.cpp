@@ -84,10 +84,20 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
       }
     });
     T factor[kRowBlock];
+    bool usual = count == kRowBlock && s.exact();
     for (int r = 0; r < kRowBlock; ++r) {
+      total[r] = double(sum_of<T>(sum[r]));
+      usual &= total[r] > kLeastRow<T> && total[r] < kMostRow<T>;  // so that a is not 0
+    }
+    if (usual) {
+      double ratio[kRowBlock];
+      for (int r = 0; r < kRowBlock; ++r) ratio[r] = a[i + r] / total[r];
+      for (int r = 0; r < kRowBlock; ++r) factor[r] = T(ratio[r]);
+      for (int r = 0; r < kRowBlock; ++r) f[i + r] = base[r] + logarithm(ratio[r]) * kLog2e;
+    }
+    for (int r = 0; r < kRowBlock && !usual; ++r) {
       factor[r] = 0;
       if (r >= count) continue;
-      total[r] = double(sum_of<T>(sum[r]));
       if (!(a[i + r] > 0.0)) {
         f[i + r] = none;
         continue;

@@ -90,13 +90,15 @@ static INLINE Vector<T> power(Vector<T> x) {
 #endif
 }
 
+// The lanes of a vector by halves.
+template <int kHalf, class V>
+static INLINE V fold_lanes(V v) {
+  if constexpr (kHalf == 0) return v;
+  else return fold_lanes<kHalf / 2>(v + shuffle(v, v, [](int i) { return i + kHalf; }));
+}
 template <class T>
 static INLINE T sum_of(Vector<T> v) {
-  T lanes[Lanes<T>::count];
-  store(lanes, v);
-  for (int half = Lanes<T>::count / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
+  return fold_lanes<Lanes<T>::count / 2>(v)[0];
 }
 
 // The scale in two parts, so that in float its rounding does not act as another reg.
