@@ -1,5 +1,6 @@
 #include "sinkhorn.h"
 
+#include <atomic>
 #include <cmath>
 #include <new>
 
@@ -191,21 +192,22 @@ static void sinkhorn_(const Tensor& x, const std::optional<Tensor>& y, int64_t g
 
 // ---- CPU: sums over a plan, and Newton's direction
 
-// columns = sum over chunks of rows of what plan_rows gives.
-static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& rounded, const double* f, const PlanSums& sums,
-                         double* columns) {
+// columns = sum over chunks of rows of what plan_rows gives. y: nullptr, or the vector of the Schur complement with a.
+static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& rounded, const double* f, const double* y,
+                         const double* a, double* row_sums, double* linear, double* columns) {
   const Chunks chunks = row_chunks(c.n);
+  const int64_t item = c.narrow ? 4 : 8, pitch = whole_lines(c.m, item) * item;
+  const Room parts(chunks.count * pitch), vector(pitch);
   const auto rows = DITHER_PICK_ISA(plan_rows);
-  std::vector<double> parts(chunks.count * c.m);
+  DITHER_PICK_ISA(plan_vector)(c, rounded.columns, y, vector.get());
+  const PlanSums sums{vector.get(), row_sums, linear, a};
   parallel(chunks.count, std::max<int64_t>(1, kWorthThreads / (chunks.size * c.m)), [&](int64_t lo, int64_t hi) {
     const Room scratch(row_scratch(c));
     for (int64_t k = lo; k < hi; ++k)
       rows(c, problem, k * chunks.size, std::min(c.n, (k + 1) * chunks.size), rounded.columns, f, sums, scratch.get(),
-           &parts[k * c.m]);
+           parts.get() + k * pitch);
   });
-  for (int64_t j = 0; j < c.m; ++j) columns[j] = parts[j];
-  for (int64_t k = 1; k < chunks.count; ++k)
-    for (int64_t j = 0; j < c.m; ++j) columns[j] += parts[k * c.m + j];
+  DITHER_PICK_ISA(join_columns)(c, chunks.count, parts.get(), columns);
 }
 
 [[maybe_unused]] static void plan_sums_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale,
@@ -224,7 +226,7 @@ static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& 
   for (int64_t i = 0; i < batch; ++i) {
     const auto f2 = in_base_2(doubles(f) + i * c.n, c.n), g2 = in_base_2(doubles(g) + i * c.m, c.m);
     rounded.round(c, g2.data());
-    plan_sums_of(c, i, rounded, f2.data(), {doubles_of(rows) + i * c.n, doubles_of(linear) + i * c.n, nullptr, nullptr},
+    plan_sums_of(c, i, rounded, f2.data(), nullptr, nullptr, doubles_of(rows) + i * c.n, doubles_of(linear) + i * c.n,
                  doubles_of(columns) + i * c.m);
   }
 }
@@ -233,75 +235,60 @@ static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& 
 struct Entries {
   std::vector<int64_t> start{0};
   std::vector<int32_t> at;
+  std::vector<int16_t> exponents;  // of their scores
   std::vector<double> values;
-  double left = 0;  // scores of the others
+  std::vector<double> mass = std::vector<double>(kExponents);  // of scores, by exponent; of what is left out: 0
 };
 
-// Entries with scores of at least `least`; fewer rows if there are more than `most` of them.
-static Entries entries_of(const Costs& c, const RoundedColumns& rounded, const double* f, const double* a, const double* b,
-                          double least, int64_t most) {
+// The entries whose scores, as small as they are, are more than `allowed` in sum; incomplete if there are more than `most`.
+static bool entries_of(const Costs& c, const RoundedColumns& rounded, const double* f, const double* a, const double* b,
+                       double allowed, int64_t most, Entries& all) {
   const Chunks chunks = row_chunks(c.n);
   std::vector<Entries> parts(chunks.count);
   std::vector<double> inverse_b(c.m);
   for (int64_t j = 0; j < c.m; ++j) inverse_b[j] = b[j] > 0.0 ? 1.0 / b[j] : 0.0;
+  const double least = allowed / (double(c.n) * double(c.m));
   const auto row = DITHER_PICK_ISA(plan_entries);
+  std::atomic<int64_t> found{0};
+  const int64_t bound = most + most / 4;
   parallel(chunks.count, std::max<int64_t>(1, kWorthThreads / (chunks.size * c.m)), [&](int64_t lo, int64_t hi) {
     const Room scratch(row_scratch(c));
-    std::vector<int32_t> at(c.m);
-    std::vector<double> values(c.m);
     for (int64_t k = lo; k < hi; ++k) {
       Entries& e = parts[k];
+      int64_t size = 0;
       for (int64_t i = k * chunks.size; i < std::min(c.n, (k + 1) * chunks.size); ++i) {
+        if (found.load(std::memory_order_relaxed) > bound) return;
+        if (int64_t(e.at.size()) < size + c.m) {
+          e.at.resize(2 * size + c.m);
+          e.exponents.resize(e.at.size());
+          e.values.resize(e.at.size());
+        }
         int64_t count = 0;
-        if (a[i] > 0.0 && int64_t(e.at.size()) <= most)
-          count = row(c, 0, i, rounded.columns, f[i], 1.0 / a[i], inverse_b.data(), least, scratch.get(), at.data(),
-                      values.data(), &e.left);
-        e.at.insert(e.at.end(), at.begin(), at.begin() + count);
-        e.values.insert(e.values.end(), values.begin(), values.begin() + count);
-        e.start.push_back(int64_t(e.at.size()));
+        if (a[i] > 0.0)
+          count = row(c, 0, i, rounded.columns, f[i], 1.0 / a[i], inverse_b.data(), least, scratch.get(),
+                      {&e.at[size], &e.exponents[size], &e.values[size]}, e.mass.data());
+        size += count;
+        found += count;
+        e.start.push_back(size);
       }
     }
   });
-  Entries all = std::move(parts[0]);
-  for (size_t k = 1; k < parts.size(); ++k) {
-    const int64_t base = int64_t(all.at.size());
-    for (size_t i = 1; i < parts[k].start.size(); ++i) all.start.push_back(base + parts[k].start[i]);
-    all.at.insert(all.at.end(), parts[k].at.begin(), parts[k].at.end());
-    all.values.insert(all.values.end(), parts[k].values.begin(), parts[k].values.end());
-    all.left += parts[k].left;
-  }
-  return all;
-}
-
-// Leaves out the smallest entries too, while all that is left out stays below `allowed`.
-static void drop_smallest(Entries& e, const double* a, const double* b, double allowed) {
-  constexpr int kBins = 2200, kMiddle = 1100;
-  std::vector<double> mass(kBins);
-  std::vector<int16_t> bin(e.at.size());
-  const int64_t n = int64_t(e.start.size()) - 1;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t k = e.start[i]; k < e.start[i + 1]; ++k) {
-      const double score = e.values[k] * std::max(1.0 / a[i], 1.0 / b[e.at[k]]);
-      int exponent;
-      std::frexp(score, &exponent);
-      bin[k] = int16_t(std::clamp(exponent + kMiddle, 0, kBins - 1));
-      mass[bin[k]] += score;
+  if (found > bound) return false;
+  for (const Entries& e : parts)
+    for (int k = 0; k < kExponents; ++k) all.mass[k] += e.mass[k];
+  double left = all.mass[0];
+  int first = 1;
+  for (; first < kExponents - 1 && left + all.mass[first] <= allowed; ++first) left += all.mass[first];
+  for (const Entries& e : parts)
+    for (size_t i = 1; i < e.start.size(); ++i) {
+      for (int64_t k = e.start[i - 1]; k < e.start[i]; ++k)
+        if (e.exponents[k] >= first) {
+          all.at.push_back(e.at[k]);
+          all.values.push_back(e.values[k]);
+        }
+      all.start.push_back(int64_t(all.at.size()));
     }
-  int first = 0;
-  for (; first < kBins - 1 && e.left + mass[first] <= allowed; ++first) e.left += mass[first];
-  int64_t kept = 0;
-  for (int64_t i = 0, begin = 0; i < n; ++i) {
-    const int64_t end = e.start[i + 1];
-    for (int64_t k = begin; k < end; ++k)
-      if (bin[k] >= first) {
-        e.at[kept] = e.at[k];
-        e.values[kept++] = e.values[k];
-      }
-    begin = end;
-    e.start[i + 1] = kept;
-  }
-  e.at.resize(kept);
-  e.values.resize(kept);
+  return int64_t(all.at.size()) <= most;
 }
 
 // y <- c y - P^T ((P y) / a), the kept entries of P.
@@ -393,7 +380,7 @@ struct NewtonProblem {
   }
 };
 
-// info: entries kept, least score, iterations, whether they converged.
+// info: entries kept, iterations, whether they converged.
 [[maybe_unused]] static void newton_direction_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale,
                                                bool narrow, const Tensor& a, const Tensor& b, const Tensor& f, const Tensor& g,
                                                const Tensor& columns, const Tensor& rhs, double delta, double density,
@@ -403,33 +390,30 @@ struct NewtonProblem {
   const Costs& c = s.p.c;
   check_doubles(op, "rhs", rhs, {1, c.m}, x);
   check_doubles(op, "direction", direction, {1, c.m}, x);
-  check_doubles(op, "info", info, {4}, x);
+  check_doubles(op, "info", info, {3}, x);
   std::vector<double> residual(doubles(rhs), doubles(rhs) + c.m), inverse(c.m), solution(c.m);
   for (int64_t j = 0; j < c.m; ++j) inverse[j] = s.columns[j] > 0.0 ? 1.0 / s.columns[j] : 0.0;
-  // The scores are at least 1 in sum for every row and column, so that what lies below `least` is less than delta of them.
-  const double allowed = delta * double(std::max(c.n, c.m)), least = allowed / (double(c.n) * double(c.m));
+  // The scores of a row or a column are about 1 in sum.
+  const double allowed = delta * double(std::max(c.n, c.m));
   constexpr double kMostEntries = 1 << 25;
   const int64_t most = int64_t(std::min(kMostEntries, density * double(c.n) * double(c.m)));
   double* report = doubles_of(info);
   Solved solved;
-  Entries kept = most > 0 ? entries_of(c, s.rounded, s.f.data(), s.a, s.b, least, 2 * most) : Entries{};
-  const bool complete = most > 0 && int64_t(kept.at.size()) <= 2 * most;
-  if (complete) drop_smallest(kept, s.a, s.b, allowed);
-  if (complete && int64_t(kept.at.size()) <= most) {
+  Entries kept;
+  if (most > 0 && entries_of(c, s.rounded, s.f.data(), s.a, s.b, allowed, most, kept)) {
     report[0] = double(kept.at.size());
     solved = conjugate_gradients(SparseSchur{kept, s.a, s.columns, c.n, c.m}, inverse, residual, tol, iterations, solution);
   } else {
     report[0] = double(c.n) * double(c.m);
     std::vector<double> product(c.m);
     const auto matrix = [&](const std::vector<double>& v, std::vector<double>& out) {
-      plan_sums_of(c, 0, s.rounded, s.f.data(), {nullptr, nullptr, s.a, v.data()}, product.data());
+      plan_sums_of(c, 0, s.rounded, s.f.data(), v.data(), s.a, nullptr, nullptr, product.data());
       for (int64_t j = 0; j < c.m; ++j) out[j] = s.columns[j] * v[j] - product[j];
     };
     solved = conjugate_gradients(matrix, inverse, residual, tol, iterations, solution);
   }
-  report[1] = least;
-  report[2] = double(solved.iterations);
-  report[3] = solved.converged;
+  report[1] = double(solved.iterations);
+  report[2] = solved.converged;
   std::copy(solution.begin(), solution.end(), doubles_of(direction));
 }
 
@@ -442,9 +426,8 @@ struct NewtonProblem {
   const NewtonProblem s(op, x, y, ground, scale, narrow, a, b, f, g, columns);
   const Costs& c = s.p.c;
   check_doubles(op, "out", out, {c.m, c.m}, x);
-  const double allowed = delta * double(std::max(c.n, c.m)), least = allowed / (double(c.n) * double(c.m));
-  Entries kept = entries_of(c, s.rounded, s.f.data(), s.a, s.b, least, c.n * c.m);
-  drop_smallest(kept, s.a, s.b, allowed);
+  Entries kept;
+  entries_of(c, s.rounded, s.f.data(), s.a, s.b, delta * double(std::max(c.n, c.m)), c.n * c.m, kept);
   double* to = doubles_of(out);
   std::vector<double> diagonal(c.m), held(c.m);
   std::fill(to, to + c.m * c.m, 0.0);

@@ -100,15 +100,23 @@ DITHER_PER_ISA(double column_log(const Costs&, int64_t problem, int64_t j, const
 
 // Sums over the plan of given potentials, rows lo .. hi of a problem.
 struct PlanSums {
+  const void* y;          // as plan_vector gives it, of ones
   double *rows, *linear;  // sum_j P_ij, sum_j P_ij C_ij; or nullptr
-  const double *a, *y;    // nullptr, or the Schur complement's: columns get sum_i P_ij (P y)_i / a_i instead of sum_i P_ij
+  const double* a;        // nullptr; or columns get sum_i P_ij (P y)_i / a_i, instead of sum_i P_ij
 };
+DITHER_PER_ISA(void plan_vector(const Costs&, const Columns&, const double* y, void* to))
 DITHER_PER_ISA(void plan_rows(const Costs&, int64_t problem, int64_t lo, int64_t hi, const Columns&, const double* f,
-                              const PlanSums&, void* scratch, double* columns))
-// Entries of row i with P_ij max(1 / a_i, 1 / b_j) >= least, and their number; left += the scores of the others.
+                              const PlanSums&, void* scratch, void* columns))
+// Entries of row i whose scores P_ij max(1 / a_i, 1 / b_j) are at least `least`, and their number. mass[exponent] += score, all
+// the others in mass[0].
+struct KeptEntries {
+  int32_t* at;
+  int16_t* exponents;  // of scores, as they are in a double's bits
+  double* values;
+};
+constexpr int kExponents = 2048;
 DITHER_PER_ISA(int64_t plan_entries(const Costs&, int64_t problem, int64_t i, const Columns&, double f, double inverse_a,
-                                    const double* inverse_b, double least, void* scratch, int32_t* at, double* values,
-                                    double* left))
+                                    const double* inverse_b, double least, void* scratch, const KeptEntries&, double* mass))
 
 // ---- CUDA
 

@@ -140,7 +140,7 @@ def newton_direction_(
 
     Conjugate gradients with the diagonal `columns` as preconditioner, from 0 until the preconditioned residual is tol times
     what it was; one problem. P is thinned out by delta (`kept_entries`), unless more than the share `density` of it is left.
-    info: entries kept, the least score, iterations, and whether they converged.
+    info: entries kept, iterations, and whether they converged.
     """
     full = plan(x, y, ground, scale, f, g)[0]
     p, size = kept_entries(full, a[0], b[0], delta), full.numel()
@@ -167,7 +167,7 @@ def newton_direction_(
         before, rho = rho, float(residual @ z)
         step = z + rho / before * step
     direction.copy_(solution)
-    info.copy_(torch.tensor([kept, delta * max(full.shape) / size, count, converged], dtype=info.dtype))
+    info.copy_(torch.tensor([kept, count, converged], dtype=info.dtype))
 
 
 def schur_matrix_(

@@ -96,14 +96,14 @@ def schur_solve(
     Of the scores P_ij max(1/a_i, 1/b_j) the share delta may be left out; if more than `density` of the entries remain, all are
     computed again for every product.
     """
-    direction, info = torch.empty_like(rhs), rhs.new_empty(4)
+    direction, info = torch.empty_like(rhs), rhs.new_empty(3)
     write(
         "newton_direction_",
         [direction, info],
         *(costs.x, costs.y, costs.ground, 1 / reg, narrow, a, b, f, g, columns, rhs, delta, density, tol, iterations),
         *(direction, info),
     )
-    kept, _, count, converged = info.tolist()
+    kept, count, converged = info.tolist()
     return Solved(direction, int(kept), int(count), bool(converged))
 
 
