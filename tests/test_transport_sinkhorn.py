@@ -297,6 +297,16 @@ def test_the_grid_converges(kind, reg):
     assert values[0] == pytest.approx(values[1], abs=1e-9)
 
 
+@pytest.mark.parametrize("sparse", (0.0, 1.0))
+def test_direct_solves(sparse, monkeypatch):
+    """Where conjugate gradients give up, both factorisations help."""
+    if sparse:
+        pytest.importorskip("scipy")
+    monkeypatch.setattr("dither.transport.newton._SPARSE", sparse)
+    r = solve(None, None, instance("P64", 250), 1e-3, method="newton")
+    assert r.converged and r.newton_steps <= 40  # 20 were found
+
+
 @pytest.mark.parametrize("kind", ("P2", "P64"))
 def test_mass_arrives(kind):
     """Where a stabilised solver that resets its scalings returned plans of mass 1e-6."""
@@ -358,6 +368,15 @@ def test_point_clouds(cost, method):
     assert cloud.shape == (2, 120, 90) and r.plan.shape == (2, 120, 90)
     for name in ("plan", "value", "value_linear"):
         torch.testing.assert_close(getattr(r, name), getattr(want, name), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("cost", ("sqeuclidean", "l1"))
+def test_point_clouds_of_float32(cost):
+    x, y = normal(150, 3, dtype=F32), normal(130, 3, seed=1, dtype=F32)
+    r = solve(None, None, PointCloud(x, y, cost), 0.02)
+    assert r.converged and r.plan.dtype == F32
+    want = solve(None, None, PointCloud(x.double(), y.double(), cost), 0.02)
+    assert r.value == pytest.approx(want.value, rel=1e-7)
 
 
 def test_point_clouds_have_no_matrix():

@@ -53,7 +53,7 @@ def sweep(
     write(
         "sinkhorn_",
         [f, g, found.columns, found.errors, found.done],
-        *(costs.x, costs.y, costs.ground, 1 / reg, a, b, narrow, *damping, omega, iterations, tol),
+        *(*costs.arguments(narrow), 1 / reg, a, b, narrow, *damping, omega, iterations, tol),
         *(f, g, found.columns, found.errors, found.done),
     )
     return found
@@ -62,7 +62,7 @@ def sweep(
 def plan_sums(costs: Costs, reg: float, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j P_ij, sum_j P_ij C_ij, [B, n], and sum_i P_ij, [B, m]."""
     out = torch.empty_like(f), torch.empty_like(f), torch.empty_like(g)
-    write("plan_sums_", list(out), costs.x, costs.y, costs.ground, 1 / reg, False, f, g, *out)
+    write("plan_sums_", list(out), *costs.arguments(False), 1 / reg, False, f, g, *out)
     return out
 
 
@@ -100,7 +100,7 @@ def schur_solve(
     write(
         "newton_direction_",
         [direction, info],
-        *(costs.x, costs.y, costs.ground, 1 / reg, narrow, a, b, f, g, columns, rhs, delta, density, tol, iterations),
+        *(*costs.arguments(narrow), 1 / reg, narrow, a, b, f, g, columns, rhs, delta, density, tol, iterations),
         *(direction, info),
     )
     kept, count, converged = info.tolist()
@@ -124,6 +124,6 @@ def schur_matrix(
     write(
         "schur_matrix_",
         [out],
-        *(costs.x, costs.y, costs.ground, 1 / reg, narrow, a, b, f, g, columns, delta, shift, out),
+        *(*costs.arguments(narrow), 1 / reg, narrow, a, b, f, g, columns, delta, shift, out),
     )
     return out

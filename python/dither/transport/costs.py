@@ -24,7 +24,8 @@ def as_tensor(owner: str, name: str, value: Any) -> Tensor:
             value = torch.as_tensor(value.copy() if any(step < 0 for step in value.strides) else value)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{owner}: {name} is {value.dtype}, expected torch.float32 or torch.float64")
-    return value
+    detached: Tensor = value.detach()
+    return detached
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ class Costs:
     def size(self) -> tuple[int, int]:
         return self.x.shape[1], (self.x if self.y is None else self.y).shape[2]
 
+    def arguments(self, narrow: bool) -> tuple[Tensor, Tensor | None, int]:
+        """What an operator takes. Distances are computed in the type of the points, so that these are widened unless narrow."""
+        if self.y is None or narrow:
+            return self.x, self.y, self.ground
+        return self.x.double(), self.y.double(), self.ground
+
     def select(self, problem: int) -> Costs:
         """One problem of the batch."""
         x, y = (None if t is None else t if t.shape[0] == 1 else t[problem : problem + 1] for t in (self.x, self.y))
@@ -96,13 +103,12 @@ class Costs:
 
     def plan(self, reg: float, f: Tensor, g: Tensor) -> Tensor:
         """exp(f_i + g_j - C_ij / reg), [B, n, m] in float64; 0 where a weight or a pair takes no part."""
-        if self.y is None:
-            c = self.x.double()
+        x, y, ground = self.arguments(False)
+        if y is None:
+            c = x.double()
         else:
-            c = torch.cdist(
-                self.x, self.y.mT, p=1 if self.ground == 3 else 2, compute_mode="donot_use_mm_for_euclid_dist"
-            ).double()
-            c = c.square() if self.ground == 1 else c
+            c = torch.cdist(x, y.mT, p=1 if ground == 3 else 2, compute_mode="donot_use_mm_for_euclid_dist")
+            c = c.square() if ground == 1 else c
         return torch.exp(f.unsqueeze(-1) + g.unsqueeze(-2) - c / reg)
 
 

@@ -8,18 +8,21 @@ Newton iterations", which thins out the Hessian of both potentials). A trial ste
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .._extras import MissingExtra, require
 from . import _core
 from .costs import Costs
 
 LEVEL = 0.05  # the error at which reg shrinks
 _DROPPED = 0.02  # share of the plan that the first Hessian may lack
 _DIRECT = 4000  # columns of a Schur complement that is factorised
+_SPARSE = 0.008  # of its entries, up to which scipy's factors are smaller
 
 
 @dataclass
@@ -134,10 +137,20 @@ def _line_search(
 
 
 def _direct(matrix: Tensor, rhs: Tensor) -> Tensor:
-    """The solution by Cholesky's method; the shift makes the matrix positive definite but for rounding."""
-    for _ in range(8):
+    """The solution by a factorisation: a sparse one where that pays and scipy is there, or Cholesky's."""
+    if matrix.device.type == "cpu" and int(matrix.count_nonzero()) < _SPARSE * matrix.numel():
+        with contextlib.suppress(MissingExtra):
+            return _sparse_direct(matrix, rhs)
+    for _ in range(8):  # positive definite by its shift, but for rounding
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             return torch.cholesky_solve(rhs.mT, factor).mT
         matrix.diagonal().mul_(1 + 1e-10)
     return rhs / matrix.diagonal()
+
+
+def _sparse_direct(matrix: Tensor, rhs: Tensor) -> Tensor:
+    linalg, sparse = (require(f"scipy.sparse{name}", extra="transport") for name in (".linalg", ""))
+    options = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
+    factor = linalg.splu(sparse.csc_matrix(matrix.numpy()), **options)
+    return torch.from_numpy(factor.solve(rhs[0].numpy())).unsqueeze(0)

@@ -125,6 +125,7 @@ def solve(
     50. warmstart: potentials (f, g) of an earlier result, for Sinkhorn. warn: warn where tol was not reached.
 
     float32 costs are taken as they are: sweeps near the solution compute in float64, and reach any tol that float64 costs do.
+    No gradients flow.
     """
     owner = "solve"
     one_of(owner, "method", method, METHODS)
