@@ -69,6 +69,7 @@ EDGES: dict[str, set[str] | None] = {
     "sparsity": {"ops", "noise", "optim", "_checks", "_extras"},
     "privacy": {"ops", "noise", "optim", "_checks", "_extras"},
     "tokens": {"ops", "noise", "_checks", "_extras"},
+    "transport": {"ops", "noise", "_checks", "_extras"},
     "bench": EVERYTHING,
     "cli": EVERYTHING,
     "demo": EVERYTHING,

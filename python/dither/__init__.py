@@ -4,7 +4,7 @@ import torch  # noqa: F401  (loads libtorch before the extension)
 
 __version__ = "0.1.0"
 
-from . import noise, ops, optim, privacy, reference, sparsity, tokens
+from . import noise, ops, optim, privacy, reference, sparsity, tokens, transport
 from .ops import build_info
 
-__all__ = ["__version__", "build_info", "noise", "ops", "optim", "privacy", "reference", "sparsity", "tokens"]
+__all__ = ["__version__", "build_info", "noise", "ops", "optim", "privacy", "reference", "sparsity", "tokens", "transport"]

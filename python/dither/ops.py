@@ -50,6 +50,7 @@ _OPS = {
     "attention_lse_": reference.tokens.attention_lse_,
     "attention_colsum_": reference.tokens.attention_colsum_,
     "attention_pagerank_": reference.tokens.attention_pagerank_,
+    "wasserstein_rows_": reference.sliced.wasserstein_rows_,
 }
 
 native: Any
