@@ -1,5 +1,16 @@
 """Optimal transport: distances of measures, their gradients, and losses made of them."""
 
+from .gaussian import (
+    bures_wasserstein_barycenter,
+    bures_wasserstein_distance,
+    bures_wasserstein_geodesic,
+    bures_wasserstein_loss,
+    bures_wasserstein_mapping,
+    forward_backward_gvi,
+    forward_backward_step,
+    matrix_sqrt,
+    sampled_moments,
+)
 from .sliced import (
     ReservoirSlicedWasserstein,
     max_sliced_wasserstein_distance,
@@ -10,8 +21,17 @@ from .sliced import (
 
 __all__ = [
     "ReservoirSlicedWasserstein",
+    "bures_wasserstein_barycenter",
+    "bures_wasserstein_distance",
+    "bures_wasserstein_geodesic",
+    "bures_wasserstein_loss",
+    "bures_wasserstein_mapping",
+    "forward_backward_gvi",
+    "forward_backward_step",
+    "matrix_sqrt",
     "max_sliced_wasserstein_distance",
     "random_projections",
+    "sampled_moments",
     "sliced_wasserstein_distance",
     "wasserstein_1d",
 ]
