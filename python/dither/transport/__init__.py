@@ -1,5 +1,6 @@
 """Optimal transport: distances of measures, their gradients, and losses made of them."""
 
+from .critic import clip_weights_, critic_loss, generator_loss, gradient_norms, gradient_penalty
 from .gaussian import (
     bures_wasserstein_barycenter,
     bures_wasserstein_distance,
@@ -11,6 +12,7 @@ from .gaussian import (
     matrix_sqrt,
     sampled_moments,
 )
+from .ordinal import MinkowskiEMDLoss, minkowski_emd_loss
 from .sliced import (
     ReservoirSlicedWasserstein,
     max_sliced_wasserstein_distance,
@@ -20,16 +22,23 @@ from .sliced import (
 )
 
 __all__ = [
+    "MinkowskiEMDLoss",
     "ReservoirSlicedWasserstein",
     "bures_wasserstein_barycenter",
     "bures_wasserstein_distance",
     "bures_wasserstein_geodesic",
     "bures_wasserstein_loss",
     "bures_wasserstein_mapping",
+    "clip_weights_",
+    "critic_loss",
     "forward_backward_gvi",
     "forward_backward_step",
+    "generator_loss",
+    "gradient_norms",
+    "gradient_penalty",
     "matrix_sqrt",
     "max_sliced_wasserstein_distance",
+    "minkowski_emd_loss",
     "random_projections",
     "sampled_moments",
     "sliced_wasserstein_distance",
