@@ -129,6 +129,28 @@ def test_gradient_is_identity_minus_map():
     torch.testing.assert_close(g, EYE - transport.bures_wasserstein_mapping(ms, mt, Cs.detach(), Ct)[0], rtol=1e-8, atol=1e-9)
 
 
+def test_transforms_of_torch_func():
+    ms, mt, Cs, Ct = gaussians(4)
+    loss = transport.bures_wasserstein_loss
+    torch.testing.assert_close(torch.func.vmap(loss)(ms, mt, Cs, Ct), loss(ms, mt, Cs, Ct))
+    of = lambda C: loss(ms, mt, C, Ct).sum()
+    leaf = Cs.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(of)(Cs), torch.autograd.grad(of(leaf), leaf)[0])
+    each = torch.func.vmap(torch.func.grad(loss, argnums=2))(ms, mt, Cs, Ct)
+    torch.testing.assert_close(each, torch.autograd.grad(of(leaf), leaf)[0])
+
+
+def test_in_single_precision():
+    ms, mt, Cs, Ct = gaussians(d=6)
+    exact = transport.bures_wasserstein_loss(ms, mt, Cs, Ct)
+    torch.testing.assert_close(
+        transport.bures_wasserstein_loss(*(t.float() for t in (ms, mt, Cs, Ct))).double(), exact, rtol=1e-5, atol=0
+    )
+    flat = covariance(6, rank=2).float().requires_grad_()
+    loss = transport.bures_wasserstein_loss(ms.float(), mt.float(), flat, Ct.float())
+    assert torch.autograd.grad(loss, flat)[0].abs().max() < 100
+
+
 def test_distance_at_zero():
     m = normal(3).requires_grad_()
     C = torch.zeros(3, 3, dtype=F64)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
@@ -115,6 +116,21 @@ def test_is_not_differentiable_twice():
     (g,) = torch.autograd.grad(transport.wasserstein_1d(u, normal(5, seed=1), p=2), u, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         g.sum().backward()
+
+
+def test_gradients_of_torch_func():
+    u, v = normal(5, 2).requires_grad_(), normal(7, 2, seed=1)
+    cost = lambda u: transport.wasserstein_1d(u, v, p=2).sum()
+    assert torch.equal(torch.func.grad(cost)(u.detach()), torch.autograd.grad(cost(u), u)[0])
+
+
+def test_works_without_kernels(monkeypatch):
+    leaves = [t.requires_grad_() for t in (normal(5, 2), normal(7, 2, seed=1), positive(5), positive(7))]
+    cost = lambda: transport.wasserstein_1d(*leaves, p=2).sum()
+    expected = torch.autograd.grad(cost(), leaves)
+    monkeypatch.setattr(dither.ops, "native", SimpleNamespace(**dither.ops._OPS))
+    for got, want in zip(torch.autograd.grad(cost(), leaves), expected):
+        torch.testing.assert_close(got, want)
 
 
 def test_against_every_assignment():

@@ -36,12 +36,16 @@ def _spectrum(c: Tensor) -> tuple[Tensor, Tensor]:
 class _Sqrt(torch.autograd.Function):
     """The root R of C; dC = R dR + dR R."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, c: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(c: Tensor) -> Tensor:  # type: ignore[override]
         values, vectors = _spectrum(c)
-        root = (vectors * values.sqrt()[..., None, :]) @ vectors.mT
-        ctx.save_for_backward(root)
-        return root
+        return (vectors * values.sqrt()[..., None, :]) @ vectors.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:  # type: ignore[override]
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
@@ -51,15 +55,19 @@ class _Sqrt(torch.autograd.Function):
 class _Lyapunov(torch.autograd.Function):
     """The symmetric X with R X + X R = G, on the range of R >= 0."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, r: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(r: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]
         values, vectors = torch.linalg.eigh(r)
         sums = values[..., :, None] + values[..., None, :]
         least = math.sqrt(r.shape[-1] * torch.finfo(r.dtype).eps) / 2 * values.amax(-1)[..., None, None]
         inner = vectors.mT @ g @ vectors
-        x = vectors @ torch.where(sums > least, inner / torch.where(sums > least, sums, 1), 0) @ vectors.mT
-        ctx.save_for_backward(r, x)
-        return x
+        return vectors @ torch.where(sums > least, inner / torch.where(sums > least, sums, 1), 0) @ vectors.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # type: ignore[override]
+        ctx.save_for_backward(inputs[0], output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

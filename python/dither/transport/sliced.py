@@ -21,34 +21,43 @@ SAMPLINGS = ("normal", "sobol")
 
 
 class _Rows(torch.autograd.Function):
-    """Costs [rows] of u [rows, n] and v [rows, m]; the kernel finds the derivatives beside them."""
+    """Costs [rows] of u [rows, n] and v [rows, m], and the derivatives that are `wanted`: the kernel finds them together."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, p: float) -> Tensor:  # type: ignore[override]
-        given = (u, v, a, b)
+    def forward(  # type: ignore[override]
+        u: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, p: float, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        given = [None if t is None else t.detach() for t in (u, v, a, b)]
         like = lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        slopes = [like(t) if t is not None and need else None for t, need in zip(given, ctx.needs_input_grad)]
+        slopes = [like(t) if want else None for t, want in zip(given, wanted)]
         cost = u.new_empty(len(u))
-        detached = [None if t is None else t.detach() for t in given]
-        write("wasserstein_rows_", [cost, *(s for s in slopes if s is not None)], *detached, p, cost, *slopes)
-        ctx.save_for_backward(*slopes, *given)
-        return cost
+        write("wasserstein_rows_", [cost, *(s for s in slopes if s is not None)], *given, p, cost, *slopes)
+        return cost, *slopes
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # type: ignore[override]
+        ctx.mark_non_differentiable(*(s for s in output[1:] if s is not None))
+        ctx.save_for_backward(*output[1:], *inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         slopes, given = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         scaled = [None if slope is None else grad[:, None] * slope for slope in slopes]
         if torch.is_grad_enabled():  # a graph of this is wanted, which must not take the slopes for constants
-            scaled = [None if g is None else _Once.apply(g, *given) for g in scaled]
-        return *scaled, None
+            scaled = [None if g is None else apply(_Once, g, *given) for g in scaled]
+        return *scaled, None, None
 
 
 class _Once(torch.autograd.Function):
     """x, which depends on the others in a way that is not differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, *others: Tensor | None) -> Tensor:  # type: ignore[override]
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -86,7 +95,8 @@ def _costs(u: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, p: float) -
     """Costs [rows] of rows u [rows, n] and v [rows, m], with weights of a row each or of all."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     a, b = (None if w is None else w.to(dtype).expand(x.shape) for w, x in ((a, u), (b, v)))
-    return apply(_Rows, u.to(dtype), v.to(dtype), a, b, p).to(u.dtype)  # type: ignore[no-any-return]
+    wanted = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in (u, v, a, b))
+    return apply(_Rows, u.to(dtype), v.to(dtype), a, b, p, wanted)[0].to(u.dtype)  # type: ignore[no-any-return]
 
 
 def wasserstein_1d(
