@@ -22,7 +22,7 @@ struct Point {
 // Stable, digit by digit from the lowest; digits that all keys share are left out.
 template <class S>
 static void sort_points(std::vector<Point<S>>& points, std::vector<Point<S>>& spare) {
-  constexpr size_t kDigits = sizeof(OrderKey<S>), kFew = 128;
+  constexpr size_t kDigits = sizeof(OrderKey<S>), kFew = 48;
   if (points.size() < kFew) return std::sort(points.begin(), points.end());
   const auto digit = [](const Point<S>& point, size_t d) { return point.key >> 8 * d & 255; };
   uint32_t starts[kDigits][256] = {};
