@@ -54,6 +54,7 @@ _OPS = {
     "plan_sums_": reference.transport.plan_sums_,
     "newton_direction_": reference.transport.newton_direction_,
     "schur_matrix_": reference.transport.schur_matrix_,
+    "wasserstein_rows_": reference.sliced.wasserstein_rows_,
 }
 
 native: Any
