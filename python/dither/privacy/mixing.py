@@ -48,16 +48,16 @@ def refuse_mixing(
     Returns False where this batch tells nothing, so that another may. Silent where it cannot decide: a model that cannot be
     copied, fails, takes another course with other samples, or does not repeat itself.
     """
-    size = x.shape[dim]
-    alike = [x.detach().narrow(dim, row, 1).expand_as(x) for row in (0, size - 1)]
-    if torch.equal(*alike) or not x.detach().isfinite().all():
-        return False
     if any("forward" in vars(m) for m in module.modules()) or any(map(is_sharded, module.parameters())):
         return True  # a function that may hold the model itself; collectives
     if torch._C._len_torch_dispatch_stack():
         return True  # results of operators may be kept for another pass
+    size = x.shape[dim]
     run = _runner(module, given, x, size, params, batch_first)
     try:
+        alike = [x.detach().narrow(dim, row, 1).expand_as(x) for row in (0, size - 1)]
+        if torch.equal(*alike) or not x.detach().isfinite().all():
+            return False
         with warnings.catch_warnings(action="ignore"):
             uses, buffers, end = run(x)
             for row, instead in enumerate(alike):

@@ -197,7 +197,6 @@ class Recorder(TorchFunctionMode):
         if known is None:
             self.samples_first(func, x)
             return lambda t: self.samples_first(func, t)
-
         if self.batch.seen is not None:
             self.look(func, x.reshape(self.batch.size, *known[1], *x.shape[1:]))
         return lambda t: t.reshape(self.batch.size, *known[1], *t.shape[1:])
@@ -841,7 +840,9 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
         arguments, keywords = pytree.tree_unflatten(new, spec)
         return func(*arguments, **keywords)
 
-    what = f"privacy: {name} uses parameter {_names(watch, [leaves[i] for i in ours])}"
+    def what() -> str:
+        return f"privacy: {name} uses parameter {_names(watch, [leaves[i] for i in ours])}"
+
     writes = _writes(name) or isinstance(kwargs.get("out"), Tensor)
     if batched and not torch.is_grad_enabled():
         if writes:
@@ -864,10 +865,10 @@ def _any_function(watch: Recorder, func: Any, name: str, args: tuple[Any, ...], 
                 watch.batch.folded[id(result)] = (result, watch.batch.folded[id(widest)][1])
             return result
     if writes:
-        raise NotImplementedError(f"{what} in place, expected a function that returns its result")
+        raise NotImplementedError(f"{what()} in place, expected a function that returns its result")
     y = call(ours, [leaves[i].detach() for i in ours])
     if not isinstance(y, Tensor) or y.dim() == 0 or y.shape[watch.along(y)] != size:
-        raise NotImplementedError(f"{what}, expected a result [samples, ...]")
+        raise NotImplementedError(f"{what()}, expected a result [samples, ...]")
     dims = [watch.along(leaves[i]) for i in batched]
 
     def one(g: Tensor | None, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
@@ -900,7 +901,7 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _refuse_mixing(
-    what: str,
+    what: Callable[[], str],
     call: Callable[..., Any],
     one: Callable[..., Any],
     at: list[int],
@@ -916,7 +917,7 @@ def _refuse_mixing(
             return t
         return torch.rand(t.shape, generator=generator, device=t.device).to(t.dtype) + 0.5
 
-    expected = f"{what}, expected a function that treats a sample as it does among others; for one of every sample, p.expand"
+    expected = "expected a function that treats a sample as it does among others; for one of every sample, p.expand"
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         some = [positive(_like(t, wide)) for t in tensors]
@@ -925,9 +926,9 @@ def _refuse_mixing(
         try:
             apart = torch.stack([one(None, some[:weights], inputs) for inputs in samples], dim)
         except (RuntimeError, IndexError) as error:
-            raise NotImplementedError(expected) from error
+            raise NotImplementedError(f"{what()}, {expected}") from error
     if apart.shape != together.shape or not torch.allclose(together, apart, rtol=1e-3, atol=1e-5, equal_nan=True):
-        raise NotImplementedError(expected)
+        raise NotImplementedError(f"{what()}, {expected}")
 
 
 def _names(watch: Recorder, ours: list[Any]) -> str:
