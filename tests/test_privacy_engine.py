@@ -2512,6 +2512,27 @@ def test_conversions_and_schedules_after_make_private_are_refused():
     optimizer.privacy.remove()
 
 
+def test_hooks_that_change_sums_without_noise_are_noticed():
+    """An optimizer of torch has the noise in p.grad by then: what hooks do to it is theirs."""
+
+    def larger(optimizer, *_):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad.mul_(100)
+
+    for make in (torch.optim.SGD, optim.SGD):
+        model = pair()
+        optimizer = private(model, make(model.parameters(), lr=0.1), noise_multiplier=1.0)
+        optimizer.step()
+        handle = optimizer.register_step_pre_hook(larger)
+        if make is torch.optim.SGD:
+            optimizer.step()
+            continue
+        with pytest.raises(RuntimeError, match=r"a hook changed the gradient of '0\.weight' inside the step"):
+            optimizer.step()
+        handle.remove()
+        optimizer.step()
+
+
 def test_a_forked_process_has_to_be_made_private_itself(monkeypatch):
     """It has the key and the clock of its parent."""
     model = pair()

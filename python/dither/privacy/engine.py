@@ -135,6 +135,7 @@ class Privacy:
         self.samples = self.nonfinite = 0
         self.norms = torch.zeros(0, dtype=torch.float64)
         self._sums: dict[Tensor, tuple[Tensor, int, Tensor]] = {}  # what p.grad holds, its version and some of its numbers
+        self._stepped: dict[Tensor, tuple[Tensor, int]] = {}  # gradients that the step adds the noise to, and their versions
         self._unclipped = torch.zeros((), dtype=torch.float64, device=self._device)  # see `_clipped`
         self._recorder: Recorder | None = None  # of the call that runs
         self._entry: nn.Module | None = None  # the module that it began with
@@ -705,6 +706,7 @@ class Privacy:
             return
         if isinstance(optimizer, FusedOptimizer):
             optimizer._set_private_noise(self._noise, std, scale)
+            self._stepped = {p: (p.grad, p.grad._version) for p in self._params if p.grad is not None}
             return
         for device in {p.device for p in self._params}:
             self._noise.clock(device)
@@ -774,6 +776,8 @@ class Privacy:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        stepped, self._stepped = self._stepped, {}
+        changed = [self._params[p] for p, (own, version) in stepped.items() if p.grad is not own or own._version != version]
         for p in self._params:
             p.grad = None
         self._sums.clear()
@@ -785,6 +789,11 @@ class Privacy:
             fraction = (float(self._unclipped) + float(count)) / self.expected_batch_size + 0.5
             self._norms[0] *= math.exp(-self.quantile_lr * (min(max(fraction, 0.0), 1.0) - self.target_quantile))
             self._unclipped.zero_()
+        if changed:
+            raise RuntimeError(
+                f"privacy: a hook changed the gradient of {changed[0]!r} inside the step, where an optimizer of dither has not "
+                "added the noise yet, expected none: this step was not private"
+            )
 
     # ---- epsilon and checkpoints
 
