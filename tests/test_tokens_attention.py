@@ -385,6 +385,22 @@ def test_gradients(backend, mask, given, monkeypatch):
         assert all(g.isfinite().all() for g in grads if g is not None)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_gradients_of_a_query_without_keys(given):
+    """It has none, and its lse of -inf makes no NaN of the others', once and twice."""
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()
+    q, k, weight = (normal(1, 2, 3, 4, dtype=F64, seed=s).requires_grad_() for s in range(3))
+
+    def call(q, k, weight):
+        lse = attention_lse(q, k, attn_mask=mask)
+        sums = attention_colsum(q, k, weight[..., 0], lse if given else None, attn_mask=mask)
+        return sums, pagerank(q, k, 2, attn_mask=mask)
+
+    grads = torch.autograd.grad(sum(t.square().sum() for t in call(q, k, weight)), (q, k, weight))
+    assert all(g.isfinite().all() for g in grads) and not grads[0][:, :, 1].any()
+    assert torch.autograd.gradgradcheck(call, (q, k, weight))
+
+
 def test_gradients_without_weights(backend):
     q, k = (
         t.requires_grad_() for t in to(backend.device, normal(1, 2, 4, 3, dtype=F64), normal(1, 1, 4, 3, dtype=F64, seed=1))
@@ -460,6 +476,16 @@ def test_compiled(backward):
     if backward:
         grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (want, got)]
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_compiled_until_it_stops(backward):
+    """A graph has no end in sight, but the same numbers; one graph for any number of tokens."""
+    call = lambda q, k: pagerank(q, k, 9, tol=0.05)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (12, 31):
+        q, k = normal(1, 2, n, 8).requires_grad_(backward), normal(1, 2, n, 8, seed=1)
+        torch.testing.assert_close(compiled(q, k), call(q, k))
 
 
 FLOATS = "float32, float64, bfloat16 or float16"

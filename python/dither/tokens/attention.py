@@ -11,7 +11,8 @@ those with True in `attn_mask`, bool, broadcastable to [B, H, Nq, Nk] and never 
 nothing, whatever it holds; a query without keys has lse = -inf and adds nothing. A NaN or +inf among a query's scores makes its
 lse NaN, and NaN the sums of all its keys.
 
-All are differentiable, twice too; the backward pass is plain torch over strips of queries.
+All are differentiable, twice too; the backward pass is plain torch over strips of queries, in which keys that take no part must
+be finite.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _power_iteration(op: str, q: Tensor, k: Tensor, s: Tensor, setting: _Setting
             if moving is not None:
                 s = torch.where(moving, s, before)
             moving = ~((s - before).abs().sum(-1, keepdim=True) < tol)
-            if not moving.any():
+            if not torch.compiler.is_compiling() and not moving.any():  # a compiled graph has no such branch
                 break
     return s
 
@@ -148,7 +149,7 @@ def _setting(op: str, q: Any, k: Any, scale: Any, attn_mask: Any, is_causal: Any
 
 def _expanded(op: str, name: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
     sizes = (1,) * (len(shape) - t.dim()) + tuple(t.shape)
-    if len(sizes) != len(shape) or any(own not in (1, full) for own, full in zip(sizes, shape)):
+    if len(sizes) != len(shape) or any(own != 1 and own != full for own, full in zip(sizes, shape)):
         raise ValueError(f"{op}: {name} has shape {list(t.shape)}, expected one that broadcasts to {list(shape)}")
     return t.expand(shape)
 
@@ -268,8 +269,10 @@ def _gradients(
             none = later if none is None else none | later
         if none is not None:
             s = s.masked_fill(none, -torch.inf)
-        p = s.softmax(-1) if lse is None else (s - lse[:, :, strip].unsqueeze(-1)).exp()
-        p = p.masked_fill(s == -torch.inf, 0)
+        if lse is None:
+            p = s.softmax(-1).masked_fill(s == -torch.inf, 0)
+        else:  # hidden before exp, or a query without keys would be differentiated at NaN
+            p = (s - lse[:, :, strip].unsqueeze(-1)).masked_fill(s == -torch.inf, -torch.inf).exp()
         slope = torch.zeros_like(p[..., :1])
         if g is not None:
             r = (p @ g.unsqueeze(-1)).squeeze(-1)
