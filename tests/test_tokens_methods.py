@@ -909,6 +909,46 @@ def test_blocks_by_name():
     assert [r.after for r in handle.records] == [61, 61, 59, 59]
 
 
+def test_skips_follow_tokens():
+    """Of Hunyuan's second half, where they come from blocks before and after tokens left; its tables are of all samples."""
+    made = pytest.importorskip("diffusers").HunyuanDiT2DModel
+    rotary = pytest.importorskip("diffusers.models.embeddings").get_2d_rotary_pos_embed
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 1, "sample_size": 8}
+    sizes = {"hidden_size": 16, "num_layers": 8, "mlp_ratio": 2, "pooled_projection_dim": 16, "text_len": 5, "text_len_t5": 5}
+    model = built(lambda: made(**shape, **sizes, cross_attention_dim=16, cross_attention_dim_t5=16))
+    text, mask = normal(1, 5, 16), torch.ones(1, 5)
+    given = {"encoder_hidden_states": text, "text_embedding_mask": mask, "style": torch.zeros(1).long()}
+    given |= {"encoder_hidden_states_t5": text, "text_embedding_mask_t5": mask, "image_meta_size": torch.ones(1, 6).long()}
+    table = rotary(8, ((0, 0), (8, 8)), (8, 8), output_type="pt")
+    call = lambda: model(normal(1, 4, 8, 8), torch.tensor([3.0]), **given, image_rotary_emb=table).sample
+    dense = call()
+    for keep in (0.5, {1: 0.5}, {5: 0.5}):
+        with tokens.patched(model, "at-edm", keep=keep) as handle:
+            y = call()
+        assert [r.after for r in handle.records][-1] == 32 and y.isfinite().all() and not torch.equal(y, dense)
+    assert torch.equal(call(), dense)
+
+
+class Backwards(nn.Module):
+    """Calls another attention before the one that comes first in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.other = Attention(32, 4), Attention(32, 2)
+
+    def forward(self, x):
+        x = x + self.other(x)
+        return x + self.attn(x)
+
+
+def test_the_attention_that_is_looked_at_is_the_first_of_the_block():
+    model, x = built(lambda: nn.Sequential(*[Backwards() for _ in range(2)])), normal(2, 13, 32)
+    seen = []
+    with tokens.patched(model, "prune", score=lambda q, k: seen.append(q) or q.sum((1, 3)), keep=0.5):
+        model(x)
+    assert seen[0].shape == (2, 4, 13, 8)
+
+
 def test_a_new_run_begins_where_timesteps_turn_back():
     model, _ = unet()
     x, text = normal(2, 4, 8, 8), normal(2, 5, 16)
@@ -1205,6 +1245,10 @@ BAD = [
     (lambda: tokens.patch(wrapped(), "tome"), r"'0' is WrappedLayer, expected a block of timm or torchvision or nn.Transf"),
     (lambda: tokens.patch(encoder(True), "evit", prefix=1), r"patch: Prune names layer \d, expected layers below \d"),
     (lambda: tokens.patch(encoder(True), "prune", kep=0.5), r"patch: 'prune' got an unexpected keyword argument 'kep'"),
+    (
+        lambda: tokens.patch(wrapped(), "prune").model(torch.zeros(2, 3, 4, 32).double()),
+        r"'0' is called with a tensor of shape \[2, 3, 4, 32\], expected tokens \[B, N, C\]; choose others by blocks=",
+    ),
     (lambda: tokens.patch(ViT(), "erase"), r"patch: 'erase' missing 1 required positional argument: 'region'"),
     (lambda: tokens.patch(wrapped()[:1], "at-edm"), r"Sequential has one block in each stage, expected several for a method"),
     (

@@ -87,7 +87,8 @@ def _is_attention(module: nn.Module) -> bool:
     """Whether it has projections of its own, or wraps an attention that has (Hugging Face's)."""
     if isinstance(module, nn.MultiheadAttention):
         return True
-    if "Attention" not in type(module).__name__:
+    name = type(module).__name__
+    if "Attention" not in name or "Pool" in name:  # that gives no tokens
         return False
     return any(hasattr(module, name) for name in QUERIES) or any(_is_attention(child) for child in module.children())
 
@@ -147,7 +148,7 @@ def with_tokens(y: Any, change: Callable[[Tensor], Tensor], block: Block, own: i
 
 # ---- arguments that go by token
 
-_POSITIONS = re.compile("rope|rotary|rot_pos|position|freqs")
+_POSITIONS = re.compile("rope|rotary|rot_pos|position|freqs|skip")
 _RELATIVE = re.compile("rope|rotary|rel_pos|relative_position")
 
 
@@ -220,6 +221,8 @@ def _table(t: Tensor, kept: Tensor, stage: Stage, prefix: int, library: str) -> 
     at = -1 if not (t.is_floating_point() or t.is_complex()) else -3 if t.dim() == 4 and t.shape[2] == 1 else -2
     lead, batch, skipped = t.dim() + at, len(kept), stage.full - t.shape[at]
     if 0 <= lead <= 2 and skipped not in (0, prefix) and t.shape[at] == stage.others:
+        return t
+    if t.dim() == 3 and t.shape[:2] == kept.shape:  # of the same tokens
         return t
     if lead < 0 or lead > 2 or skipped not in (0, prefix, -stage.others):
         return None

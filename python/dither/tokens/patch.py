@@ -153,6 +153,7 @@ class Patch:
             return
         if place in ("inside", "cache"):
             self._before(attention, self._replace, block)
+        self._before(attention, self._reach, block)
         self._after(attention, self._seen, block, always_call=True)
         if place == "cache":
             self._before(module, self._choose, block)
@@ -228,7 +229,12 @@ class Patch:
 
     @torch.compiler.disable
     def _enter(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        stage = block.stage
+        stage, x = block.stage, tokens_of(args, kwargs)
+        if x.dim() != 3:
+            raise ValueError(
+                f"patch: {block.name!r} is called with a tensor of shape {list(x.shape)}, expected tokens [B, N, C]; choose "
+                "others by blocks="
+            )
         if block.index == 0:
             stage.begin()
         elif block.index <= stage.reached:
@@ -250,6 +256,11 @@ class Patch:
             return
         block.watch = Watch(tokens_of(args, kwargs).shape[1], size)
         block.watch.__enter__()
+
+    @torch.compiler.disable
+    def _reach(self, block: Block, *_: Any) -> None:
+        if block.watch is not None:
+            block.watch.ready = True
 
     @torch.compiler.disable
     def _seen(self, block: Block, *_: Any) -> None:

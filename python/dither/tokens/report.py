@@ -72,8 +72,8 @@ class Comparison:
 
     @property
     def overhead(self) -> float:
-        """Seconds beyond what the FLOPs that are left would take at the speed of the model without: hooks, sorting, gathering,
-        and operations that are slower by being small."""
+        """Seconds beyond what the FLOPs that are left would take at the speed of the model without: of hooks, of sorting and
+        gathering, and of operations that are slower by being small."""
         return self.seconds[1] - self.seconds[0] * self.flops[1] / max(self.flops[0], 1)
 
     def __str__(self) -> str:

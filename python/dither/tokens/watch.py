@@ -20,7 +20,7 @@ class Watch(TorchFunctionMode):
 
     own: number of the block's tokens; attention may have `others` more, those of a prompt, of which `before` come first there.
     size: [B, N], whose log is added to the logits of its keys. attend: what is computed instead. What is seen and what `attend`
-    is given have the block's tokens first.
+    is given have the block's tokens first. ready: set where attention itself is reached; before that only joined tokens count.
     """
 
     def __init__(self, own: int, size: Tensor | None = None, attend: Callable[[Attend], Tensor] | None = None) -> None:
@@ -29,7 +29,7 @@ class Watch(TorchFunctionMode):
         self.seen: Callable[[], Seen] | None = None
         self.others = self.before = 0
         self.joined: list[tuple[int, int]] = []
-        self.active = False
+        self.active = self.ready = False
 
     def __enter__(self) -> Watch:
         self.active = True
@@ -46,9 +46,9 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.seen is None:
-            if func is F.scaled_dot_product_attention:
+            if self.ready and func is F.scaled_dot_product_attention:
                 return self._attention(*args, **kwargs)
-            if func is F.multi_head_attention_forward:
+            if self.ready and func is F.multi_head_attention_forward:
                 return self._multi_head(args, kwargs)
             if func is torch.cat:
                 self._join(*args, **kwargs)
