@@ -1116,6 +1116,9 @@ def test_masks_follow_tokens():
             assert torch.isin(left_of(handle)[0][1], torch.arange(8)).all() and [r.after for r in handle.records][:2] == [7, 6]
             again = run(torch.where(seen[..., None], x, 1e3), **given)
             torch.testing.assert_close(again, y)
+        square = {name: mask.repeat(7, 1)[:13] for name, mask in given.items()}  # as many samples as tokens
+        with tokens.patched(run, "prune", score="colsum", keep={0: 0.5, 1: 0.8}):
+            torch.testing.assert_close(run(x.repeat(7, 1, 1)[:13], **square)[:2], y)
         with tokens.patched(run, "prune", keep={0: 0.9}) as handle:  # some of those that do not count are left
             torch.testing.assert_close(run(torch.where(seen[..., None], x, 1e3), **given)[1, :8], run(x, **given)[1, :8])
             assert not torch.isin(left_of(handle)[0][1], torch.arange(8)).all()
@@ -1286,6 +1289,10 @@ BAD = [
     (
         lambda: called(Chain(), "prune", also={"rotary": TABLE[0, 0, :1]}),
         r"takes rotary of shape \[1, 8\], expected one that can foll",
+    ),
+    (
+        lambda: called(encoder(True), "prune", also={"mask": torch.ones(12, 12).tril() == 0}),
+        r"'layers.1' takes src_mask of shape \[12, 12\], expected one that can follow 9 of 12 tokens in 2 samples: \[B, N\]",
     ),
     (lambda: called(Chain(own=True), "prune"), r"the attention of 'blocks.0' has positions of its own, expected them in the"),
     (lambda: tokens.Prune(0.0), r"Prune: keep is 0.0, expected 0 < keep <= 1"),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -152,10 +152,14 @@ _POSITIONS = re.compile("rope|rotary|rot_pos|position|freqs|skip")
 _RELATIVE = re.compile("rope|rotary|rel_pos|relative_position")
 
 
-def _names(module: nn.Module, args: tuple[Any, ...]) -> list[str]:
+@cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _names(module: nn.Module, args: tuple[Any, ...]) -> tuple[str, ...]:
     """What a module calls its positional arguments."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return (names + [""] * len(args))[: len(args)]
+    return (*_parameters(type(module)), *("" for _ in args))[: len(args)]  # type: ignore[arg-type]
 
 
 def by_token(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -194,7 +198,7 @@ def follow(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: 
     def taken(name: str, t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
-        y = _mask(t, kept, full) if is_mask(name) else _table(t, kept, block.stage, prefix, block.library)
+        y = _mask(t, kept, full, "padding" in name) if is_mask(name) else _table(t, kept, block.stage, prefix, block.library)
         if y is None:
             raise ValueError(
                 f"patch: {block.name!r} takes {name} of shape {list(t.shape)}, expected one that can follow {kept.shape[1]} of "
@@ -243,11 +247,11 @@ def _table(t: Tensor, kept: Tensor, stage: Stage, prefix: int, library: str) -> 
     return _gathered(t, index, lead)
 
 
-def _mask(t: Tensor, kept: Tensor, full: int) -> Tensor | None:
+def _mask(t: Tensor, kept: Tensor, full: int, of_padding: bool) -> Tensor | None:
     if not 2 <= t.dim() <= 4 or t.shape[-1] != full or t.shape[0] not in (1, len(kept)):
         return None
-    if t.dim() == 2 and t.shape[0] == full and len(kept) == full:
-        return None  # of samples or of queries
+    if t.dim() == 2 and t.shape[0] == full and not of_padding:
+        return None  # of queries, perhaps, not of samples
     if t.dim() > 2 and t.shape[-2] != 1:
         if t.shape[-2] != full:
             return None
