@@ -307,6 +307,19 @@ def test_direct_solves(sparse, monkeypatch):
     assert r.converged and r.newton_steps <= 40  # 20 were found
 
 
+def test_without_direct_solves(monkeypatch):
+    monkeypatch.setattr("dither.transport.newton._DIRECT", 0)
+    r = solve(None, None, instance("P64", 250), 2e-3, method="newton")
+    assert r.converged
+
+
+def test_overrelaxation():
+    """Between the costs where Sinkhorn's iterations suffice and those for Newton."""
+    c = instance("P64", 250)
+    plain, auto = (solve(None, None, c, 0.01, method=method) for method in ("sinkhorn", "auto"))
+    assert auto.newton_steps == 0 and auto.converged and 2 * auto.iterations < plain.iterations  # 152 and 803 were found
+
+
 @pytest.mark.parametrize("kind", ("P2", "P64"))
 def test_mass_arrives(kind):
     """Where a stabilised solver that resets its scalings returned plans of mass 1e-6."""
