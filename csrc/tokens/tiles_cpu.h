@@ -28,6 +28,19 @@ static INLINE Vector<T> multiply_add(Vector<T> a, Vector<T> b, Vector<T> c) {
   else return Vector<T>(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
 #elif defined(__FMA__)
   else return Vector<T>(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__x86_64__)
+  else {  // two lanes at a time, as dither::multiply_add
+    const auto odd = [](__m128d a, __m128d b, __m128d c) {
+      const __m128d product = a * b, sum = product + c, other = sum - product;
+      const __m128d error = (product - (sum - other)) + (c - other);
+      const __m128i up = __m128i(error > 0.0), inexact = up | __m128i(error < 0.0), outwards = ~(up ^ __m128i(sum > 0.0));
+      const __m128i bits = __m128i(sum), even = (bits & 1) - 1;
+      return _mm_cvtpd_ps(__m128d(bits + (even & inexact & (-1 - 2 * outwards))));
+    };
+    const auto low = [](Vector<T> x) { return _mm_cvtps_pd(__m128(x)); };
+    const auto high = [](Vector<T> x) { return _mm_cvtps_pd(_mm_movehl_ps(__m128(x), __m128(x))); };
+    return Vector<T>(_mm_movelh_ps(odd(low(a), low(b), low(c)), odd(high(a), high(b), high(c))));
+  }
 #else
   else {
     for (int l = 0; l < Lanes<T>::count; ++l) c[l] = dither::multiply_add(a[l], b[l], c[l]);
