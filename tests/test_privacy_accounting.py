@@ -430,6 +430,7 @@ def test_refusals_of_sampling():
         (lambda: PoissonSampler(5, 0.1, rank=1), ValueError, "expected both or none"),
         (lambda: PoissonSampler(5, 0.1, rank=2, world_size=2, key=KEY), ValueError, "rank is 2, expected less than world_size"),
         (lambda: PoissonSampler(5, 0.1, rank=0, world_size=2), ValueError, "key is None, expected the same one on all 2"),
+        (lambda: PoissonSampler(5, 0.1).indices(1.5), TypeError, "PoissonSampler.indices: step is 1.5, expected an integer"),
         (lambda: PoissonSampler(5, 0.1, key=3), TypeError, "key is int, expected 32 bytes"),
         (lambda: poisson_loader(Stream(), 0.1), TypeError, "data is Stream, expected a data set with __len__"),
         (lambda: poisson_loader(range(5)), ValueError, "sample_rate is None, expected"),

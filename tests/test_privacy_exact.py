@@ -303,6 +303,7 @@ def test_errors_of_doubles_stay_in_their_bound():
         (lambda: ExactSum(5, 1.0).release(1.0, seed=3, step=0), TypeError, "expected 32 bytes"),
         (lambda: ExactSum(5, 1.0).release(1.0, seed=b"3", step=0), ValueError, "1 bytes"),
         (lambda: ExactSum(5, 1.0).release(-1.0, seed=KEY, step=0), ValueError, "noise_multiplier is -1.0"),
+        (lambda: ExactSum(5, 1.0).release(1.0, seed=KEY, step=1.5), TypeError, "release: step is 1.5, expected an integer"),
         (lambda: ExactSum(5, 1.0).release(2.0**21, seed=KEY, step=0), ValueError, "at most 2.40"),
         (lambda: grid_for(-1.0, 3), ValueError, "clip is -1.0"),
     ],

@@ -112,6 +112,7 @@ class ExactSum:
         """
         if not isinstance(seed, (bytes, bytearray, list, tuple)):
             raise TypeError(f"release: seed is {type(seed).__name__}, expected 32 bytes or 4 integers")
+        step, stream = (_checks.integer("release", name, n, 0) for name, n in (("step", step), ("stream", stream)))
         std = self.std_of(noise_multiplier)
         ops.write("exact_noise_", self.sum, self.sum, std, key_of(seed, "chacha20"), stream, step, 0)
         result = self.sum.double() * self.grid

@@ -81,7 +81,7 @@ class PoissonSampler(Sampler[list[int]]):
     def indices(self, step: int) -> Tensor:
         """The examples of batch `step` that are this process's: int64, ascending."""
         start, stop = self._edges()[self.rank : self.rank + 2]
-        return self._drawn(step, start, stop)
+        return self._drawn(integer(f"{type(self).__name__}.indices", "step", step, 0), start, stop)
 
     def has_key(self, key: noise.Seed) -> bool:
         """Whether the draws are those of this key."""
