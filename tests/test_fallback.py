@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import dither
@@ -41,3 +42,9 @@ def test_the_package_works_without_its_extension():
 def test_meta_tensors_trace_without_work():
     x = torch.empty(2**40, device="meta")
     assert dither.noise.normal_(x, seed=1) is x
+
+
+def test_tensors_beside_meta_tensors_are_not_left_unwritten():
+    q = torch.randn(1, 2, 8, 4)
+    with pytest.raises(ValueError, match="attention_lse_: out is on cpu, expected meta"):
+        dither.ops.native.attention_lse_(q, q.to("meta"), None, False, 1.0, torch.empty(1, 2, 8))

@@ -68,7 +68,7 @@ else:
 
     def _complete(name: str) -> None:
         op = getattr(torch.ops.dither, name).default
-        written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        written = {i: a.name for i, a in enumerate(op._schema.arguments) if a.alias_info and a.alias_info.is_write}
 
         def bump(keyset: Any, *args: Any) -> Any:
             """Count in-place writes, so that autograd notices a stale saved tensor (as it does for aten's own)."""
@@ -78,10 +78,17 @@ else:
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
+        def nothing(*args: Any) -> None:
+            """On meta and fake tensors there is nothing to write; on others it would be missing."""
+            for i, argument in written.items():
+                for t in args[i] if isinstance(args[i], (list, tuple)) else [args[i]]:
+                    if t is not None and t.device.type != "meta":
+                        raise ValueError(f"{name}: {argument} is on {t.device}, expected meta like the other tensors")
+
         if written:
             _library.impl(name, bump, "ADInplaceOrView", with_keyset=True)
         if not op._schema.returns:
-            _library.impl(name, lambda *args: None, "Meta")  # meta and fake tensors: nothing to write
+            _library.impl(name, nothing, "Meta")
         _library.impl(name, _OPS[name], "CompositeExplicitAutograd")
 
     for _name in _OPS:
