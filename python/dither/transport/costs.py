@@ -28,7 +28,7 @@ def as_tensor(owner: str, name: str, value: Any) -> Tensor:
     return detached
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PointCloud:
     """Costs between points x [n, d] and y [m, d], or batches [B, n, d] and [B, m, d], computed again wherever they are needed.
 
@@ -75,7 +75,7 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Costs:
     """Costs as the operators take them: x [B or 1, n, m]; or points x [B or 1, n, d] and y [B or 1, d, m] with a ground."""
 

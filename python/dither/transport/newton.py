@@ -19,6 +19,7 @@ from .._extras import MissingExtra, require
 from . import _core
 from .costs import Costs
 
+STEPS, _SWEEPS = 200, 20_000  # on all levels together
 LEVEL = 0.05  # the error at which reg shrinks
 _DROPPED = 0.02  # share of the plan that the first Hessian may lack
 _DIRECT = 4000  # columns of a Schur complement that is factorised
@@ -72,7 +73,7 @@ def follow_path(p: Problem, reg: float, tol: float, steps: int, counts: Counts, 
 
 
 def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, narrow: bool = False) -> float:
-    """Newton steps from p.g on, until the error is at most tol or `counts.newton` is `steps`. The error that is left.
+    """Newton steps from p.g on, until the error is at most tol or `counts.newton` is `steps`. Returns the error.
 
     Far from the solution, where a step had to be cut, helped too little or columns miss their weight by e^2, Sinkhorn
     iterations come between, ever more of them.
@@ -81,7 +82,7 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
     error, columns = p.sweep(reg, 1, math.inf, narrow, counts)
     before, cut, batch, delta = math.inf, False, 10, _DROPPED
     alive = b > 0
-    while error > tol and counts.newton < steps:
+    while error > tol and counts.newton < steps and counts.iterations < _SWEEPS:
         counts.history.append(error)
         off = (b / columns).log().abs()[alive].max() if not cut and error <= 0.7 * before else torch.inf
         if not off <= 2:
@@ -89,7 +90,6 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
             if error > tol:
                 error, columns = p.sweep(reg, 1, math.inf, narrow, counts)
             before, cut, batch, delta = math.inf, False, min(2 * batch, 640), max(delta / 2, 1e-12)
-            counts.newton += 1 if batch == 640 else 0  # so that it ends
             continue
         before = error
         counts.newton += 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import instance, integer, number, one_of
 from . import _core
 from .costs import Costs, PointCloud, as_tensor, prepared
-from .newton import Counts, Problem, follow_path
+from .newton import STEPS, Counts, Problem, follow_path
 from .sns import sparse_newton
 
 METHODS = ("auto", "sinkhorn", "newton", "sns")
@@ -25,7 +25,7 @@ _FLOOR = 1e-5  # error that sweeps in float32 reach
 _COARSE = 512  # spread / reg up to which they do
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transport:
     """A plan between a and b, by its potentials: P_ij = exp(f_i + g_j - M_ij / reg).
 
@@ -122,8 +122,9 @@ def solve(
     (`dither.transport.newton`); "auto", Sinkhorn with over-relaxation, and Newton for the problems where the rate of the first
     iterations foretells more of them than Newton takes; "sns", the algorithm of Tang et al. 2024 as published, dense and to
     compare with.
-    tol: for the L1 error of both marginals together, in units of their sum. max_iterations: of Sinkhorn, and Newton steps times
-    50. warmstart: potentials (f, g) of an earlier result, for Sinkhorn. warn: warn where tol was not reached.
+    tol: for the L1 error of both marginals together, in units of their sum. max_iterations: of Sinkhorn; and of Newton's steps,
+    which end with the 200th or after 20 000 sweeps anyway. warmstart: potentials (f, g) of an earlier result, for Sinkhorn.
+    warn: warn where tol was not reached.
 
     float32 costs are taken as they are: sweeps near the solution compute in float64, and reach any tol that float64 costs do.
     No gradients flow.
@@ -158,7 +159,7 @@ def solve(
     if method in ("auto", "newton"):
         for i in slow.nonzero().flatten().tolist():
             counts = Counts()
-            errors[i] = follow_path(one(i), reg, goal, max(1, max_iterations // 50), counts)
+            errors[i] = follow_path(one(i), reg, goal, min(STEPS, max_iterations), counts)
             _note(counts, i, done, history)
     worst = float(errors.max()) if batch else 0.0
     converged = worst <= goal
