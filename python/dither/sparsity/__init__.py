@@ -25,6 +25,7 @@ from .progressive import NM, SRSTE, STEP, MaskDecay, StructureDecay, structure_f
 from .recipe import Recipe
 from .report import DensityReport, LayerDensity, density_report, export_masks, load_masks, plot_masks_over_time
 from .semi_structured import pack24, semi_structured, to_semi_structured, unpack24
+from .transposable import transposable_nm_mask
 
 __all__ = [
     "NM",
@@ -82,6 +83,7 @@ __all__ = [
     "to_semi_structured",
     "topk_activation",
     "transposable_mask",
+    "transposable_nm_mask",
     "unpack24",
     "unpack_bits",
     "wanda_mask",
