@@ -1,6 +1,8 @@
 """Optimal transport: plans between weights, distances of measures, their gradients, and losses made of them."""
 
+from .assignment import assign, assignment_excess, immiscible_noise
 from .costs import PointCloud
+from .coupling import geodesic_variation, interpolate, ot_coupling, worst_on_geodesic
 from .critic import clip_weights_, critic_loss, generator_loss, gradient_norms, gradient_penalty
 from .gaussian import (
     bures_wasserstein_barycenter,
@@ -13,7 +15,9 @@ from .gaussian import (
     matrix_sqrt,
     sampled_moments,
 )
+from .monge import monge_gap, monge_map_loss
 from .ordinal import MinkowskiEMDLoss, minkowski_emd_loss
+from .plot import draw_convergence, draw_plan
 from .pot import sinkhorn, sinkhorn2
 from .sliced import (
     ReservoirSlicedWasserstein,
@@ -23,12 +27,16 @@ from .sliced import (
     wasserstein_1d,
 )
 from .solve import Transport, solve
+from .two_sample import TwoSampleTest, two_sample_test
 
 __all__ = [
     "MinkowskiEMDLoss",
     "PointCloud",
     "ReservoirSlicedWasserstein",
     "Transport",
+    "TwoSampleTest",
+    "assign",
+    "assignment_excess",
     "bures_wasserstein_barycenter",
     "bures_wasserstein_distance",
     "bures_wasserstein_geodesic",
@@ -36,19 +44,29 @@ __all__ = [
     "bures_wasserstein_mapping",
     "clip_weights_",
     "critic_loss",
+    "draw_convergence",
+    "draw_plan",
     "forward_backward_gvi",
     "forward_backward_step",
     "generator_loss",
+    "geodesic_variation",
     "gradient_norms",
     "gradient_penalty",
+    "immiscible_noise",
+    "interpolate",
     "matrix_sqrt",
     "max_sliced_wasserstein_distance",
     "minkowski_emd_loss",
+    "monge_gap",
+    "monge_map_loss",
+    "ot_coupling",
     "random_projections",
     "sampled_moments",
     "sinkhorn",
     "sinkhorn2",
     "sliced_wasserstein_distance",
     "solve",
+    "two_sample_test",
     "wasserstein_1d",
+    "worst_on_geodesic",
 ]
