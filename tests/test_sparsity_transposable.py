@@ -1,7 +1,10 @@
 """Transposable n:m masks of any n and m: valid always, near the optimum of a linear program, better than greedy ones."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import sparse
+from scipy.optimize import linprog
 from torch import nn
 
 from dither import noise, sparsity
@@ -21,10 +24,6 @@ def is_valid(keep, n, m):
 
 def largest_sum(tile, n):
     """Of a tile, by the linear program, whose corners are masks (its matrix is totally unimodular)."""
-    import numpy as np
-    from scipy import sparse
-    from scipy.optimize import linprog
-
     m = len(tile)
     sums = sparse.vstack([sparse.kron(sparse.eye(m), np.ones((1, m))), sparse.kron(np.ones((1, m)), sparse.eye(m))])
     return -linprog(-tile.double().flatten().numpy(), A_eq=sums, b_eq=np.full(2 * m, n), bounds=(0, 1), method="highs").fun
@@ -38,9 +37,7 @@ def losses(w, n, m, **options):
 
 def learnt():
     """A 64 x 64 matrix of a network trained on digits."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    data = pytest.importorskip("sklearn.datasets").load_digits()
     x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
