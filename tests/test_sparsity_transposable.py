@@ -55,11 +55,11 @@ def test_masks_are_valid(n, m, method):
     """Of normal weights, of heavy tails, of ties, of structure, of extremes."""
     w = noise.normal((4 * m, 3 * m), seed=n * m)
     rows = torch.arange(4.0 * m).unsqueeze(1).expand_as(w)
-    sparse = torch.where(noise.uniform(w.shape, seed=1) < 0.2, w, 0)
+    rare = torch.where(noise.uniform(w.shape, seed=1) < 0.2, w, 0)
     wild = w.clone()
     wild[0, 0], wild[1, 1], wild[2, 0] = torch.nan, torch.inf, -torch.inf
     graded = [rows, rows + torch.arange(3.0 * m), w.sign(), w * 0, w * 0 + 1]
-    for x in (w, (4 * w).exp(), sparse, wild, 1e-30 * w, 1e38 * w, *graded):
+    for x in (w, (4 * w).exp(), rare, wild, 1e-30 * w, 1e38 * w, *graded):
         assert is_valid(transposable_nm_mask(x, n, m, method), n, m)
     assert is_valid(transposable_nm_mask(w, n, m, method, iterations=1), n, m)
 
