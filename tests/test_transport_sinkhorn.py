@@ -308,7 +308,7 @@ def test_direct_solves(sparse, monkeypatch):
 
 
 def test_without_direct_solves(monkeypatch):
-    monkeypatch.setattr("dither.transport.newton._DIRECT", 0)
+    monkeypatch.setattr("dither.transport.newton.DIRECT", 0)
     r = solve(None, None, instance("P64", 250), 2e-3, method="newton")
     assert r.converged
 

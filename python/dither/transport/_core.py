@@ -59,6 +59,13 @@ def sweep(
     return found
 
 
+def soft_minimum(costs: Costs, reg: float, g: Tensor) -> Tensor:
+    """-ln sum_j exp(g_j - C_ij / reg), [B, n]; 0 where no pair is allowed."""
+    f = g.new_zeros(g.shape[0], costs.size[0])
+    sweep(costs, reg, torch.ones_like(f), torch.ones_like(g), f, g.clone())
+    return f
+
+
 def plan_sums(costs: Costs, reg: float, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j P_ij, sum_j P_ij C_ij, [B, n], and sum_i P_ij, [B, m]."""
     out = torch.empty_like(f), torch.empty_like(f), torch.empty_like(g)

@@ -24,8 +24,8 @@ def as_tensor(owner: str, name: str, value: Any) -> Tensor:
             value = torch.as_tensor(value.copy() if any(step < 0 for step in value.strides) else value)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{owner}: {name} is {value.dtype}, expected torch.float32 or torch.float64")
-    detached: Tensor = value.detach()
-    return detached
+    tensor: Tensor = value
+    return tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +66,13 @@ class PointCloud:
         """The costs, [n, m] or [B, n, m], as a tensor."""
         x, y = self._tensors
         if self.cost == "cosine":
-            return 1 - _unit(x) @ _unit(y).mT
+            return 1 - unit(x) @ unit(y).mT
         c = torch.cdist(x, y, p=1 if self.cost == "l1" else 2, compute_mode="donot_use_mm_for_euclid_dist")
         return c.square() if self.cost == "sqeuclidean" else c
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1; the origin stays."""
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
@@ -101,6 +102,12 @@ class Costs:
         assert x is not None
         return Costs(x, y, self.ground, self.spread)
 
+    def transposed(self) -> Costs:
+        """From columns to rows."""
+        if self.y is None:
+            return Costs(self.x.mT.contiguous(), None, self.ground, self.spread)
+        return Costs(self.y.mT.contiguous(), self.x.mT.contiguous(), self.ground, self.spread)
+
     def plan(self, reg: float, f: Tensor, g: Tensor) -> Tensor:
         """exp(f_i + g_j - C_ij / reg), [B, n, m] in float64; 0 where a weight or a pair takes no part."""
         x, y, ground = self.arguments(False)
@@ -112,21 +119,27 @@ class Costs:
         return torch.exp(f.unsqueeze(-1) + g.unsqueeze(-2) - c / reg)
 
 
+def points_of(m: Any) -> tuple[Tensor, ...]:
+    """M, or x and y, with their graph, as a batch."""
+    tensors = m._tensors if isinstance(m, PointCloud) else (as_tensor("points_of", "M", m),)
+    return tuple(t if t.dim() == 3 else t.unsqueeze(0) for t in tensors)
+
+
 def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
     """The costs, and whether they are a batch."""
     if isinstance(m, PointCloud):
-        x, y = m._tensors
+        x, y = (t.detach() for t in m._tensors)
         batched = x.dim() == 3
         x, y = (t if batched else t.unsqueeze(0) for t in (x, y))
         if m.cost == "cosine":  # |u - v|^2 / 2 of unit vectors
-            x, y = (_unit(t) * 0.5**0.5 for t in (x, y))
+            x, y = (unit(t) * 0.5**0.5 for t in (x, y))
         every = torch.cat([x, y], 1) if 0 not in (x.shape[1], y.shape[1]) else x.new_zeros(1, 1, 1)
         sides = (every.amax(1) - every.amin(1)).double()
         far = sides.sum(-1) if m.cost == "l1" else sides.square().sum(-1)
         spread = float((far.sqrt() if m.cost == "euclidean" else far).max())
         costs = Costs(x.contiguous(), y.mT.contiguous(), GROUNDS[m.cost], spread)
     else:
-        c = as_tensor(owner, "M", m)
+        c = as_tensor(owner, "M", m).detach()
         if c.dim() not in (2, 3):
             raise ValueError(f"{owner}: M has shape {list(c.shape)}, expected [n, m] or [B, n, m]")
         batched = c.dim() == 3

@@ -22,8 +22,8 @@ from .costs import Costs
 STEPS, _SWEEPS = 200, 20_000  # on all levels together
 LEVEL = 0.05  # the error at which reg shrinks
 _DROPPED = 0.02  # share of the plan that the first Hessian may lack
-_DIRECT = 4000  # columns of a Schur complement that is factorised
-_PRODUCTS = 200, 20_000  # of conjugate gradients, where a factorisation can follow and where not
+DIRECT = 4000  # columns of a Schur complement that is factorised
+PRODUCTS = 200, 20_000  # of conjugate gradients, where a factorisation can follow and where not
 _SPARSE = 0.008  # of its entries, up to which scipy's factors are smaller
 
 
@@ -96,13 +96,13 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
         residual = torch.where(alive, b - columns, 0)
         given = (p.costs, reg, a, b, p.f, p.g, columns)
         dropped = min(delta, _DROPPED * error)
-        direct = b.shape[1] <= _DIRECT
-        most = _PRODUCTS[0 if direct else 1]
+        direct = b.shape[1] <= DIRECT
+        most = PRODUCTS[0 if direct else 1]
         solved = _core.schur_solve(*given, residual, dropped, min(0.1, math.sqrt(error)), most, narrow=narrow)
         counts.products += solved.iterations
         y = solved.direction
         if direct and not solved.converged:
-            y = _direct(_core.schur_matrix(*given, dropped, min(1e-6, 1e-3 * error), narrow), residual)
+            y = direct_solve(_core.schur_matrix(*given, dropped, min(1e-6, 1e-3 * error), narrow), residual)
             counts.direct += 1
         y = torch.where(alive, y - (y * b).sum() / b.sum(), 0)
         error, columns, cut = _line_search(p, reg, narrow, counts, y, residual, error, columns)
@@ -139,7 +139,7 @@ def _line_search(
     return error, columns, True
 
 
-def _direct(matrix: Tensor, rhs: Tensor) -> Tensor:
+def direct_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     """The solution by a factorisation: a sparse one where that pays and scipy is there, or Cholesky's."""
     if matrix.device.type == "cpu" and int(matrix.count_nonzero()) < _SPARSE * matrix.numel():
         with contextlib.suppress(MissingExtra):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, integer, number, one_of
-from . import _core
-from .costs import Costs, PointCloud, as_tensor, prepared
+from . import _core, gradients
+from .costs import Costs, PointCloud, as_tensor, points_of, prepared
+from .gradients import Inputs, Solution, inputs_of
 from .newton import STEPS, Counts, Problem, follow_path
 from .sns import sparse_newton
 
@@ -30,7 +31,7 @@ class Transport:
     """A plan between a and b, by its potentials: P_ij = exp(f_i + g_j - M_ij / reg).
 
     What was solved from numpy arrays is given as numpy arrays; without a batch, arrays lack their first dimension and numbers
-    are Python's.
+    are Python's. Where a, b or M require gradients, all but the numbers that tell how it went have them, and are tensors.
     """
 
     reg: float
@@ -39,52 +40,58 @@ class Transport:
     converged: bool
     history: list[list[float]] = field(repr=False)
     """L1 errors, of each problem: Sinkhorn's iterations, or Newton's steps on every level of reg."""
-    _f: Tensor = field(repr=False)
-    _g: Tensor = field(repr=False)
-    _a: Tensor = field(repr=False)
-    _b: Tensor = field(repr=False)
     _errors: Tensor = field(repr=False)
     _iterations: Tensor = field(repr=False)
     _newton: Tensor = field(repr=False)
-    _costs: Costs = field(repr=False)
     _batched: bool = field(repr=False)
     _numpy: bool = field(repr=False)
+    _solution: Solution = field(repr=False)
+    _inputs: Inputs | None = field(repr=False)
 
     def _out(self, t: Tensor) -> Any:
         t = t if self._batched else t[0]
         return t.cpu().numpy() if self._numpy else t
 
     def _number(self, t: Tensor) -> Any:
-        return self._out(t) if self._batched else t.item()
+        return self._out(t) if self._batched or t.requires_grad else t.item()
 
     @functools.cached_property
     def plan(self) -> Any:
         """P: [n, m] or [B, n, m], of M's dtype."""
-        return self._out(self._costs.plan(self.reg, self._f, self._g).to(self._costs.x.dtype))
-
-    @property
-    def potentials(self) -> tuple[Any, Any]:
-        """f [n] and g [m] in float64, divided by reg as POT's log_u and log_v are; -inf where a weight is 0."""
-        return self._out(self._f), self._out(self._g)
+        s = self._solution
+        plan = s.costs.plan(s.reg, s.f, s.g) if self._inputs is None else gradients.plan(s, self._inputs)
+        return self._out(plan.to(s.costs.x.dtype))
 
     @functools.cached_property
-    def _values(self) -> tuple[Tensor, Tensor]:
-        rows, costs, columns = _core.plan_sums(self._costs, self.reg, self._f, self._g)
-        linear = costs.sum(1)
-        zero = torch.zeros((), dtype=rows.dtype, device=rows.device)
-        entropy = torch.where(rows > 0, rows * (self._f - self._a.log()), zero).sum(1)
-        entropy = entropy + torch.where(columns > 0, columns * (self._g - self._b.log()), zero).sum(1)
-        return linear, self.reg * entropy
+    def potentials(self) -> tuple[Any, Any]:
+        """f [n] and g [m] in float64, divided by reg as POT's log_u and log_v are; -inf where a weight is 0.
+
+        Of the constants that can be added to f and taken from g, the one by which a . f = b . g.
+        """
+        s, given = self._solution, self._inputs
+        a, b, f, g = (s.a, s.b, s.f, s.g) if given is None else (given.a, given.b, *gradients.potentials(s, given))
+        f, g = gradients.centred(f, g, a, b) if s.balanced else (f, g)
+        return self._out(f), self._out(g)
+
+    @functools.cached_property
+    def _value_linear(self) -> Tensor:
+        s, given = self._solution, self._inputs
+        return s.values[0] if given is None else gradients.linear(s, given)
+
+    @functools.cached_property
+    def _value(self) -> Tensor:
+        s, given = self._solution, self._inputs
+        return s.values[1] if given is None else gradients.value(s, given)
 
     @property
     def value_linear(self) -> Any:
         """<P, M>."""
-        return self._number(self._values[0])
+        return self._number(self._value_linear)
 
     @property
     def value(self) -> Any:
         """<P, M> + reg KL(P | a b^T), KL = sum P ln(P / (a b^T))."""
-        return self._number(self._values[1])
+        return self._number(self._value)
 
     @property
     def error(self) -> Any:
@@ -102,6 +109,7 @@ class Transport:
         return self._number(self._newton)
 
 
+@torch.compiler.disable
 def solve(
     a: Any,
     b: Any,
@@ -127,7 +135,9 @@ def solve(
     warn: warn where tol was not reached.
 
     float32 costs are taken as they are: sweeps near the solution compute in float64, and reach any tol that float64 costs do.
-    No gradients flow.
+    Where a, b, M or the points require gradients, the plan, the potentials and the values have them, of first and second order
+    (`dither.transport.gradients`). b's are those of b scaled to a's sum: b . grad = 0. The value's gradients in weights of 0
+    are one-sided. Under torch.compile, solve breaks the graph.
     """
     owner = "solve"
     one_of(owner, "method", method, METHODS)
@@ -137,6 +147,8 @@ def solve(
     instance(owner, "warn", warn, bool, "a bool")
     costs, batched = prepared(owner, M)
     weights = _weights(owner, a, b, M, costs, batched)
+    inputs = inputs_of(weights, M)
+    weights = weights[0].detach(), weights[1].detach()
     f, g = _start(owner, warmstart, weights, batched)
     wa, wb = weights
     batch = wa.shape[0]
@@ -171,7 +183,8 @@ def solve(
         if warn:
             warnings.warn(f"solve: {status}", stacklevel=2)
     numpy = not isinstance(M.x if isinstance(M, PointCloud) else M, Tensor)
-    return Transport(reg, status, converged, history, f, g, wa, wb, errors, *done, costs, batched, numpy)
+    solution = Solution(costs, points_of(M), reg, wa, wb, f, g, M.cost if isinstance(M, PointCloud) else None)
+    return Transport(reg, status, converged, history, errors, *done, batched, numpy, solution, inputs)
 
 
 def _note(counts: Counts, i: int, done: tuple[Tensor, Tensor], history: list[list[float]]) -> None:
@@ -220,7 +233,7 @@ def _start(owner: str, warmstart: Sequence[Any] | None, weights: Sequence[Tensor
         raise TypeError(f"{owner}: warmstart is {type(warmstart).__name__}, expected None or potentials (f, g)")
     found = []
     for name, p, w in zip("fg", warmstart, weights):
-        t = as_tensor(owner, f"warmstart {name}", p).to(w)
+        t = as_tensor(owner, f"warmstart {name}", p).detach().to(w)
         t = t if batched else t.unsqueeze(0)
         if t.shape != w.shape:
             expected = list(w.shape[0 if batched else 1 :])

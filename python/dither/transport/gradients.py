@@ -1,0 +1,313 @@
+"""Derivatives of entropic transport by the implicit function theorem, of first and second order.
+
+With u = f - ln a, v = g - ln b and E_ij = exp(u_i + v_j - C_ij / reg), P_ij = a_i E_ij b_j and the optimality conditions are
+
+    R_i = ln sum_j E_ij b_j + kappa_a u_i = 0,    R_j = ln sum_i a_i E_ij + kappa_b v_j = 0,    kappa = reg / rho,
+
+0 where a marginal is held exactly. They have a solution where weights are 0 too, so that these have one-sided derivatives. A
+value is a maximum over u and v (the dual) and is differentiated with both held (Danskin); what else depends on them follows
+from J^T w = gradient, J the Jacobian of R (Luise et al. 2018; Cuturi et al. 2020; Blondel et al. 2022). J is symmetric but for
+weights, and its Schur complement is Newton's. How many iterations the solver took plays no part in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from . import _core
+from .costs import Costs, points_of, unit
+from .newton import DIRECT, PRODUCTS, direct_solve
+
+_BLOCK = 1 << 22  # elements of a block of differences of points
+_EXACT = 1e-13  # of the linear systems' solutions
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a plan was computed from, with its graph: weights [B, n] and [B, m] in float64; M [B, n, m], or x and y."""
+
+    a: Tensor
+    b: Tensor
+    points: tuple[Tensor, ...]
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        return (self.a, self.b, *self.points)
+
+
+def inputs_of(weights: Sequence[Tensor], m: Any) -> Inputs | None:
+    """Of the costs M; None if there is nothing to differentiate."""
+    given = Inputs(weights[0], weights[1], points_of(m))
+    return given if torch.is_grad_enabled() and any(t.requires_grad for t in given.all) else None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Converged potentials f [B, n] and g [B, m] of given weights and costs, detached; cost: of points, or None."""
+
+    costs: Costs
+    points: tuple[Tensor, ...]
+    reg: float
+    a: Tensor
+    b: Tensor
+    f: Tensor
+    g: Tensor
+    cost: str | None
+    rho: tuple[float, float] = (math.inf, math.inf)
+
+    @property
+    def kappa(self) -> tuple[float, float]:
+        return self.reg / self.rho[0], self.reg / self.rho[1]
+
+    @property
+    def balanced(self) -> bool:
+        return self.rho == (math.inf, math.inf)
+
+    @functools.cached_property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """<P, C> and the value, [B]."""
+        rows, costs, columns = _core.plan_sums(self.costs, self.reg, self.f, self.g)
+        linear, value = costs.sum(1), rows.new_zeros(rows.shape[0])
+        for w, s, potential, rho in ((self.a, rows, self.f, self.rho[0]), (self.b, columns, self.g, self.rho[1])):
+            value += self.reg * torch.where(s > 0, s * (potential - w.log()), 0).sum(1)
+            if rho < math.inf:
+                value += rho * (torch.where(s > 0, s * (s / w).log(), 0) - s + w).sum(1)
+        return linear, value if self.balanced else value + self.reg * (self.a.sum(1) * self.b.sum(1) - rows.sum(1))
+
+    @functools.cached_property
+    def relative(self) -> tuple[Tensor, Tensor]:
+        """u and v."""
+        found = []
+        for w, own, other, kappa, costs in (
+            (self.a, self.f, self.g, self.kappa[0], lambda: self.costs),
+            (self.b, self.g, self.f, self.kappa[1], self.costs.transposed),
+        ):
+            dead = ~(w > 0)
+            u = own - w.log()
+            if dead.any():
+                u = torch.where(dead, _core.soft_minimum(costs(), self.reg, other) / (1 + kappa), u)
+            found.append(u)
+        return found[0], found[1]
+
+    def products(
+        self, u: Tensor, v: Tensor, left: Tensor, right: Tensor, points: Sequence[Tensor], linear: bool = False
+    ) -> list[Tensor]:
+        """E right and left E for left [B, K, n] and right [B, K, m]; linear: and sum left E C right, [B].
+
+        Points are taken in blocks of rows, which a backward pass computes again: memory is O(n + m).
+        """
+
+        def part(u: Tensor, left: Tensor, *points: Tensor) -> list[Tensor]:
+            c = self.between(points)
+            e = torch.exp((u.unsqueeze(2) + v.unsqueeze(1) - c / self.reg).clamp(max=600))
+            found = [right @ e.mT, left @ e]
+            if linear:
+                found.append((left @ (e * c.masked_fill(c == torch.inf, 0)) * right).sum((1, 2)))
+            return found
+
+        if self.cost is None:
+            return part(u, left, *points)
+        x, y = points
+        width = 1 if self.cost in ("sqeuclidean", "cosine") else x.shape[2]
+        rows = max(1, _BLOCK // (x.shape[0] * y.shape[1] * width))
+        if rows >= x.shape[1]:
+            return part(u, left, x, y)
+        blocks = zip(u.split(rows, 1), left.split(rows, 2), x.split(rows, 1))
+        each = list(zip(*(checkpoint(part, *block, y, use_reentrant=False) for block in blocks)))
+        return [torch.cat(each[0], 2), *(torch.stack(parts).sum(0) for parts in each[1:])]
+
+    def between(self, points: Sequence[Tensor]) -> Tensor:
+        """The costs, [B, n, m] in float64, with derivatives of any order."""
+        if self.cost is None:
+            return points[0].double()
+        x, y = (p.double() for p in points)
+        if self.cost == "cosine":
+            return 1 - unit(x) @ unit(y).mT
+        if self.cost == "sqeuclidean":
+            middle = y.detach().mean(1, keepdim=True)  # so that little cancels
+            x, y = x - middle, y - middle
+            return x.square().sum(2, keepdim=True) + y.square().sum(2).unsqueeze(1) - 2 * (x @ y.mT)
+        d = x.unsqueeze(2) - y.unsqueeze(1)
+        if self.cost == "l1":
+            return d.abs().sum(3)
+        squares = d.square().sum(3)
+        apart = squares > 0
+        return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
+
+    def plan(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
+        """[B, n, m] in float64."""
+        e = torch.exp((u.unsqueeze(2) + v.unsqueeze(1) - self.between(points) / self.reg).clamp(max=600))
+        return a.unsqueeze(2) * e * b.unsqueeze(1)
+
+    def linear(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
+        """<P, C>, [B]."""
+        return self.products(u, v, a.unsqueeze(1), b.unsqueeze(1), points, linear=True)[2]
+
+    def dual(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
+        """The value, [B], as u and v bound it from below."""
+        rows = self.products(u, v, a.unsqueeze(1), b.unsqueeze(1), points)[0].squeeze(1)
+        masses = a.sum(1), b.sum(1)
+        value = self.reg * ((masses[0] if self.balanced else masses[0] * masses[1]) - (a * rows).sum(1))
+        for w, potential, rho, kappa in zip((a, b), (u, v), self.rho, self.kappa):
+            value = value + (w * (self.reg * potential if kappa == 0 else -rho * torch.expm1(-kappa * potential))).sum(1)
+        return value
+
+    def residual(self, p: Tensor, q: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
+        """(p, q) . R, but for kappa (p . u + q . v), which depends on no input."""
+        rows, columns = self.products(u, v, a.unsqueeze(1), b.unsqueeze(1), points)
+        return (p * _log(rows.squeeze(1))).sum() + (q * _log(columns.squeeze(1))).sum()
+
+    def bilinear(
+        self, w: Sequence[Tensor], z: Sequence[Tensor], u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor
+    ) -> Tensor:
+        """w . J z, but for what is constant."""
+        rows, columns = self.products(u, v, torch.stack([a, a * z[0]], 1), torch.stack([b, b * z[1]], 1), points)
+        return (w[0] * rows[:, 1] / rows[:, 0]).sum() + (w[1] * columns[:, 1] / columns[:, 0]).sum()
+
+    def _across(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """E y and E^T x."""
+        rows, columns = self.products(*self.relative, x.unsqueeze(1), y.unsqueeze(1), self.points)
+        return rows.squeeze(1), columns.squeeze(1)
+
+    def transposed_solve(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """w of J^T w = (p, q)."""
+        rows, _, columns = _core.plan_sums(self.costs, self.reg, self.f, self.g)
+        alive = self.a > 0, self.b > 0
+        beside = p / (1 + self.kappa[0]), q / (1 + self.kappa[1])  # of weights of 0
+        if not (alive[0].all() and alive[1].all()):
+            share = (torch.where(on, 0, w / s) for on, w, s in zip(alive, beside, self._across(self.a, self.b)))
+            into = self._across(*share)
+            p, q = p - self.a * into[0], q - self.b * into[1]
+        x, y = self._symmetric_solve(rows, columns, torch.where(alive[0], p, 0), torch.where(alive[1], q, 0))
+        return torch.where(alive[0], rows * x, beside[0]), torch.where(alive[1], columns * y, beside[1])
+
+    def solve(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """z of J z = (p, q)."""
+        rows, _, columns = _core.plan_sums(self.costs, self.reg, self.f, self.g)
+        alive = self.a > 0, self.b > 0
+        z = self._symmetric_solve(rows, columns, rows * p, columns * q)
+        if alive[0].all() and alive[1].all():
+            return z
+        sums, met = self._across(self.a, self.b), self._across(self.a * z[0], self.b * z[1])
+        beside = ((g - m / s) / (1 + kappa) for g, m, s, kappa in zip((p, q), met, sums, self.kappa))
+        return tuple(torch.where(on, t, o) for on, t, o in zip(alive, z, beside))  # type: ignore[return-value]
+
+    def _symmetric_solve(self, rows: Tensor, columns: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """z of [(1 + kappa_a) diag(rows), P; P^T, (1 + kappa_b) diag(columns)] z = (p, q), 0 where weights are."""
+        left, right = (torch.where(s > 0, s * (1 + kappa), 1) for s, kappa in zip((rows, columns), self.kappa))
+        rhs = q - self.b * self._across(self.a * p / left, torch.zeros_like(q))[1]
+        if self.balanced:  # the constant that f may give to g
+            rhs = rhs - columns * (rhs.sum(1) / columns.sum(1)).unsqueeze(1)
+        y = torch.cat([self._column_solve(i, left, right, rhs) for i in range(rhs.shape[0])])
+        y = torch.where(self.b > 0, y, 0)
+        return (p - self.a * self._across(torch.zeros_like(p), self.b * y)[0]) / left, y
+
+    def _column_solve(self, problem: int, left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
+        one = slice(problem, problem + 1)
+        weights = torch.where(self.a > 0, left, 0), torch.where(self.b > 0, right, 0)
+        given = (self.costs.select(problem), self.reg, weights[0][one], self.b[one], self.f[one], self.g[one], weights[1][one])
+        fits = rhs.shape[1] <= DIRECT
+        solved = _core.schur_solve(*given, rhs[one], _EXACT, _EXACT, PRODUCTS[0 if fits else 1])
+        if fits and not solved.converged:
+            return direct_solve(_core.schur_matrix(*given, _EXACT, _EXACT), rhs[one])
+        return solved.direction
+
+
+def _log(x: Tensor) -> Tensor:
+    return x.clamp(min=1e-300).log()
+
+
+def _partial(function: Callable[..., Tensor], needs: Sequence[bool], *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """Derivatives of a sum over `function` in the inputs that are needed; differentiable themselves where gradients are on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        held = [t if not need else t.view_as(t) if again else t.detach().requires_grad_() for t, need in zip(inputs, needs)]
+        wanted = [t for t, need in zip(held, needs) if need]
+        found = iter(torch.autograd.grad(function(*held).sum(), wanted, create_graph=again, materialize_grads=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
+class _Value(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: Solution, *inputs: Tensor) -> Tensor:
+        ctx.solution = s
+        ctx.save_for_backward(*inputs)
+        return s.values[1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        inputs, s = ctx.saved_tensors, ctx.solution
+        held = _Relative.apply(s, *inputs) if torch.is_grad_enabled() else s.relative
+        return None, *_partial(lambda *given: grad * s.dual(*held, *given), ctx.needs_input_grad[1:], *inputs)
+
+
+class _Relative(torch.autograd.Function):
+    """u and v of the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Solution, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.solution = s
+        ctx.save_for_backward(*inputs)
+        u, v = s.relative
+        return u.clone(), v.clone()
+
+    @staticmethod
+    def backward(ctx: Any, p: Tensor, q: Tensor) -> Any:
+        inputs, s = ctx.saved_tensors, ctx.solution
+        held = _Relative.apply(s, *inputs) if torch.is_grad_enabled() else s.relative
+        w = _TransposedSolve.apply(s, p, q, *held, *inputs)
+        return None, *_partial(lambda *given: -s.residual(*w, *held, *given), ctx.needs_input_grad[1:], *inputs)
+
+
+class _TransposedSolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, s: Solution, p: Tensor, q: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        w = s.transposed_solve(p, q)
+        ctx.solution = s
+        ctx.save_for_backward(*w, *inputs)
+        return w
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, p: Tensor, q: Tensor) -> Any:
+        w, inputs, s = ctx.saved_tensors[:2], ctx.saved_tensors[2:], ctx.solution
+        z = s.solve(p, q)
+        return None, *z, *_partial(lambda *given: -s.bilinear(w, z, *given), ctx.needs_input_grad[3:], *inputs)
+
+
+def value(s: Solution, inputs: Inputs) -> Tensor:
+    """[B] with gradients, which take no memory but O(n + m) beside the inputs'."""
+    return _Value.apply(s, *inputs.all)
+
+
+def linear(s: Solution, inputs: Inputs) -> Tensor:
+    """<P, C>, [B], with gradients."""
+    return s.linear(*_Relative.apply(s, *inputs.all), *inputs.all)
+
+
+def plan(s: Solution, inputs: Inputs) -> Tensor:
+    """[B, n, m] with gradients."""
+    return s.plan(*_Relative.apply(s, *inputs.all), *inputs.all)
+
+
+def potentials(s: Solution, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """f and g with gradients."""
+    u, v = _Relative.apply(s, *inputs.all)
+    f, g = (torch.where(w > 0, torch.where(w > 0, w, 1).log() + r, -torch.inf) for w, r in ((inputs.a, u), (inputs.b, v)))
+    return f, g
+
+
+def centred(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """With the constant by which a . f = b . g."""
+    ahead = (a * torch.where(a > 0, f, 0)).sum(1) - (b * torch.where(b > 0, g, 0)).sum(1)
+    shift = (ahead / (a.sum(1) + b.sum(1))).unsqueeze(1)
+    return f - shift, g + shift
