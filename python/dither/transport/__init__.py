@@ -17,8 +17,9 @@ from .gaussian import (
 )
 from .monge import monge_gap, monge_map_loss
 from .ordinal import MinkowskiEMDLoss, minkowski_emd_loss
+from .partial import partial
 from .plot import draw_convergence, draw_plan
-from .pot import sinkhorn, sinkhorn2
+from .pot import sinkhorn, sinkhorn2, sinkhorn_unbalanced
 from .sliced import (
     ReservoirSlicedWasserstein,
     max_sliced_wasserstein_distance,
@@ -60,10 +61,12 @@ __all__ = [
     "monge_gap",
     "monge_map_loss",
     "ot_coupling",
+    "partial",
     "random_projections",
     "sampled_moments",
     "sinkhorn",
     "sinkhorn2",
+    "sinkhorn_unbalanced",
     "sliced_wasserstein_distance",
     "solve",
     "two_sample_test",

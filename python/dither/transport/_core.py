@@ -60,10 +60,10 @@ def sweep(
 
 
 def soft_minimum(costs: Costs, reg: float, g: Tensor) -> Tensor:
-    """-ln sum_j exp(g_j - C_ij / reg), [B, n]; 0 where no pair is allowed."""
-    f = g.new_zeros(g.shape[0], costs.size[0])
+    """-ln sum_j exp(g_j - C_ij / reg), [B, n]; inf where no pair is allowed."""
+    f = g.new_full((g.shape[0], costs.size[0]), -math.inf)
     sweep(costs, reg, torch.ones_like(f), torch.ones_like(g), f, g.clone())
-    return f
+    return f.masked_fill(f == -math.inf, math.inf)
 
 
 def plan_sums(costs: Costs, reg: float, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -125,6 +125,10 @@ def points_of(m: Any) -> tuple[Tensor, ...]:
     return tuple(t if t.dim() == 3 else t.unsqueeze(0) for t in tensors)
 
 
+def is_numpy(m: Any) -> bool:
+    return not isinstance(m.x if isinstance(m, PointCloud) else m, Tensor)
+
+
 def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
     """The costs, and whether they are a batch."""
     if isinstance(m, PointCloud):

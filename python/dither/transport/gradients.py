@@ -94,7 +94,8 @@ class Solution:
             dead = ~(w > 0)
             u = own - w.log()
             if dead.any():
-                u = torch.where(dead, _core.soft_minimum(costs(), self.reg, other) / (1 + kappa), u)
+                least = _core.soft_minimum(costs(), self.reg, other).nan_to_num(posinf=0)
+                u = torch.where(dead, least / (1 + kappa), u)
             found.append(u)
         return found[0], found[1]
 

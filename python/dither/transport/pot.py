@@ -59,6 +59,47 @@ def sinkhorn2(
     return (found, _log(result, many)) if log else found
 
 
+def sinkhorn_unbalanced(
+    a: Any,
+    b: Any,
+    M: Any,
+    reg: float,
+    reg_m: Any,
+    method: str = "sinkhorn",
+    reg_type: str = "kl",
+    c: None = None,
+    warmstart: Any = None,
+    numItermax: int = 1000,
+    stopThr: float = 1e-6,
+    verbose: bool = False,
+    log: bool = False,
+    **others: Any,
+) -> Any:
+    """The plan as `ot.unbalanced.sinkhorn_unbalanced` gives it, by `solve(..., unbalanced=reg_m)`; with `log` a dict too.
+
+    a and b may be empty: uniform weights. method: POT's names stand for one iteration in the log domain. reg_type: "kl" alone,
+    and c the product a b^T. stopThr bounds the L1 error of the marginals. warmstart is ignored, as it is not needed.
+    """
+    owner = "sinkhorn_unbalanced"
+    one_of(
+        owner, "method", method, ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_translation_invariant", "sinkhorn_reg_scaling")
+    )
+    one_of(owner, "reg_type", reg_type, ("kl",))
+    if c is not None:
+        raise ValueError(f"{owner}: c is {type(c).__name__}, expected None")
+    a, b = (None if w is None or len(w) == 0 else w for w in (a, b))
+    reg_m = tuple(np.atleast_1d(reg_m).tolist())
+    reg_m = reg_m * 2 if len(reg_m) == 1 else reg_m
+    m, a, b = (np.asarray(v, dtype=np.float64) if isinstance(v, (list, tuple)) else v for v in (M, a, b))
+    r = solve(a, b, m, reg, tol=stopThr, max_iterations=numItermax, unbalanced=reg_m)
+    if verbose:
+        print(f"{owner}: {r.status}, {r.iterations} iterations, error {r.error}")
+    if not log:
+        return r.plan
+    f, g = r.potentials
+    return r.plan, {"err": r.history, "logu": f, "logv": g, "cost": r.value_linear, "total_cost": r.value}
+
+
 def _solved(
     owner: str,
     a: Any,

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .._checks import instance, integer, number, one_of
 from . import _core, gradients
-from .costs import Costs, PointCloud, as_tensor, points_of, prepared
+from .costs import Costs, PointCloud, as_tensor, is_numpy, points_of, prepared
 from .gradients import Inputs, Solution, inputs_of
 from .newton import STEPS, Counts, Problem, follow_path
 from .sns import sparse_newton
+from .unbalanced import iterate, penalties
 
 METHODS = ("auto", "sinkhorn", "newton", "sns")
 _SPENT = 100  # Sinkhorn iterations that take as long as Newton's path
@@ -84,18 +85,23 @@ class Transport:
         return s.values[1] if given is None else gradients.value(s, given)
 
     @property
+    def batch_value(self) -> Tensor:
+        """`value` as a tensor, [B]."""
+        return self._value
+
+    @property
     def value_linear(self) -> Any:
         """<P, M>."""
         return self._number(self._value_linear)
 
     @property
     def value(self) -> Any:
-        """<P, M> + reg KL(P | a b^T), KL = sum P ln(P / (a b^T))."""
+        """<P, M> + reg KL(P | a b^T), KL = sum P ln(P / (a b^T)); unbalanced: all of the objective."""
         return self._number(self._value)
 
     @property
     def error(self) -> Any:
-        """sum_i |sum_j P_ij - a_i| + sum_j |sum_i P_ij - b_j|."""
+        """sum_i |sum_j P_ij - a_i| + sum_j |sum_i P_ij - b_j|; unbalanced, from the marginals that f and g stand for."""
         return self._number(self._errors)
 
     @property
@@ -120,6 +126,7 @@ def solve(
     max_iterations: int = 10_000,
     warmstart: Sequence[Any] | None = None,
     warn: bool = True,
+    unbalanced: float | tuple[float, float] | None = None,
 ) -> Transport:
     """Entropic optimal transport from a to b with costs M.
 
@@ -134,6 +141,10 @@ def solve(
     which end with the 200th or after 20 000 sweeps anyway. warmstart: potentials (f, g) of an earlier result, for Sinkhorn.
     warn: warn where tol was not reached.
 
+    unbalanced: rho or (rho_a, rho_b), for min <P, M> + reg KL(P | a b^T) + rho_a KL(P 1 | a) + rho_b KL(P^T 1 | b) with
+    KL(p | q) = sum p ln(p / q) - p + q; sums may differ, and inf is a marginal that is met. By Sinkhorn's iterations alone
+    (`dither.transport.unbalanced`).
+
     float32 costs are taken as they are: sweeps near the solution compute in float64, and reach any tol that float64 costs do.
     Where a, b, M or the points require gradients, the plan, the potentials and the values have them, of first and second order
     (`dither.transport.gradients`). b's are those of b scaled to a's sum: b . grad = 0. The value's gradients in weights of 0
@@ -146,7 +157,11 @@ def solve(
     integer(owner, "max_iterations", max_iterations, 1)
     instance(owner, "warn", warn, bool, "a bool")
     costs, batched = prepared(owner, M)
-    weights = _weights(owner, a, b, M, costs, batched)
+    rho = (math.inf, math.inf) if unbalanced is None else penalties(owner, "unbalanced", unbalanced)
+    free = rho != (math.inf, math.inf)
+    if free:
+        one_of(owner, "method", method, ("auto", "sinkhorn"), " with `unbalanced`")
+    weights = weights_of(owner, a, b, M, costs, batched, equal=not free)
     inputs = inputs_of(weights, M)
     weights = weights[0].detach(), weights[1].detach()
     f, g = _start(owner, warmstart, weights, batched)
@@ -166,7 +181,9 @@ def solve(
             errors[i] = sparse_newton(one(i), reg, goal, counts)
             _note(counts, i, done, history)
     slow = torch.ones(batch, dtype=torch.bool)
-    if method in ("auto", "sinkhorn"):
+    if free:
+        errors, slow = iterate(owner, costs, reg, rho, wa, wb, f, g, goal, max_iterations, done[0], history), ~slow
+    elif method in ("auto", "sinkhorn"):
         slow = _iterate(costs, reg, wa, wb, f, g, goal, max_iterations, method == "auto", errors, done[0], history)
     if method in ("auto", "newton"):
         for i in slow.nonzero().flatten().tolist():
@@ -181,10 +198,9 @@ def solve(
         which = f"{late} of {batch} problems have" if batch > 1 else "the marginals have"
         status = f"not converged: {which} an error of {worst:.1e}, tol is {tol:.1e}, after {int(done[0].max())} iterations"
         if warn:
-            warnings.warn(f"solve: {status}", stacklevel=2)
-    numpy = not isinstance(M.x if isinstance(M, PointCloud) else M, Tensor)
-    solution = Solution(costs, points_of(M), reg, wa, wb, f, g, M.cost if isinstance(M, PointCloud) else None)
-    return Transport(reg, status, converged, history, errors, *done, batched, numpy, solution, inputs)
+            warnings.warn(f"solve: {status}", stacklevel=3)  # torch.compiler.disable is between
+    solution = Solution(costs, points_of(M), reg, wa, wb, f, g, M.cost if isinstance(M, PointCloud) else None, rho)
+    return Transport(reg, status, converged, history, errors, *done, batched, is_numpy(M), solution, inputs)
 
 
 def _note(counts: Counts, i: int, done: tuple[Tensor, Tensor], history: list[list[float]]) -> None:
@@ -193,8 +209,8 @@ def _note(counts: Counts, i: int, done: tuple[Tensor, Tensor], history: list[lis
     history[i] += counts.history
 
 
-def _weights(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool) -> tuple[Tensor, Tensor]:
-    """Both as [B, n] and [B, m] in float64, of equal sums."""
+def weights_of(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool, equal: bool = True) -> tuple[Tensor, Tensor]:
+    """Both as [B, n] and [B, m] in float64; equal: of equal sums."""
     sizes, batch = costs.size, m.shape[0] if batched else 1
     found = []
     for name, w, size in (("a", a, sizes[0]), ("b", b, sizes[1])):
@@ -214,6 +230,8 @@ def _weights(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool) ->
     for name, mass in zip("ab", masses):
         if bool((mass <= 0).any()):
             raise ValueError(f"{owner}: {name} has a sum of 0, expected some mass")
+    if not equal:
+        return wa, wb
     slack = 1e-5 if costs.x.dtype == torch.float32 else 1e-8
     apart = (masses[1] - masses[0]).abs() > slack * masses[0]
     if bool(apart.any()):

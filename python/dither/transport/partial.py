@@ -1,0 +1,67 @@
+"""Partial transport: plans that move a part of the mass."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import integer, number
+from . import _core
+from .costs import is_numpy, prepared
+from .solve import weights_of
+
+
+def partial(
+    a: Any, b: Any, M: Any, reg: float, m: float | None = None, max_iterations: int = 1000, tol: float = 1e-9, warn: bool = True
+) -> Any:
+    """The plan that moves the mass m: min <P, M> + reg sum P ln P with P 1 <= a, P^T 1 <= b and a sum of m.
+
+    a: [n] or [B, n], b: [m] or [B, m], of any sums, None: uniform with sum 1; M as in `solve`; m: at most the smaller sum, and
+    None stands for it. Returns P, [n, m] or [B, n, m], of M's dtype, a numpy array if M is one; no gradients. tol: for the L1
+    change of the rows' sums that one more iteration would bring, in units of m.
+
+    The dual is maximised in turn over the rows' multipliers, which are not positive, and over the columns' with that of the
+    mass, in the log domain. That is Dykstra's algorithm of Benamou et al. 2015 (`ot.partial.entropic_partial_wasserstein`) with
+    two of its three projections made one.
+    """
+    owner = "partial"
+    reg, tol = number(owner, "reg", reg, above=0), number(owner, "tol", tol, least=0)
+    integer(owner, "max_iterations", max_iterations, 1)
+    costs, batched = prepared(owner, M)
+    wa, wb = (w.detach() for w in weights_of(owner, a, b, M, costs, batched, equal=False))
+    most = float(torch.minimum(wa.sum(1), wb.sum(1)).min())
+    mass = most if m is None else number(owner, "m", m, above=0, most=most * (1 + 1e-9))
+    across = costs.transposed()
+    f, g = (torch.zeros_like(w).masked_fill(w <= 0, -torch.inf) for w in (wa, wb))
+    for _ in range(max_iterations):
+        free = _core.soft_minimum(costs, reg, g)
+        before, f = f, torch.where(wa > 0, (wa.log() + free).clamp(max=0), -torch.inf)
+        error = float(((f - free).exp() - (before - free).exp()).abs().sum(1).max())
+        if error <= tol * mass:
+            break
+        g = _filled(wb, -_core.soft_minimum(across, reg, f), mass)
+    else:
+        if warn:
+            warnings.warn(f"{owner}: not converged: rows move by {error:.1e} after {max_iterations} iterations", stacklevel=2)
+    plan = costs.plan(reg, f, g).to(costs.x.dtype)
+    plan = plan if batched else plan[0]
+    return plan.cpu().numpy() if is_numpy(M) else plan
+
+
+def _filled(b: Tensor, free: Tensor, mass: float) -> Tensor:
+    """g by which columns that would get exp(free) take min(b, scale exp(free)), in sum `mass`."""
+    low = torch.where(b > 0, b.log() - free, -torch.inf)
+    most = free.masked_fill(b <= 0, -torch.inf).amax(1, keepdim=True)
+    sums = torch.where(b > 0, (free - most).exp(), 0)
+    order = low.argsort(1)
+    low_first, b_first, s_first = (t.gather(1, order) for t in (low, b, sums))
+    full = b_first.cumsum(1) - b_first  # of those with a smaller ratio
+    rest = s_first.flip(1).cumsum(1).flip(1)
+    scale = ((mass - full).clamp(min=0) / rest).log() - most
+    fits = scale <= low_first
+    at = torch.where(fits.any(1), fits.to(torch.int8).argmax(1), b.shape[1] - 1).unsqueeze(1)
+    scale = torch.where(fits.any(1, keepdim=True), scale.gather(1, at), torch.inf)
+    return torch.minimum(low, scale)
