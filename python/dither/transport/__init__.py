@@ -4,6 +4,7 @@ from .assignment import assign, assignment_excess, immiscible_noise
 from .costs import PointCloud
 from .coupling import geodesic_variation, interpolate, ot_coupling, worst_on_geodesic
 from .critic import clip_weights_, critic_loss, generator_loss, gradient_norms, gradient_penalty
+from .divergence import SinkhornDivergence, sinkhorn_divergence
 from .gaussian import (
     bures_wasserstein_barycenter,
     bures_wasserstein_distance,
@@ -34,6 +35,7 @@ __all__ = [
     "MinkowskiEMDLoss",
     "PointCloud",
     "ReservoirSlicedWasserstein",
+    "SinkhornDivergence",
     "Transport",
     "TwoSampleTest",
     "assign",
@@ -66,6 +68,7 @@ __all__ = [
     "sampled_moments",
     "sinkhorn",
     "sinkhorn2",
+    "sinkhorn_divergence",
     "sinkhorn_unbalanced",
     "sliced_wasserstein_distance",
     "solve",

@@ -1,0 +1,120 @@
+"""Sinkhorn divergences of weighted points, OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 (Genevay et al. 2018, Feydy et al. 2019)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import instance, number, one_of
+from . import _core, gradients
+from .costs import PointCloud, is_numpy, points_of, prepared
+from .gradients import Inputs, Solution
+from .solve import solve, weights_of
+from .unbalanced import exponents, penalties, raised
+
+_LARGE = 10_000
+
+
+def sinkhorn_divergence(
+    x: Any,
+    y: Any,
+    reg: float,
+    a: Any = None,
+    b: Any = None,
+    cost: str = "sqeuclidean",
+    unbalanced: float | None = None,
+    debiased: bool = True,
+    tol: float = 1e-6,
+    max_iterations: int = _LARGE,
+    warn: bool = True,
+) -> Any:
+    """The divergence of points x [n, d] with weights a [n] from y [m, d] with b [m], or of batches of them, in memory O(n + m).
+
+    cost: as in `PointCloud`; a and b: as in `solve`, None: uniform with sum 1; unbalanced: rho, with which sums may differ, by
+
+        OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 + reg / 2 (sum a - sum b)^2        (Sejourne et al. 2019),
+
+    OT the `value` of `solve`. It is 0 where the measures agree, and not negative for the costs "sqeuclidean", "euclidean" and
+    "l1", but for what tol leaves open. debiased: False for OT(a, b) alone. tol: for the L1 error of the marginals.
+
+    A tensor, [B] in float64 or without dimension, with gradients of first and second order; a number for numpy arrays.
+    """
+    owner = "sinkhorn_divergence"
+    instance(owner, "debiased", debiased, bool, "a bool")
+    cloud = PointCloud(x, y, cost)
+    pair = penalties(owner, "unbalanced", math.inf if unbalanced is None else unbalanced)
+    if pair[0] != pair[1]:
+        raise ValueError(f"{owner}: unbalanced is {unbalanced!r}, expected one number for both sides")
+    found = solve(a, b, cloud, reg, tol=tol, max_iterations=max_iterations, warn=warn, unbalanced=pair)
+    value = found.batch_value
+    if debiased:
+        costs, batched = prepared(owner, cloud)
+        wa, wb = weights_of(owner, a, b, cloud, costs, batched, equal=pair[0] == math.inf)
+        for points, w in zip(points_of(cloud), (wa, wb)):
+            value = value - 0.5 * _self_value(owner, points, w, reg, cost, pair[0], tol, max_iterations, warn)
+        if pair[0] < math.inf:
+            value = value + 0.5 * reg * (wa.sum(1) - wb.sum(1)).square()
+    value = value if x.ndim == 3 else value[0]
+    return value if not is_numpy(cloud) else value.numpy() if x.ndim == 3 else value.item()
+
+
+def _self_value(
+    owner: str, x: Tensor, a: Tensor, reg: float, cost: str, rho: float, tol: float, most: int, warn: bool
+) -> Tensor:
+    """OT(a, a), [B], by f <- (f + T f) / 2, T an update of Sinkhorn's: a few iterations (Feydy et al. 2019)."""
+    held = a.detach()
+    costs, _ = prepared(owner, PointCloud(x.detach(), x.detach(), cost))
+    damp = exponents((rho, rho), reg)
+    weights = raised(owner, held, "a", damp[0], rho)
+    f, goal = torch.zeros_like(held).masked_fill(held <= 0, -math.inf), tol * float(held.sum(1).max())
+    for _ in range(most):
+        new = f.clone()
+        found = _core.sweep(costs, reg, weights, weights, new, f.clone(), damping=damp)
+        f = torch.where(held > 0, (f + new) / 2, f)
+        if not (found.last > goal).any():
+            break
+    else:
+        if warn:
+            late = float(found.last.max())
+            warnings.warn(f"{owner}: not converged: marginals of a self term have an error of {late:.1e}", stacklevel=3)
+    solution = Solution(costs, (x.detach(), x.detach()), reg, held, held, f, f, cost, (rho, rho))
+    given = Inputs(a, a, (x, x))
+    if torch.is_grad_enabled() and (a.requires_grad or x.requires_grad):
+        return gradients.value(solution, given)
+    return solution.values[1]
+
+
+class SinkhornDivergence(nn.Module):
+    """`sinkhorn_divergence` as a loss, in the terms of GeomLoss' `SamplesLoss("sinkhorn")`.
+
+    The cost is |x - y|^p / p with p = 2 or 1, reg is blur^p and rho reach^p: blur and reach are lengths. debias: False for the
+    entropic cost alone. Called as loss(x, y), x [n, d] or [B, n, d], or with weights as loss(a, x, b, y). Unlike GeomLoss, it
+    iterates until the marginals' error is at most tol, not along a schedule.
+    """
+
+    def __init__(
+        self, p: int = 2, blur: float = 0.05, reach: float | None = None, debias: bool = True, tol: float = 1e-6
+    ) -> None:
+        super().__init__()
+        owner = "SinkhornDivergence"
+        one_of(owner, "p", p, (1, 2))
+        instance(owner, "debias", debias, bool, "a bool")
+        self.p, self.debias = p, debias
+        self.blur, self.tol = number(owner, "blur", blur, above=0), number(owner, "tol", tol, least=0)
+        self.reach = None if reach is None else number(owner, "reach", reach, above=0)
+
+    def forward(self, *given: Tensor) -> Tensor:
+        if len(given) not in (2, 4):
+            raise TypeError(f"SinkhornDivergence: called with {len(given)} arguments, expected (x, y) or (a, x, b, y)")
+        a, x, b, y = given if len(given) == 4 else (None, given[0], None, given[1])
+        rho = None if self.reach is None else self.p * self.reach**self.p  # of p times the cost
+        cost = "sqeuclidean" if self.p == 2 else "euclidean"
+        loss: Tensor = sinkhorn_divergence(x, y, self.p * self.blur**self.p, a, b, cost, rho, self.debias, self.tol)
+        return (loss / self.p).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, blur={self.blur}, reach={self.reach}, debias={self.debias}"
