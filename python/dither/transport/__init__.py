@@ -1,6 +1,7 @@
 """Optimal transport: plans between weights, distances of measures, their gradients, and losses made of them."""
 
 from .assignment import assign, assignment_excess, immiscible_noise
+from .barycenter import barycenter, convolutional_barycenter
 from .costs import PointCloud
 from .coupling import geodesic_variation, interpolate, ot_coupling, worst_on_geodesic
 from .critic import clip_weights_, critic_loss, generator_loss, gradient_norms, gradient_penalty
@@ -40,12 +41,14 @@ __all__ = [
     "TwoSampleTest",
     "assign",
     "assignment_excess",
+    "barycenter",
     "bures_wasserstein_barycenter",
     "bures_wasserstein_distance",
     "bures_wasserstein_geodesic",
     "bures_wasserstein_loss",
     "bures_wasserstein_mapping",
     "clip_weights_",
+    "convolutional_barycenter",
     "critic_loss",
     "draw_convergence",
     "draw_plan",
