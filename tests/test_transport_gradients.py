@@ -119,19 +119,31 @@ def test_b_is_scaled_with_its_gradient():
     assert (db @ b).item() == pytest.approx(0, abs=1e-12) and db.abs().max() > 1e-3
 
 
-def test_blocks_of_points_are_one(monkeypatch):
+def test_blocks_of_rows_are_one(monkeypatch):
     x, y = (normal(n, 3, seed=n).requires_grad_() for n in (70, 40))
+    a, b = weights(70), weights(40, seed=1)
+    m = uniform(70, 40, seed=2).requires_grad_()
 
     def found():
-        r = solve(None, None, PointCloud(x, y, "euclidean"), 0.1, tol=1e-13)
+        r = solve(a.softmax(0), b.softmax(0), PointCloud(x, y, "euclidean"), 0.1, tol=1e-13)
         (first,) = grad(r.value, x, create_graph=True)
         outputs = r.value, r.value_linear, r.plan.square().sum(), first.square().sum()
-        return [d for output in outputs for d in grad(output, (x, y), retain_graph=True)]
+        in_costs = grad(solve(a.softmax(0), b.softmax(0), m, 0.1, tol=1e-13).value, (a, b, m))
+        return [*in_costs, *(d for output in outputs for d in grad(output, (x, y, a, b), retain_graph=True))]
 
     whole = found()
     monkeypatch.setattr(gradients, "_BLOCK", 1 << 10)
     for d, w in zip(found(), whole):
         torch.testing.assert_close(d, w, rtol=1e-9, atol=1e-14)
+
+
+def test_a_value_of_points_has_no_matrix(monkeypatch):
+    taken, between = [], gradients.Solution.between
+    monkeypatch.setattr(gradients, "_BLOCK", 1 << 10)
+    monkeypatch.setattr(gradients.Solution, "between", lambda s, p: taken.append(p[0].shape[1]) or between(s, p))
+    x, y = (normal(90, 2, seed=seed).requires_grad_() for seed in (0, 1))
+    grad(solve(None, None, PointCloud(x, y), 0.1).value, (x, y))
+    assert sum(taken) == 90 and max(taken) * 90 <= 1 << 10
 
 
 def test_large_plans_that_are_nearly_assignments():

@@ -27,7 +27,7 @@ from . import _core
 from .costs import Costs, points_of, unit
 from .newton import DIRECT, PRODUCTS, direct_solve
 
-_BLOCK = 1 << 22  # elements of a block of differences of points
+_BLOCK = 1 << 19  # elements of a block of differences of points
 _EXACT = 1e-13  # of the linear systems' solutions
 
 
@@ -115,16 +115,19 @@ class Solution:
                 found.append((left @ (e * c.masked_fill(c == torch.inf, 0)) * right).sum((1, 2)))
             return found
 
-        if self.cost is None:
+        rows = self.block
+        if self.cost is None or rows >= u.shape[1]:
             return part(u, left, *points)
         x, y = points
-        width = 1 if self.cost in ("sqeuclidean", "cosine") else x.shape[2]
-        rows = max(1, _BLOCK // (x.shape[0] * y.shape[1] * width))
-        if rows >= x.shape[1]:
-            return part(u, left, x, y)
         blocks = zip(u.split(rows, 1), left.split(rows, 2), x.split(rows, 1))
         each = list(zip(*(checkpoint(part, *block, y, use_reentrant=False) for block in blocks)))
         return [torch.cat(each[0], 2), *(torch.stack(parts).sum(0) for parts in each[1:])]
+
+    @property
+    def block(self) -> int:
+        """Rows that are taken at a time."""
+        width = self.points[0].shape[2] if self.cost in ("euclidean", "l1") else 1
+        return max(1, _BLOCK // (self.b.numel() * width))
 
     def between(self, points: Sequence[Tensor]) -> Tensor:
         """The costs, [B, n, m] in float64, with derivatives of any order."""
@@ -155,12 +158,32 @@ class Solution:
 
     def dual(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
         """The value, [B], as u and v bound it from below."""
+        return self._dual_of_weights(u, v, a, b) + self._dual_of_plan(u, v, a, b, *points)
+
+    def _dual_of_plan(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
         rows = self.products(u, v, a.unsqueeze(1), b.unsqueeze(1), points)[0].squeeze(1)
+        return -self.reg * (a * rows).sum(1)
+
+    def _dual_of_weights(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         masses = a.sum(1), b.sum(1)
-        value = self.reg * ((masses[0] if self.balanced else masses[0] * masses[1]) - (a * rows).sum(1))
+        value = self.reg * (masses[0] if self.balanced else masses[0] * masses[1])
         for w, potential, rho, kappa in zip((a, b), (u, v), self.rho, self.kappa):
             value = value + (w * (self.reg * potential if kappa == 0 else -rho * torch.expm1(-kappa * potential))).sum(1)
         return value
+
+    def dual_gradients(self, grad: Tensor, needs: Sequence[bool], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of `dual` at the solution, by blocks of rows."""
+        (u, v), (a, b, first, *second) = self.relative, inputs
+        found = [*_partial(lambda a, b: grad * self._dual_of_weights(u, v, a, b), needs[:2], a, b)]
+        found += [torch.zeros_like(t) if need else None for t, need in zip(inputs[2:], needs[2:])]
+        for start in range(0, u.shape[1], self.block):
+            rows = slice(start, start + self.block)
+            part = functools.partial(self._dual_of_plan, u[:, rows], v)
+            more = _partial(lambda *given, part=part: grad * part(*given), needs, a[:, rows], b, first[:, rows], *second)
+            for i, (total, d) in enumerate(zip(found, more)):
+                if total is not None and d is not None:
+                    (total[:, rows] if i in (0, 2) else total).add_(d)
+        return found
 
     def residual(self, p: Tensor, q: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
         """(p, q) . R, but for kappa (p . u + q . v), which depends on no input."""
@@ -229,6 +252,8 @@ def _log(x: Tensor) -> Tensor:
 
 def _partial(function: Callable[..., Tensor], needs: Sequence[bool], *inputs: Tensor) -> tuple[Tensor | None, ...]:
     """Derivatives of a sum over `function` in the inputs that are needed; differentiable themselves where gradients are on."""
+    if not any(needs):
+        return (None,) * len(needs)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         held = [t if not need else t.view_as(t) if again else t.detach().requires_grad_() for t, need in zip(inputs, needs)]
@@ -247,7 +272,9 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, s = ctx.saved_tensors, ctx.solution
-        held = _Relative.apply(s, *inputs) if torch.is_grad_enabled() else s.relative
+        if not torch.is_grad_enabled():
+            return None, *s.dual_gradients(grad, ctx.needs_input_grad[1:], inputs)
+        held = _Relative.apply(s, *inputs)
         return None, *_partial(lambda *given: grad * s.dual(*held, *given), ctx.needs_input_grad[1:], *inputs)
 
 
