@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import number, one_of, tensor
+from .divergence import sinkhorn_divergence
 from .solve import solve
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
@@ -47,14 +48,6 @@ def _reg(owner: str, reg: float | None, c: Tensor) -> float:
     return 0.05 * max(float(c.std(correction=0)), 1e-4 * float(c.abs().max())) or 1.0
 
 
-def _entropic(c: Tensor, reg: float, tol: float) -> Tensor:
-    """min <P, c> + reg KL(P | 1 / (n m)), whose derivative in c is the plan (envelope theorem)."""
-    held = c.detach()
-    least = held.min()  # costs from 0 on keep their digits
-    found = solve(None, None, held - least, reg, tol=tol, warn=False)
-    return (found.plan * (c - held)).sum() + found.value + least
-
-
 def monge_gap(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean", reg: float | None = None, *, tol: float = 1e-4) -> Tensor:
     """mean_i c(x_i, y_i) - W_reg(x, y), a number >= 0: what the map x_i -> y_i costs above the least (Uscidda and Cuturi 2023).
 
@@ -70,7 +63,7 @@ def monge_gap(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean", reg: float | Non
         reg: by default 0.05 standard deviations of the costs, held constant.
         tol: L1 error of the marginals of P.
 
-    Differentiable in x and y, once, with the plan held (envelope theorem).
+    Differentiable in x and y as `solve(...).value` is.
     """
     owner = "monge_gap"
     _points(owner, "x", x)
@@ -79,7 +72,9 @@ def monge_gap(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean", reg: float | Non
     tol = number(owner, "tol", tol, above=0)
     c = _costs(owner, cost, x, y)
     reg = _reg(owner, reg, c)
-    return c.diagonal().mean() - _entropic(c, reg, tol) + reg * math.log(len(x))
+    least = c.detach().min()  # costs from 0 on keep their digits
+    entropic = solve(None, None, c - least, reg, tol=tol, warn=False).value + least
+    return (c.diagonal().mean() - entropic + reg * math.log(len(x))).to(x.dtype)
 
 
 def monge_map_loss(
@@ -94,8 +89,8 @@ def monge_map_loss(
 ) -> Tensor:
     """S(mapped, target) + weight monge_gap(x, mapped): makes a network the optimal map (Uscidda and Cuturi 2023).
 
-    S, the Sinkhorn divergence W(y, z) - W(y, y) / 2 - W(z, z) / 2 with the cost |y - z|^2 (Genevay et al. 2018), fits the image
-    to the target, and the gap chooses among the maps that do.
+    S, the Sinkhorn divergence with the cost |y - z|^2 (`sinkhorn_divergence`), fits the image to the target, and the gap
+    chooses among the maps that do.
 
     Args:
         x: source points [n, d]. mapped: T(x). target: points [m, d] of the target.
@@ -107,9 +102,6 @@ def monge_map_loss(
     tol = number(owner, "tol", tol, above=0)
     _points(owner, "mapped", mapped)
     _points(owner, "target", target, mapped)
-    c = _costs(owner, "sqeuclidean", mapped, target)
-    own = _reg(owner, reg, c)
-    loss = _entropic(c, own, tol)
-    for z in (mapped, target):
-        loss = loss - _entropic(_costs(owner, "sqeuclidean", z, z), own, tol) / 2
+    own = _reg(owner, reg, _costs(owner, "sqeuclidean", mapped.detach(), target.detach()))
+    loss: Tensor = sinkhorn_divergence(mapped, target, own, tol=tol, warn=False).to(x.dtype)
     return loss + weight * monge_gap(x, mapped, cost, reg, tol=tol) if weight else loss
