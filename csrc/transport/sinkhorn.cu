@@ -1,5 +1,4 @@
-#include "sinkhorn.h"
-#include "../common/launch.cuh"
+#include "block.cuh"
 
 // An iteration is three kernels: a block a row, which gets its f; blocks of columns, which get their sums and the g that
 // follows; a block a problem, which adds up the error and decides whether to go on. Each sum has its own fixed order.
@@ -23,24 +22,6 @@ __device__ inline double cost_at(const Costs& c, int64_t problem, int64_t i, int
   for (int64_t k = 0; k < c.dim; ++k) sum = distance_part(c.ground, x[k], y[k * c.m], sum);
   return double(c.ground == Ground::euclidean ? square_root(sum) : sum);
 }
-__device__ inline double term(bool narrow, double x) {
-  return narrow ? double(power_of_2<float, uint32_t>(float(x))) : exp2_of_double(x);
-}
-
-template <class Join>
-__device__ inline double over_block(double mine, double* shared, const Join& join) {
-  __syncthreads();
-  shared[threadIdx.x] = mine;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) shared[threadIdx.x] = join(shared[threadIdx.x], shared[threadIdx.x + half]);
-  }
-  __syncthreads();
-  return shared[0];
-}
-struct Plus {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
 struct Most {
   __device__ double operator()(double a, double b) const { return larger(a, b); }
 };
@@ -173,10 +154,13 @@ static int run(const Sinkhorn& s, Progress p, Stream stream) {
   const Costs& c = s.c;
   const unsigned rows = unsigned(c.batch * c.n), columns = unsigned(c.batch * ((c.m + kAcross - 1) / kAcross));
   int error = 0;
-  for (p.iteration = 0; p.iteration < p.iterations && !error; ++p.iteration) {
+  bool over = false;
+  for (p.iteration = 0; p.iteration < p.iterations && !error && !over; ++p.iteration) {
     error = launch(rows_kernel<S>, rows, kThreads, 0, stream)(s, p);
     if (!error) error = launch(columns_kernel<S>, columns, kAcross * kDown, 0, stream)(s, p);
     if (!error) error = launch(finish_kernel, unsigned(c.batch), kThreads, 0, stream)(s, p);
+    const int64_t next = p.iteration + 1;
+    if (!error && p.tol >= 0.0 && next % kPoll == 0 && next < p.iterations) error = all_set(p.stopped, c.batch, stream, over);
   }
   return error;
 }
