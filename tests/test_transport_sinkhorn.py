@@ -19,6 +19,7 @@ MACHINES = [{"capability": c} for c in dither.build_info()["cpu_usable"]] + [{"t
 # Of potentials of up to 50, in iterations that do not converge; the worst found were 2e-5 and 2e-13.
 TOLERANCE = {(F32, True): 2e-4, (F32, False): 1e-11, (F64, False): 1e-11}
 KINDS = list(TOLERANCE)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 each_kind = pytest.mark.parametrize("dtype, narrow", KINDS, ids=lambda v: str(v).replace("torch.", ""))
 
 
@@ -167,38 +168,66 @@ def solved(n=60, m=47, reg=0.02, dtype=F64, ground=0, zeros=2):
 
 
 @each_kind
+@pytest.mark.parametrize("n, m", [(60, 47), (150, 300), (5, 4200)])
 @pytest.mark.parametrize("ground", range(4))
-def test_sums_of_a_plan(dtype, narrow, ground):
-    s = solved(dtype=dtype, ground=ground)
-    outs = [[torch.zeros_like(s[name]) for name in ("f", "f", "g")] for _ in range(2)]
-    for op, out in zip((torch.ops.dither.plan_sums_, reference.transport.plan_sums_), outs):
-        op(s["x"], s["y"], ground, s["scale"], narrow, s["f"], s["g"], *out)
-    for got, want in zip(*outs):
-        torch.testing.assert_close(got, want, rtol=1e-4 if dtype == F32 else 1e-11, atol=1e-12)
+def test_sums_of_a_plan(backend, dtype, narrow, ground, n, m):
+    s = solved(n, m, dtype=dtype, ground=ground)
+    x, f, g = torch.cat([s["x"], s["x"] * 1.1]), torch.cat([s["f"], s["f"] - 0.5]), torch.cat([s["g"], s["g"] + 0.3])
+    x[0, 3, :2] += math.inf if ground == 0 else 0.0
+    wanted, found = ([torch.full_like(t, math.nan) for t in (f, f, g)] for _ in range(2))
+    reference.transport.plan_sums_(x, s["y"], ground, s["scale"], narrow, f, g, *wanted)
+    given = copied(
+        {"x": x, "y": s["y"], "ground": ground, "scale": s["scale"], "narrow": narrow, "f": f, "g": g}, backend.device
+    )
+    found = [t.to(backend.device) for t in found]
+    backend.ops.plan_sums_(*given.values(), *found)
+    for got, want in zip(found, wanted):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4 if dtype == F32 else 1e-11, atol=1e-12)
+
+
+def direction(ops, device, s, narrow, rhs, *settings):
+    """Newton's, and the operator's report."""
+    names = ("x", "y", "ground", "scale", "a", "b", "f", "g", "columns")
+    given = copied({name: s[name] for name in names} | {"rhs": rhs}, device)
+    out, info = torch.full_like(given["rhs"], math.nan), torch.zeros(3, dtype=F64, device=device)
+    costs, rest = list(given.values())[:4], list(given.values())[4:]
+    ops.newton_direction_(*costs, narrow, *rest, *settings, out, info)
+    return out.cpu(), info.cpu()
 
 
 @each_kind
 @pytest.mark.parametrize("ground", (0, 1))
 @pytest.mark.parametrize("delta, density", [(1e-3, 1.0), (1e-9, 1.0), (1e-3, 1e-4), (0.0, 0.0)])
-def test_newton_direction(dtype, narrow, ground, delta, density):
+def test_newton_direction(backend, dtype, narrow, ground, delta, density):
     s = solved(dtype=dtype, ground=ground)
     rhs = torch.where(s["b"] > 0, s["b"] - s["columns"], 0)
-    found = []
-    for op in (torch.ops.dither.newton_direction_, reference.transport.newton_direction_):
-        out, info = torch.zeros_like(rhs), torch.zeros(3, dtype=F64)
-        op(
-            *(s[name] for name in ("x", "y", "ground", "scale")),
-            *(narrow, *(s[name] for name in ("a", "b", "f", "g", "columns")), rhs, delta, density, 1e-10, 400, out, info),
-        )
-        assert info[2] == 1
-        found.append((out, info))
-    (got, info), (want, expected) = found
-    assert info[0] == expected[0] or dtype == F32
+    thinned = (delta, density) if backend.name == "cpu" else (0.0, 0.0)  # CUDA keeps all entries
+    want, expected = direction(reference.transport, "cpu", s, narrow, rhs, *thinned, 1e-10, 400)
+    got, info = direction(backend.ops, backend.device, s, narrow, rhs, delta, density, 1e-10, 400)
+    assert info[2] == 1 and expected[2] == 1
+    assert info[0] == expected[0] or (dtype == F32 and backend.name == "cpu")
     # Constants are in the kernel of the matrix, and a thinned-out one is nearly singular elsewhere too.
     centred = [(y - (y * s["b"]).sum()) * (s["b"] > 0) for y in (got, want)]
     torch.testing.assert_close(
         *centred, rtol=1e-2 if dtype == F32 else 1e-5, atol=(1e-2 if dtype == F32 else 1e-6) * float(want.abs().max())
     )
+
+
+@pytest.mark.parametrize("iterations", (0, 1, 5, 16, 17))
+def test_newton_direction_cut_short(backend, iterations):
+    """Tiles of several rows and columns, and iterations about those after which CUDA looks whether they are over."""
+    s = solved(150, 300)
+    rhs = torch.where(s["b"] > 0, s["b"] - s["columns"], 0)
+    want, expected = direction(reference.transport, "cpu", s, False, rhs, 0.0, 0.0, 0.0, iterations)
+    got, info = direction(backend.ops, backend.device, s, False, rhs, 0.0, 0.0, 0.0, iterations)
+    assert info.tolist() == expected.tolist() == [150 * 300, iterations, 0]
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * float(want.abs().max()))
+
+
+def test_nothing_to_solve(backend):
+    s = solved()
+    got, info = direction(backend.ops, backend.device, s, False, torch.zeros_like(s["b"]), 0.0, 0.0, 0.1, 20)
+    assert not got.any() and info.tolist() == [60 * 47, 0, 1]
 
 
 def test_schur_matrix():
@@ -215,6 +244,31 @@ def test_schur_matrix():
     torch.ops.dither.schur_matrix_(*given, 0.0, 0.0, outs[0])
     outs[0].diagonal()[s["b"][0] == 0] = 0
     torch.testing.assert_close(outs[0], full, rtol=1e-9, atol=1e-14)
+
+
+@needs_gpu
+def test_plans_are_not_stored_on_cuda():
+    """A plan of 3.2 GB."""
+    n = 20_000
+    x, y = uniform(1, n, 2).cuda(), uniform(1, 2, n, seed=1).cuda()
+    f, g, a = (torch.full((1, n), v, dtype=F64, device="cuda") for v in (-9.0, -9.0, 1 / n))
+    sums, out, info = [torch.zeros_like(a) for _ in range(3)], torch.zeros_like(a), torch.zeros(3, dtype=F64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.ops.dither.plan_sums_(x, y, 1, 10.0, False, f, g, *sums)
+    torch.ops.dither.newton_direction_(x, y, 1, 10.0, False, a, a, f, g, sums[2], a, 0.0, 0.0, 0.0, 2, out, info)
+    assert torch.cuda.max_memory_allocated() - before < 100 << 20
+
+
+@needs_gpu
+def test_sweeps_can_be_captured_on_cuda():
+    """More iterations than the host would wait for, were it not a capture."""
+    given = copied(arguments(iterations=20, tol=0.0), "cuda")
+    want, got, graph = run(torch.ops.dither, copied(given, "cuda")), copied(given, "cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(torch.ops.dither, got)
+    graph.replay()
+    assert all(torch.equal(got[name], want[name]) for name in ("f", "g", "columns", "errors", "done"))
 
 
 def operator_arguments():

@@ -190,7 +190,7 @@ static void sinkhorn_(const Tensor& x, const std::optional<Tensor>& y, int64_t g
   }
 }
 
-// ---- CPU: sums over a plan, and Newton's direction
+// ---- Sums over a plan, and Newton's direction
 
 // columns = sum over chunks of rows of what plan_rows gives. y: nullptr, or the vector of the Schur complement with a.
 static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& rounded, const double* f, const double* y,
@@ -210,9 +210,9 @@ static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& 
   DITHER_PICK_ISA(join_columns)(c, chunks.count, parts.get(), columns);
 }
 
-[[maybe_unused]] static void plan_sums_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale,
-                                        bool narrow, const Tensor& f, const Tensor& g, const Tensor& rows, const Tensor& linear,
-                                        const Tensor& columns) {
+template <Device device>
+static void plan_sums_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale, bool narrow,
+                       const Tensor& f, const Tensor& g, const Tensor& rows, const Tensor& linear, const Tensor& columns) {
   const char* op = "plan_sums_";
   const int64_t batch = batch_of(op, "f", f);
   const Problem p(op, x, y, ground, scale, narrow, batch);
@@ -222,12 +222,20 @@ static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& 
   check_doubles(op, "rows", rows, {batch, c.n}, x);
   check_doubles(op, "linear", linear, {batch, c.n}, x);
   check_doubles(op, "columns", columns, {batch, c.m}, x);
-  const RoundedColumns rounded(c);
-  for (int64_t i = 0; i < batch; ++i) {
-    const auto f2 = in_base_2(doubles(f) + i * c.n, c.n), g2 = in_base_2(doubles(g) + i * c.m, c.m);
-    rounded.round(c, g2.data());
-    plan_sums_of(c, i, rounded, f2.data(), nullptr, nullptr, doubles_of(rows) + i * c.n, doubles_of(linear) + i * c.n,
-                 doubles_of(columns) + i * c.m);
+  if (batch == 0) return;
+  if constexpr (device == Device::cpu) {
+    const RoundedColumns rounded(c);
+    for (int64_t i = 0; i < batch; ++i) {
+      const auto f2 = in_base_2(doubles(f) + i * c.n, c.n), g2 = in_base_2(doubles(g) + i * c.m, c.m);
+      rounded.round(c, g2.data());
+      plan_sums_of(c, i, rounded, f2.data(), nullptr, nullptr, doubles_of(rows) + i * c.n, doubles_of(linear) + i * c.n,
+                   doubles_of(columns) + i * c.m);
+    }
+  } else {
+    const auto guard = device_guard(x);
+    const Tensor scratch = torch::stable::new_empty(x, {batch * (2 * row_parts(c) + column_parts(c))}, ScalarType::Double);
+    DITHER_CUDA_OK(op, plan_sums_cuda(c, doubles(f), doubles(g), doubles_of(rows), doubles_of(linear), doubles_of(columns),
+                                      doubles_of(scratch), current_stream(x)));
   }
 }
 
@@ -364,57 +372,75 @@ static Solved conjugate_gradients(const Matrix& matrix, const std::vector<double
 // One problem: f exact for g, c its column sums.
 struct NewtonProblem {
   Problem p;
-  std::vector<double> f;
-  RoundedColumns rounded;
-  const double *a, *b, *columns;
+  const double *a, *b, *f, *g, *columns;
   NewtonProblem(const char* op, const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale, bool narrow,
-                const Tensor& a, const Tensor& b, const Tensor& f_, const Tensor& g, const Tensor& columns)
-      : p(op, x, y, ground, scale, narrow, 1), rounded(p.c), a(doubles(a)), b(doubles(b)), columns(doubles(columns)) {
+                const Tensor& a, const Tensor& b, const Tensor& f, const Tensor& g, const Tensor& columns)
+      : p(op, x, y, ground, scale, narrow, 1),
+        a(doubles(a)),
+        b(doubles(b)),
+        f(doubles(f)),
+        g(doubles(g)),
+        columns(doubles(columns)) {
     check_doubles(op, "a", a, {1, p.c.n}, x);
     check_doubles(op, "b", b, {1, p.c.m}, x);
-    check_doubles(op, "f", f_, {1, p.c.n}, x);
+    check_doubles(op, "f", f, {1, p.c.n}, x);
     check_doubles(op, "g", g, {1, p.c.m}, x);
     check_doubles(op, "columns", columns, {1, p.c.m}, x);
-    f = in_base_2(doubles(f_), p.c.n);
-    rounded.round(p.c, in_base_2(doubles(g), p.c.m).data());
+  }
+};
+struct RoundedPotentials {
+  std::vector<double> f;
+  RoundedColumns columns;
+  explicit RoundedPotentials(const NewtonProblem& s) : f(in_base_2(s.f, s.p.c.n)), columns(s.p.c) {
+    columns.round(s.p.c, in_base_2(s.g, s.p.c.m).data());
   }
 };
 
-// info: entries kept, iterations, whether they converged.
-[[maybe_unused]] static void newton_direction_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale,
-                                               bool narrow, const Tensor& a, const Tensor& b, const Tensor& f, const Tensor& g,
-                                               const Tensor& columns, const Tensor& rhs, double delta, double density,
-                                               double tol, int64_t iterations, const Tensor& direction, const Tensor& info) {
+// info: entries kept, iterations, whether they converged. CUDA keeps all entries: delta and density are the CPU's.
+template <Device device>
+static void newton_direction_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale, bool narrow,
+                              const Tensor& a, const Tensor& b, const Tensor& f, const Tensor& g, const Tensor& columns,
+                              const Tensor& rhs, double delta, double density, double tol, int64_t iterations,
+                              const Tensor& direction, const Tensor& info) {
   const char* op = "newton_direction_";
   const NewtonProblem s(op, x, y, ground, scale, narrow, a, b, f, g, columns);
   const Costs& c = s.p.c;
   check_doubles(op, "rhs", rhs, {1, c.m}, x);
   check_doubles(op, "direction", direction, {1, c.m}, x);
   check_doubles(op, "info", info, {3}, x);
-  std::vector<double> residual(doubles(rhs), doubles(rhs) + c.m), inverse(c.m), solution(c.m);
-  for (int64_t j = 0; j < c.m; ++j) inverse[j] = s.columns[j] > 0.0 ? 1.0 / s.columns[j] : 0.0;
-  // The scores of a row or a column are about 1 in sum.
-  const double allowed = delta * double(std::max(c.n, c.m));
-  constexpr double kMostEntries = 1 << 25;
-  const int64_t most = int64_t(std::min(kMostEntries, density * double(c.n) * double(c.m)));
-  double* report = doubles_of(info);
-  Solved solved;
-  Entries kept;
-  if (most > 0 && entries_of(c, s.rounded, s.f.data(), s.a, s.b, allowed, most, kept)) {
-    report[0] = double(kept.at.size());
-    solved = conjugate_gradients(SparseSchur{kept, s.a, s.columns, c.n, c.m}, inverse, residual, tol, iterations, solution);
+  if constexpr (device == Device::cpu) {
+    const RoundedPotentials rounded(s);
+    std::vector<double> residual(doubles(rhs), doubles(rhs) + c.m), inverse(c.m), solution(c.m);
+    for (int64_t j = 0; j < c.m; ++j) inverse[j] = s.columns[j] > 0.0 ? 1.0 / s.columns[j] : 0.0;
+    // The scores of a row or a column are about 1 in sum.
+    const double allowed = delta * double(std::max(c.n, c.m));
+    constexpr double kMostEntries = 1 << 25;
+    const int64_t most = int64_t(std::min(kMostEntries, density * double(c.n) * double(c.m)));
+    double* report = doubles_of(info);
+    Solved solved;
+    Entries kept;
+    if (most > 0 && entries_of(c, rounded.columns, rounded.f.data(), s.a, s.b, allowed, most, kept)) {
+      report[0] = double(kept.at.size());
+      solved = conjugate_gradients(SparseSchur{kept, s.a, s.columns, c.n, c.m}, inverse, residual, tol, iterations, solution);
+    } else {
+      report[0] = double(c.n) * double(c.m);
+      std::vector<double> product(c.m);
+      const auto matrix = [&](const std::vector<double>& v, std::vector<double>& out) {
+        plan_sums_of(c, 0, rounded.columns, rounded.f.data(), v.data(), s.a, nullptr, nullptr, product.data());
+        for (int64_t j = 0; j < c.m; ++j) out[j] = s.columns[j] * v[j] - product[j];
+      };
+      solved = conjugate_gradients(matrix, inverse, residual, tol, iterations, solution);
+    }
+    report[1] = double(solved.iterations);
+    report[2] = solved.converged;
+    std::copy(solution.begin(), solution.end(), doubles_of(direction));
   } else {
-    report[0] = double(c.n) * double(c.m);
-    std::vector<double> product(c.m);
-    const auto matrix = [&](const std::vector<double>& v, std::vector<double>& out) {
-      plan_sums_of(c, 0, s.rounded, s.f.data(), v.data(), s.a, nullptr, nullptr, product.data());
-      for (int64_t j = 0; j < c.m; ++j) out[j] = s.columns[j] * v[j] - product[j];
-    };
-    solved = conjugate_gradients(matrix, inverse, residual, tol, iterations, solution);
+    const auto guard = device_guard(x);
+    const Tensor scratch =
+        torch::stable::new_empty(x, {row_parts(c) + column_parts(c) + c.n + 3 * c.m + 3}, ScalarType::Double);
+    DITHER_CUDA_OK(op, newton_direction_cuda(c, s.a, s.f, s.g, s.columns, doubles(rhs), tol, iterations, doubles_of(direction),
+                                             doubles_of(info), doubles_of(scratch), current_stream(x)));
   }
-  report[1] = double(solved.iterations);
-  report[2] = solved.converged;
-  std::copy(solution.begin(), solution.end(), doubles_of(direction));
 }
 
 // out = diag(c) - P^T diag(1/a) P of the entries that newton_direction_ keeps. Its diagonal is the sum of the others, and of
@@ -426,8 +452,9 @@ struct NewtonProblem {
   const NewtonProblem s(op, x, y, ground, scale, narrow, a, b, f, g, columns);
   const Costs& c = s.p.c;
   check_doubles(op, "out", out, {c.m, c.m}, x);
+  const RoundedPotentials rounded(s);
   Entries kept;
-  entries_of(c, s.rounded, s.f.data(), s.a, s.b, delta * double(std::max(c.n, c.m)), c.n * c.m, kept);
+  entries_of(c, rounded.columns, rounded.f.data(), s.a, s.b, delta * double(std::max(c.n, c.m)), c.n * c.m, kept);
   double* to = doubles_of(out);
   std::vector<double> diagonal(c.m), held(c.m);
   std::fill(to, to + c.m * c.m, 0.0);
@@ -476,13 +503,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
 #if !defined(DITHER_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {
   m.impl("sinkhorn_", TORCH_BOX(&dither::sinkhorn_<dither::Device::cpu>));
-  m.impl("plan_sums_", TORCH_BOX(&dither::plan_sums_));
-  m.impl("newton_direction_", TORCH_BOX(&dither::newton_direction_));
+  m.impl("plan_sums_", TORCH_BOX(&dither::plan_sums_<dither::Device::cpu>));
+  m.impl("newton_direction_", TORCH_BOX(&dither::newton_direction_<dither::Device::cpu>));
   m.impl("schur_matrix_", TORCH_BOX(&dither::schur_matrix_));
 }
 #endif
 #if defined(DITHER_CUDA) || defined(DITHER_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, DITHER_CUDA_KEY, m) {
   m.impl("sinkhorn_", TORCH_BOX(&dither::sinkhorn_<dither::Device::cuda>));
+  m.impl("plan_sums_", TORCH_BOX(&dither::plan_sums_<dither::Device::cuda>));
+  m.impl("newton_direction_", TORCH_BOX(&dither::newton_direction_<dither::Device::cuda>));
 }
 #endif

@@ -123,4 +123,23 @@ DITHER_PER_ISA(int64_t plan_entries(const Costs&, int64_t problem, int64_t i, co
 // All iterations of all problems; scratch: batch (n + m + 1). A problem that is done is left alone.
 int sinkhorn_cuda(const Sinkhorn&, int64_t iterations, double tol, double* f, double* g, double* columns, double* errors,
                   int64_t* done, double* scratch, Stream);
+
+// Tiles of a plan in either direction.
+constexpr int64_t kMostTiles = 32;
+DITHER_HD Chunks tiles_of(int64_t n, int64_t least) {
+  const int64_t size = (n + kMostTiles * least - 1) / (kMostTiles * least) * least;
+  return {size, (n + size - 1) / size};
+}
+DITHER_HD Chunks row_tiles(int64_t n) { return tiles_of(n, 64); }
+DITHER_HD Chunks column_tiles(int64_t m) { return tiles_of(m, 128); }
+DITHER_HD int64_t row_parts(const Costs& c) { return column_tiles(c.m).count * c.n; }
+DITHER_HD int64_t column_parts(const Costs& c) { return row_tiles(c.n).count * c.m; }
+
+// scratch: batch (2 row_parts + column_parts).
+int plan_sums_cuda(const Costs&, const double* f, const double* g, double* rows, double* linear, double* columns,
+                   double* scratch, Stream);
+// Of one problem, by all of its entries; scratch: row_parts + column_parts + n + 3 m + 3.
+int newton_direction_cuda(const Costs&, const double* a, const double* f, const double* g, const double* columns,
+                          const double* rhs, double tol, int64_t iterations, double* direction, double* info, double* scratch,
+                          Stream);
 }  // namespace dither

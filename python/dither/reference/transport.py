@@ -139,7 +139,8 @@ def newton_direction_(
     """`dither::newton_direction_` where no kernel is available: (diag(columns) - P^T diag(1/a) P) direction = rhs.
 
     Conjugate gradients with the diagonal `columns` as preconditioner, from 0 until the preconditioned residual is tol times
-    what it was; one problem. P is thinned out by delta (`kept_entries`), unless more than the share `density` of it is left.
+    what it was; one problem. P is thinned out by delta (`kept_entries`), unless more than the share `density` of it is left;
+    the CUDA kernel keeps all of it, and computes it anew for each product.
     info: entries kept, iterations, and whether they converged.
     """
     full = plan(x, y, ground, scale, f, g)[0]

@@ -100,8 +100,8 @@ def schur_solve(
 ) -> Solved:
     """By conjugate gradients, one problem; f exact for g, columns their sums.
 
-    Of the scores P_ij max(1/a_i, 1/b_j) the share delta may be left out; if more than `density` of the entries remain, all are
-    computed again for every product.
+    Of the scores P_ij max(1/a_i, 1/b_j) the share delta may be left out; if more than `density` of the entries remain,
+    and on CUDA, all are computed again for every product.
     """
     direction, info = torch.empty_like(rhs), rhs.new_empty(3)
     write(
