@@ -230,20 +230,42 @@ def test_nothing_to_solve(backend):
     assert not got.any() and info.tolist() == [60 * 47, 0, 1]
 
 
-def test_schur_matrix():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_schur_matrix(device):
     s = solved()
     outs = [torch.zeros(47, 47, dtype=F64) for _ in range(2)]
-    given = [s[name] for name in ("x", "y", "ground", "scale", "narrow", "a", "b", "f", "g", "columns")]
-    torch.ops.dither.schur_matrix_(*given, 1e-4, 1e-6, outs[0])
+    names = ("x", "y", "ground", "scale", "narrow", "a", "b", "f", "g", "columns")
+    given, there = ([moved[name] for name in names] for moved in (s, copied(s, device)))
+
+    def matrix(delta, shift):
+        out = outs[0].to(device)
+        torch.ops.dither.schur_matrix_(*there, delta, shift, out)
+        outs[0].copy_(out)
+
+    matrix(1e-4, 1e-6)
     reference.transport.schur_matrix_(*given, 1e-4, 1e-6, outs[1])
     torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-15)
     assert torch.linalg.eigvalsh(outs[0])[0] > 0
     p = reference.transport.plan(s["x"], None, 0, s["scale"], s["f"], s["g"])[0]
     inverse = torch.where(s["a"][0] > 0, 1 / s["a"][0], 0)
     full = torch.diag(s["columns"][0]) - p.mT @ (inverse[:, None] * p)
-    torch.ops.dither.schur_matrix_(*given, 0.0, 0.0, outs[0])
+    matrix(0.0, 0.0)
     outs[0].diagonal()[s["b"][0] == 0] = 0
     torch.testing.assert_close(outs[0], full, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("ground", (0, 1))
+def test_schur_matrix_in_strips(ground, monkeypatch):
+    """Strips that do not divide the rows, down to one row each."""
+    s = solved(ground=ground)
+    given = [s[name] for name in ("x", "y", "ground", "scale", "narrow", "a", "b", "f", "g", "columns")]
+    outs = []
+    for strip in (1 << 23, 2000, 1):
+        monkeypatch.setattr(reference.transport, "_STRIP", strip)
+        outs.append(torch.full((47, 47), math.nan, dtype=F64))
+        reference.transport.schur_matrix_(*given, 1e-4, 1e-6, outs[-1])
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-12, atol=1e-17)
 
 
 @needs_gpu

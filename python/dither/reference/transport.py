@@ -8,6 +8,8 @@ Weights a (batch, n), b (batch, m); a weight of 0 has the potential -inf.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -103,18 +105,32 @@ def plan_sums_(
     columns.copy_(p.sum(1))
 
 
+_EXPONENTS = 2200
+
+
+def _scores(p: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """P_ij max(1/a_i, 1/b_j), and their exponents from 0 to _EXPONENTS."""
+    score = p * torch.maximum((1 / a).unsqueeze(-1), (1 / b).unsqueeze(-2)).nan_to_num(0, 0, 0)
+    return score, (torch.frexp(score).exponent + _EXPONENTS // 2).clamp(0, _EXPONENTS - 1)
+
+
+def _masses(p: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The scores' sums by exponent."""
+    score, exponent = _scores(p, a, b)
+    return p.new_zeros(_EXPONENTS).index_add_(0, exponent.flatten(), score.flatten())
+
+
+def _kept(p: Tensor, a: Tensor, b: Tensor, masses: Tensor, allowed: float) -> Tensor:
+    least = torch.searchsorted(masses.cumsum(0), masses.new_tensor(allowed), right=True)
+    return torch.where(_scores(p, a, b)[1] >= least, p, 0)
+
+
 def kept_entries(p: Tensor, a: Tensor, b: Tensor, delta: float) -> Tensor:
     """P without entries whose scores P_ij max(1/a_i, 1/b_j) are less than delta max(n, m) in sum, the smallest left out.
 
     The scores of a row or column are about 1 in sum, so that light ones keep theirs too.
     """
-    score = p * torch.maximum((1 / a).unsqueeze(-1), (1 / b).unsqueeze(-2)).nan_to_num(0, 0, 0)
-    exponent = torch.frexp(score).exponent
-    mass = torch.zeros(2200, dtype=p.dtype, device=p.device)
-    mass.index_add_(0, (exponent + 1100).clamp(0, 2199).flatten().long(), score.flatten())
-    allowed = delta * max(p.shape)
-    first = int(torch.searchsorted(mass.cumsum(0), torch.tensor(allowed, dtype=p.dtype, device=p.device), right=True))
-    return torch.where(exponent + 1100 >= first, p, 0)
+    return _kept(p, a, b, _masses(p, a, b), delta * max(p.shape))
 
 
 def newton_direction_(
@@ -171,6 +187,18 @@ def newton_direction_(
     info.copy_(torch.tensor([kept, count, converged], dtype=info.dtype))
 
 
+_STRIP = 1 << 23  # entries of a plan, or coordinates of their differences, at a time
+
+
+def _strips(
+    x: Tensor, y: Tensor | None, ground: int, scale: float, a: Tensor, f: Tensor, g: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a problem's plan, as many at a time as memory allows, after their weights."""
+    rows = max(1, _STRIP // (g.shape[1] * (1 if y is None else x.shape[2])))
+    for part in (slice(i, i + rows) for i in range(0, f.shape[1], rows)):
+        yield a[0, part], plan(x[:, part], y, ground, scale, f[:, part], g)[0]
+
+
 def schur_matrix_(
     x: Tensor,
     y: Tensor | None,
@@ -189,12 +217,20 @@ def schur_matrix_(
     """`dither::schur_matrix_` where no kernel is available: diag(columns) - P^T diag(1/a) P + shift diag(columns), (m, m).
 
     P is thinned out by delta. The diagonal is the sum of the other entries and of what was left out, so that nothing cancels; 1
-    where it is 0.
+    where it is 0. Twice over the rows in strips: memory does not grow with n m.
     """
-    p = kept_entries(plan(x, y, ground, scale, f, g)[0], a[0], b[0], delta)
-    inverse_a = torch.where(a[0] > 0, 1 / a[0], 0)
-    w = p.mT @ (inverse_a.unsqueeze(1) * p)
-    w.fill_diagonal_(0)
-    missing = (a[0] - p.sum(1)).clamp(min=0) * inverse_a
-    d = w.sum(1) + (columns[0] - p.sum(0)).clamp(min=0) + p.mT @ missing + shift * columns[0]
-    out.copy_(torch.diag(torch.where(d > 0, d, 1)) - w)
+    given, allowed = (x, y, ground, scale, a, f, g), delta * max(f.shape[1], g.shape[1])
+    masses = g.new_zeros(_EXPONENTS)
+    for weight, full in _strips(*given):
+        masses += _masses(full, weight, b[0])
+    held, lost = torch.zeros_like(g[0]), torch.zeros_like(g[0])
+    out.zero_()
+    for weight, full in _strips(*given):
+        p = _kept(full, weight, b[0], masses, allowed)
+        share = torch.where(weight > 0, 1 / weight, 0).unsqueeze(1) * p
+        out.addmm_(p.mT, share, alpha=-1)
+        lost += share.mT @ (weight - p.sum(1)).clamp(min=0)
+        held += p.sum(0)
+    out.fill_diagonal_(0)
+    d = (columns[0] - held).clamp(min=0) + lost + shift * columns[0] - out.sum(1)
+    out.diagonal().copy_(torch.where(d > 0, d, 1))
