@@ -3,12 +3,15 @@
 python bench/private_steps.py [--models WORD...] [--contenders WORD...] [--threads 1 2] [--device cpu] [--quick] [--out STEM]
 
 Every contender is a process of its own; they take turns, and ratios are medians over rounds of the quotient within a round.
-Time is CPU time with one thread, else wall time. Memory is the peak above what was there with model and data made. "tuned": the
-C library is told to keep freed memory; without that, large gradients of samples spend their time in page faults.
+Time is CPU time with one thread, else wall time. Memory is the peak above what was there with model and data made, after a step
+of a small batch: what libraries load is not counted. "tuned": the C library is told to keep freed memory; without that, large
+gradients of samples spend their time in page faults.
 """
 
 import argparse
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
@@ -90,6 +93,7 @@ CONTENDERS = {
     "Opacus ghost": (ghost, {}),
     "Opacus ghost, tuned": (ghost, TUNED),
 }
+FEW = 4  # samples of the step before all others
 SHOWN = "dither"  # and "plain": what ratios are taken to
 
 
@@ -108,21 +112,32 @@ def memory(device, reset=False):
     return int(lines["VmHWM"].split()[0]) / 2**10
 
 
-def work(contender, name, threads, device):
-    """Answer every line of a number of steps with CPU seconds, wall seconds and the peak of memory."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = models.MODELS[name]
-    x, y = model.data(model.batch, torch.device(device))
-    made = model.make()
+def made(contender, model):
     if contender.startswith("Opacus"):
         import opacus  # before memory is looked at
 
-        if isinstance(made, models.Recurrent):
-            made = models.Recurrent(opacus.layers.DPLSTM)
-    made.to(device)
+        if model.make is models.Recurrent:
+            return models.Recurrent(opacus.layers.DPLSTM)
+    return model.make()
+
+
+def warm_up(contender, model, device):
+    """A step of a small batch, so that its libraries are in memory; what it has freed goes back to the system."""
+    CONTENDERS[contender][0](made(contender, model).to(device), *model.data(FEW, torch.device(device)))()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def work(contender, name, threads, device):
+    """Answer every line of a number of steps with CPU seconds, wall seconds and the peak of memory."""
+    torch.set_num_threads(threads)
+    model = models.MODELS[name]
+    warm_up(contender, model, device)
+    torch.manual_seed(0)
+    x, y = model.data(model.batch, torch.device(device))
+    module = made(contender, model).to(device)
     before = memory(device, reset=True)
-    step = CONTENDERS[contender][0](made, x, y)
+    step = CONTENDERS[contender][0](module, x, y)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     print("ready", flush=True)
     for line in sys.stdin:
