@@ -67,7 +67,9 @@ static void conv_sample_grads_(const Tensor& x, const Tensor& g, const Ints& str
                  c.weights() * size_of(c.out_type) % 64 == 0;
   if constexpr (device == Device::cpu) {
     const auto run = DITHER_PICK_ISA(conv_units);
-    const int64_t work = c.weights() * std::min(kConvOutputs, c.outputs) * c.places();
+    const int64_t lanes = 4 << int(capability());
+    c.mixed = groups > 1 && 4 * c.outputs <= lanes;  // few of a group leave most lanes empty
+    const int64_t work = c.weights() * std::min(kConvOutputs, c.together() * c.outputs) * c.places();
     parallel(c.units(), std::max<int64_t>(1, kWorthThreads / work), [&](int64_t lo, int64_t hi) {
       const std::unique_ptr<double[]> scratch(new double[conv_scratch(c)]());
       run(c, lo, hi, scratch.get());

@@ -39,21 +39,35 @@ static INLINE void copy(const T* from, int64_t n, T* to) {
   }
 }
 
-// g of `outputs` channels, `stride` apart, at n places, as [place][kOutputs]; the other lanes keep what they hold.
+// Rows row .. row + count of a channel of padded x, `to` holds zeros where columns are padded.
 template <class T, class S>
-static void load_grads(const S* g, int64_t stride, int64_t outputs, int64_t n, T* to) {
+static INLINE void pad_rows(const S* x, const ConvAxis& rows, const ConvAxis& columns, int64_t row, int64_t count, T* to) {
+  to += columns.padding;
+  for (int64_t r = row - rows.padding; r < row - rows.padding + count; ++r, to += columns.padded()) {
+    const S* line = x + r * columns.size;
+    if (r < 0 || r >= rows.size)
+      for (int64_t k = 0; k < columns.size; ++k) to[k] = 0;
+    else if constexpr (sizeof(S) == sizeof(T)) copy<64>(line, columns.size, to);
+    else
+      for (int64_t k = 0; k < columns.size; ++k) to[k] = widen(line[k]);
+  }
+}
+
+// Numbers of `outputs` channels, `stride` apart, at n places, as [place][kOutputs]; the other lanes keep what they hold.
+template <class T, class S>
+static void load_lanes(const S* from, int64_t stride, int64_t outputs, int64_t n, T* to) {
   constexpr int L = Lanes<T>::count;
   for (int64_t o = 0; o < outputs; o += L) {
     if constexpr (sizeof(S) == sizeof(T))
       if (o + L <= outputs && n >= L) {
         for (int64_t k = 0; k < n; k += L) {  // the last block may overlap the one before
           const int64_t place = smaller<int64_t>(k, n - L);
-          transpose(g + o * stride + place, stride, to + place * kOutputs + o, kOutputs);
+          transpose(from + o * stride + place, stride, to + place * kOutputs + o, kOutputs);
         }
         continue;
       }
     for (int64_t r = o; r < smaller<int64_t>(o + L, outputs); ++r)
-      for (int64_t k = 0; k < n; ++k) to[k * kOutputs + r] = widen(g[r * stride + k]);
+      for (int64_t k = 0; k < n; ++k) to[k * kOutputs + r] = widen(from[r * stride + k]);
   }
 }
 
@@ -84,7 +98,8 @@ struct Walk {
 };
 
 // For R rows of x, each with K taps side by side, and M vectors of output channels: sums[R * K][kOutputs] += (or =, at first).
-template <class T, int M, int K, int R>
+// P: kOutputs where every lane has an x of its own, [place][kOutputs], or 1.
+template <class T, int M, int K, int R, int P>
 static void add_products(const T* g, const T* x, const int64_t* offset, const Walk& walk, bool first, T* sums) {
   using V = typename Lanes<T>::type;
   constexpr int L = Lanes<T>::count;
@@ -102,9 +117,17 @@ static void add_products(const T* g, const T* x, const int64_t* offset, const Wa
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
-          const T value = from[r][at + k];
+          const T* value = from[r] + at + k * P;
 #pragma GCC unroll 2
-          for (int m = 0; m < M; ++m) sum[r][k][m] += grads[m] * value;
+          for (int m = 0; m < M; ++m) {
+            if constexpr (P == 1) {
+              sum[r][k][m] += grads[m] * *value;
+            } else {
+              V values;
+              __builtin_memcpy(&values, value + m * L, sizeof(V));
+              sum[r][k][m] += grads[m] * values;
+            }
+          }
         }
     }
   }
@@ -123,79 +146,91 @@ static void add_products(const T* g, const T* x, const int64_t* offset, const Wa
 }
 
 // All rows, as many at a time as the registers hold.
-template <class T, int M, int K, int R>
+template <class T, int M, int K, int R, int P>
 static void add_rows(const T* g, const T* x, const int64_t* offset, int64_t count, const Walk& walk, bool first, T* sums) {
   if constexpr (R * K * M > kSums && R > 1) {
-    add_rows<T, M, K, (R + 1) / 2>(g, x, offset, count, walk, first, sums);
+    add_rows<T, M, K, (R + 1) / 2, P>(g, x, offset, count, walk, first, sums);
   } else {
     int64_t r = 0;
-    for (; r + R <= count; r += R) add_products<T, M, K, R>(g, x, offset + r, walk, first, sums + r * K * kOutputs);
+    for (; r + R <= count; r += R) add_products<T, M, K, R, P>(g, x, offset + r, walk, first, sums + r * K * kOutputs);
     if constexpr (R > 1)
-      if (r < count) add_rows<T, M, K, R == 4 ? 3 : R / 2>(g, x, offset + r, count - r, walk, first, sums + r * K * kOutputs);
+      if (r < count)
+        add_rows<T, M, K, R == 4 ? 3 : R / 2, P>(g, x, offset + r, count - r, walk, first, sums + r * K * kOutputs);
   }
 }
-template <class T, int K>
+template <class T, int K, int P>
 static void add_chunk(const T* g, const T* x, const int64_t* offset, int64_t count, int64_t outputs, const Walk& walk,
                       bool first, T* sums) {
   constexpr int L = Lanes<T>::count;
-  for (int64_t o = 0; o < outputs; o += 2 * L)
-    if (outputs - o > L) add_rows<T, 2, K, 8>(g + o, x, offset, count, walk, first, sums + o);
-    else add_rows<T, 1, K, 8>(g + o, x, offset, count, walk, first, sums + o);
+  for (int64_t o = 0; o < outputs; o += 2 * L) {
+    const T* from = P == 1 ? x : x + o;
+    if (outputs - o > L) add_rows<T, 2, K, 8, P>(g + o, from, offset, count, walk, first, sums + o);
+    else add_rows<T, 1, K, 8, P>(g + o, from, offset, count, walk, first, sums + o);
+  }
 }
 
-template <class T, class S>
+template <class T, class S, int P>
 static void units(const ConvGrads& c, int64_t lo, int64_t hi, T* scratch) {
+  constexpr bool kMixed = P > 1;
   const ConvAxis &y = c.rows, &x = c.columns;
-  const int64_t weights = c.weights(), plane = y.padded() * x.padded(), pitch = x.padded();
-  const bool copied = sizeof(S) != sizeof(T) || y.padding || x.padding;
+  const int64_t weights = c.weights(), pitch = x.padded(), together = c.together(), all = together * c.outputs;
+  const int64_t part_rows = chunk_rows(c), part_columns = chunk_columns(c);
+  const bool copied = kMixed || sizeof(S) != sizeof(T) || y.padding || x.padding;
   // Rows of x side by side: K taps each where they are neighbours, or a single one.
   const bool neighbours = x.dilation == 1 && (x.kernel == 3 || x.kernel == 5 || x.kernel == 7);
-  const int64_t taps = neighbours ? 1 : x.kernel, rows = c.channels * y.kernel * taps;
+  const int64_t taps = neighbours ? 1 : x.kernel, channels = kMixed ? 1 : c.channels, rows = channels * y.kernel * taps;
+  // Of the padded copy, all the rows of a channel, or those of a chunk for a lane.
+  const int64_t plane = (kMixed ? rows_read(y, part_rows) : y.padded()) * pitch;
   int64_t* const offset = reinterpret_cast<int64_t*>(scratch);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = r / taps;
-    offset[r] = row / y.kernel * plane + row % y.kernel * y.dilation * pitch + r % taps * x.dilation;
+    offset[r] = (row / y.kernel * plane + row % y.kernel * y.dilation * pitch + r % taps * x.dilation) * P;
   }
-  T* const padded = scratch + (rows * int64_t(sizeof(int64_t) / sizeof(T)) + 15) / 16 * 16;
-  T* const grads = padded + (copied ? (c.channels * plane + 15) / 16 * 16 : 0);
+  const auto aligned = [](int64_t n) { return (n + 15) / 16 * 16; };
+  T* const padded = scratch + aligned(rows * int64_t(sizeof(int64_t) / sizeof(T)));
+  T* const lanes = padded + (copied ? aligned((kMixed ? kOutputs : channels) * plane) : 0);
+  T* const grads = lanes + (kMixed ? span(c, part_rows, part_columns) * kOutputs : 0);
   T* const sums = grads + kConvPlaces * kOutputs;
-  const int64_t part_rows = chunk_rows(c), part_columns = chunk_columns(c);
+  const auto add = taps > 1 || x.kernel == 1 ? add_chunk<T, 1, P>
+                   : x.kernel == 3           ? add_chunk<T, 3, P>
+                   : x.kernel == 5           ? add_chunk<T, 5, P>
+                                             : add_chunk<T, 7, P>;
   int64_t held = -1;  // the group of a sample that `padded` holds
   for (int64_t unit = lo; unit < hi; ++unit) {
-    const int64_t group = unit / c.tiles(), o = unit % c.tiles() * kOutputs, outputs = smaller(kOutputs, c.outputs - o);
-    const S* from = static_cast<const S*>(c.x) + group * c.channels * y.size * x.size;
-    if (copied && group != held)
-      for (int64_t channel = 0; channel < c.channels; ++channel)
-        for (int64_t row = 0; row < y.size; ++row) {
-          const S* line = from + (channel * y.size + row) * x.size;
-          T* to = padded + channel * plane + (row + y.padding) * pitch + x.padding;
-          if constexpr (sizeof(S) == sizeof(T)) copy<64>(line, x.size, to);
-          else
-            for (int64_t k = 0; k < x.size; ++k) to[k] = widen(line[k]);
-        }
+    const int64_t group = unit / c.tiles(), o = unit % c.tiles() * kOutputs, outputs = smaller(kOutputs, all - o);
+    const int64_t size = y.size * x.size;
+    const S* from = static_cast<const S*>(c.x) + group * together * c.channels * size;
+    if (!kMixed && copied && group != held)
+      for (int64_t channel = 0; channel < channels; ++channel)
+        pad_rows(from + channel * size, y, x, y.padding, y.size, padded + channel * plane + y.padding * pitch);
     held = group;
     const T* image = padded;
     if constexpr (sizeof(S) == sizeof(T))
       if (!copied) image = from;
-    const S* g = static_cast<const S*>(c.g) + (group * c.outputs + o) * c.places();
+    const S* g = static_cast<const S*>(c.g) + (group * all + o) * c.places();
     bool first = true;
     for (int64_t row = 0; row < y.places; row += part_rows)
       for (int64_t column = 0; column < x.places; column += part_columns) {
-        const Walk walk{smaller(part_rows, y.places - row), smaller(part_columns, x.places - column), y.stride * pitch,
-                        x.stride};
-        load_grads<T>(g + row * x.places + column, c.places(), outputs, walk.rows * walk.columns, grads);
-        const T* corner = image + row * y.stride * pitch + column * x.stride;
-        const auto add = taps > 1 || x.kernel == 1 ? add_chunk<T, 1>
-                         : x.kernel == 3           ? add_chunk<T, 3>
-                         : x.kernel == 5           ? add_chunk<T, 5>
-                                                   : add_chunk<T, 7>;
-        add(grads, corner, offset, rows, outputs, walk, first, sums);
+        const Walk walk{smaller(part_rows, y.places - row), smaller(part_columns, x.places - column), y.stride * pitch * P,
+                        x.stride * P};
+        load_lanes<T>(g + row * x.places + column, c.places(), outputs, walk.rows * walk.columns, grads);
+        if constexpr (kMixed) {
+          for (int64_t channel = 0; channel < c.channels; ++channel) {
+            for (int64_t l = 0; l < outputs; ++l)
+              pad_rows(from + ((o + l) / c.outputs * c.channels + channel) * size, y, x, row * y.stride,
+                       rows_read(y, walk.rows), padded + l * plane);
+            load_lanes<T>(padded + column * x.stride, plane, aligned(outputs), span(c, walk.rows, walk.columns), lanes);
+            add(grads, lanes, offset, rows, outputs, walk, first, sums + channel * y.kernel * x.kernel * kOutputs);
+          }
+        } else {
+          add(grads, image + row * y.stride * pitch + column * x.stride, offset, rows, outputs, walk, first, sums);
+        }
         first = false;
       }
     with_type(c.out_type, [&]<class Out>(Out) {
       if constexpr (sizeof(Out) < 8 || sizeof(T) == 8)
         store_sums(sums, outputs, weights, c.stream_out && DITHER_VECTOR_BYTES == 64,
-                   static_cast<Out*>(c.out) + (group * c.outputs + o) * weights);
+                   static_cast<Out*>(c.out) + (group * all + o) * weights);
     });
   }
 }
@@ -203,7 +238,8 @@ static void units(const ConvGrads& c, int64_t lo, int64_t hi, T* scratch) {
 void conv_units(const ConvGrads& c, int64_t lo, int64_t hi, void* scratch) {
   with_type(c.type, [&]<class S>(S) {
     using T = decltype(widen(S{}));
-    units<T, S>(c, lo, hi, static_cast<T*>(scratch));
+    if (c.mixed) units<T, S, kOutputs>(c, lo, hi, static_cast<T*>(scratch));
+    else units<T, S, 1>(c, lo, hi, static_cast<T*>(scratch));
   });
 }
 }  // namespace dither::DITHER_ISA
