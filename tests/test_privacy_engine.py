@@ -409,6 +409,35 @@ def test_sums_are_those_of_samples_alone(name):
         assert p.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("name", ["perceptron", "tokens", "wide", "convolutions", "conv1d", "conv3d", "reused", "half frozen"])
+def test_a_step_is_that_of_opacus(name):
+    """Whose optimizer divides by n + 1e-6, and whose hooks do not take functions that work in place."""
+    opacus = pytest.importorskip("opacus")
+    model, inputs = made(name)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    hooked = opacus.GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+    bound = float(norms_of(alone(model, inputs)).median())
+    rate = {"params": [p for p in hooked.parameters() if p.requires_grad], "lr": 0.1}
+    options = {"noise_multiplier": 0.0, "max_grad_norm": bound, "expected_batch_size": 8, "loss_reduction": "mean"}
+    theirs = opacus.optimizers.DPOptimizer(torch.optim.SGD(**rate), **options)
+    ours = private(model, max_grad_norm=bound)
+    before = [p.detach().clone() for p in model.parameters()]
+    one_number_each(hooked(*inputs)).sum().backward()
+    rows = {name: p.grad_sample for name, p in hooked._module.named_parameters() if p.requires_grad}
+    rows = {name: sum(g) if isinstance(g, list) else g for name, g in rows.items()}
+    one_number_each(model(*inputs)).sum().backward()
+    torch.testing.assert_close(ours.privacy.norms, norms_of(rows), rtol=1e-12, atol=0)
+    assert_sums(model, rows, (bound / norms_of(rows)).clamp(max=1))
+    theirs.step()
+    ours.step()
+    for p, q, start in zip(model.parameters(), hooked.parameters(), before):
+        moved = (q - start).detach()
+        torch.testing.assert_close((p - start).detach(), moved, rtol=1e-5, atol=1e-5 * float(moved.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["perceptron", "convolutions", "language", "lstm", "cells", "attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_single_precision_and_autocast(name, dtype):
