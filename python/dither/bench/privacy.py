@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops, optim, privacy
+from .. import noise, ops, optim, privacy
 from .measure import Case, Contest, Setting
 from .models import MODELS
 
@@ -41,6 +43,9 @@ def cases(setting: Setting) -> Iterator[Case]:
     for channels, outputs, side in ((1, 16, 28), (16, 32, 14), (32, 64, 7)):
         size = f"{batch} x {channels} -> {outputs}, {side} x {side}"
         yield of("gradients of samples, 3 x 3", size, partial(_convolution, setting, batch, channels, outputs, side))
+    rows = max(1, setting.scaled(1_000_000))
+    lookups = min(rows, 2048)
+    yield of("noise of a table, lazy", f"{rows} x 64, {lookups} lookups", partial(_lazy, setting, rows, lookups))
     for name, model in MODELS.items():
         batch = max(2, setting.scaled(model.batch))
         yield of(f"private training step, {name}", f"batch {batch}", partial(_training, setting, name, batch))
@@ -175,6 +180,38 @@ def _convolution(setting: Setting, batch: int, channels: int, outputs: int, side
         bytes=x.nbytes + g.nbytes + out.nbytes,
         elements=x.numel() + g.numel() + out.numel(),
         roof=roof,
+    )
+
+
+def _lazy(setting: Setting, rows: int, lookups: int) -> Contest:
+    """Steps of an embedding table; batches differ, so that rows have missed many steps when they are read."""
+    weight, key, lr, std = torch.zeros(rows, 64, device=setting.device), bytes(range(32)), 1e-3, 1e-6
+    batches = itertools.cycle([torch.randint(rows, (lookups,), device=setting.device) for _ in range(64)])
+    g = _random(setting, lookups, 64)
+    table, dense, read = privacy.LazyTable(weight, seed=key), torch.zeros_like(weight), torch.empty_like(g)
+    step = itertools.count()
+
+    def lazy() -> None:
+        ids = next(batches)
+        table.catch_up(ids)
+        table.step(ids, g, lr, std)
+
+    def moved(noised: Tensor) -> Tensor:
+        return noised.index_add_(0, next(batches), g, alpha=-lr)
+
+    def drawn() -> Tensor:
+        return torch.normal(0.0, std, dense.shape, device=setting.device)
+
+    where: dict[str, Any] = {"seed": key, "engine": "chacha20"}
+    return Contest(
+        lazy,
+        {
+            "all rows, torch.normal": lambda: moved(dense.sub_(drawn(), alpha=lr)),
+            "all rows, dither.noise": lambda: moved(noise.add_normal_(dense, lr * std, **where, step=next(step))),
+        },
+        bytes=3 * g.nbytes,
+        elements=g.numel(),
+        roof=lambda: ops.native.triad_([read.view(-1)], [g.view(-1)], 1, 1),
     )
 
 

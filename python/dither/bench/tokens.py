@@ -1,4 +1,4 @@
-"""Importance of tokens against the matrix of probabilities, written out in eager PyTorch."""
+"""Importance of tokens against the matrix of probabilities, written out in eager PyTorch; what pruning by it saves."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield of("attention paid to keys, causal", size, partial(_colsum, setting, n, causal=True))
     yield of("attention paid to keys, lse given", size, partial(_colsum, setting, n, given=True))
     yield of("logsumexp of attention", size, partial(_lse, setting, n))
+    n = setting.scaled(10240) // 10 or 1
+    for score in ("pagerank", "colsum"):
+        name = f"transformer of 12 layers, 60 % of the tokens after the third, {score}"
+        yield of(name, f"1 x {n} x 384", partial(_pruned, setting, n, 384, score))
 
 
 def _inputs(setting: Setting, n: int, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,3 +98,24 @@ def _pagerank(setting: Setting, n: int, steps: int) -> Contest:
     if n <= 2048:
         peers["softmax, P.mT @ s"] = columns
     return _contest(lambda: tokens.pagerank(q, k, steps), peers, q, k)  # type: ignore[arg-type, return-value]
+
+
+def _pruned(setting: Setting, n: int, width: int, score: str) -> Contest:
+    """As wide as ViT-S with 384; the roof reads the tokens once."""
+    layer = torch.nn.TransformerEncoderLayer(width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+    models = [torch.nn.TransformerEncoder(layer, 12, enable_nested_tensor=False).to(setting.device).eval() for _ in range(2)]
+    x = torch.randn(1, n, width, device=setting.device)
+    tokens.patch(models[0], "prune", keep={2: 0.6}, score=score)
+
+    def run(model: torch.nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(x)  # type: ignore[no-any-return]
+
+    return Contest(
+        partial(run, models[0]),
+        {"all tokens": partial(run, models[1])},
+        bytes=x.nbytes,
+        elements=x.numel(),
+        roof=lambda: ops.native.triad_([], [x.view(-1)], 0, 1),
+        memory=True,
+    )
