@@ -1438,6 +1438,10 @@ def again(model):
 
 BAD = {
     "sees a tensor of shape [12, 5], expected 4 samples along dimension 0": lambda: trained(Folded()),
+    "linear sees a tensor of shape [3], expected 5 samples along dimension 0": lambda: trained(nn.Linear(5, 3), X[0, 0]),
+    "the output differs for one sample where other samples of the batch do": lambda: trained(nn.Linear(5, 5), X[0, 0]),
+    "conv2d sees a tensor of shape [4, 3, 5], expected a batch": lambda: trained(nn.Conv2d(4, 2, 1), X),
+    "Embedding is called without a tensor, expected a batch of samples": lambda: trained(nn.Embedding(3, 3), torch.tensor(1)),
     "mul sees a tensor of shape [5], expected 4 samples": lambda: trained(Mixing()),
     "linear sees a tensor of shape [5, 5], expected 4 samples": lambda: trained(Written()),
     "the gradient of 'linear.weight' was not made by private training": lambda: trained(Sly()),
@@ -1544,16 +1548,18 @@ def test_epsilon_of_a_training():
     pytest.importorskip("dp_accounting")
     model, inputs = made("perceptron")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    privacy.make_private_with_epsilon(
-        *(model, optimizer),
-        **{"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.01, "steps": 1000, "accountant": "rdp"},
-        **{"max_grad_norm": 1.0, "expected_batch_size": 6, "loss_reduction": "sum"},
-    )
+    budget = {"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.01, "steps": 1000, "accountant": "rdp"}
+    options = {"max_grad_norm": 1.0, "expected_batch_size": 6, "loss_reduction": "sum"}
+    with pytest.raises(TypeError, match="unexpected keyword 'noise_multiplier', which follows from target_epsilon"):
+        privacy.make_private_with_epsilon(model, optimizer, **budget, **options, noise_multiplier=0)
+    privacy.make_private_with_epsilon(model, optimizer, **budget, **options)
     assert abs(optimizer.privacy.noise_multiplier - 1.0223) < 1e-3
     assert optimizer.privacy.get_epsilon(1e-5, "rdp") == 0
     one_number_each(model(*inputs)).sum().backward()
     optimizer.step()
     assert 0 < privacy.get_epsilon(optimizer, 1e-5, "rdp") < 1
+    without_noise = stepped(pair(), noise_multiplier=0.0, sample_rate=0.1)
+    assert without_noise.get_epsilon(1e-5) == without_noise.get_epsilon(1e-5, "rdp") == math.inf
 
 
 def test_the_loader_says_rate_and_size():
