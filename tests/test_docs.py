@@ -1,6 +1,7 @@
 """Every Python example of the pages and of the README runs, and prints what it says."""
 
 import doctest
+import importlib
 import pathlib
 import re
 
@@ -38,12 +39,17 @@ def test_links_lead_somewhere(page):
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
 
 
-def test_privacy_is_documented():
-    """Every public name, and every way of clipping."""
-    from dither import privacy
-    from dither.privacy.clipping import FACTORS
+RECORDS = {  # what functions take and give
+    "privacy": {"Best", "ClippingBias", "Learning", "Phase", "PoissonLoader", "Steps"},
+    "tokens": {"Attend", "Comparison", "Patch", "Record"},
+}
 
-    text = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
-    records = {"Best", "ClippingBias", "Learning", "Phase", "PoissonLoader", "Steps"}  # what functions take and give
-    assert {name for name in privacy.__all__ if not re.search(rf"\b{name}\b", text)} <= records
-    assert all(f'| `"{name}"` |' in text for name in FACTORS)
+
+@pytest.mark.parametrize("family", RECORDS)
+def test_public_names_are_documented(family):
+    module = importlib.import_module(f"dither.{family}")
+    text = (ROOT / "docs" / f"{family}.md").read_text(encoding="utf-8")
+    assert {name for name in module.__all__ if not re.search(rf"\b{name}\b", text)} <= RECORDS[family]
+    ways = {"privacy": "clipping.FACTORS", "tokens": "patch.METHODS"}[family].split(".")
+    names = getattr(importlib.import_module(f"dither.{family}.{ways[0]}"), ways[1])
+    assert all(re.search(rf'^\|.*`"{name}"`.*\|', text, re.M) for name in names)

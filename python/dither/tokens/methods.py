@@ -215,6 +215,7 @@ class Prune(Method):
         if not isinstance(self.heads, Tensor):
             one_of("Prune", "heads", self.heads, ("mean", "rms", "max"), " or a tensor of weights")
         integer("Prune", "early", self.early, 0)
+        self.spared = (self.spared,) if isinstance(self.spared, str) else tuple(self.spared)
         self.restores = self.rest == "restore"
         self.layers = tuple(self.keep) if isinstance(self.keep, Mapping) else ()
 
