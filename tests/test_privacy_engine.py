@@ -1352,6 +1352,13 @@ def twice(model):
     loss.backward()
 
 
+def differentiated_twice(model):
+    private(model)
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
 def siamese(model):
     private(model)
     (model(X) - model(X + 1)).square().sum().backward()
@@ -1446,6 +1453,7 @@ BAD = {
     "linear sees a tensor of shape [5, 5], expected 4 samples": lambda: trained(Written()),
     "the gradient of 'linear.weight' was not made by private training": lambda: trained(Sly()),
     "a second backward pass over one batch": lambda: twice(pair()),
+    "trying to differentiate twice": lambda: differentiated_twice(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))),
     "the model was called 2 times for this backward pass": lambda: siamese(pair()),
     "'0.weight' is used and requires a gradient, expected parameters that did": lambda: thawed(pair()),
     "the gradient of '1.weight' was not made by private training": lambda: outside(pair()),
