@@ -1,5 +1,6 @@
 """The command line, the demonstration and the examples: what they print and claim."""
 
+import itertools
 import math
 import re
 import subprocess
@@ -227,6 +228,22 @@ def test_demo_tokens(out):
     assert_is_picture(out / "tokens.png", panels=1)
 
 
+def test_demo_transport(out):
+    """Measured, five splits: real digits 1.28 to 1.34, ten Gaussians 1.76 to 1.84, one 2.88 to 2.95; W_2 0.40, 0.40."""
+    cells = cells_of((out / "report.md").read_text(encoding="utf-8"))
+    samples = ("other real digits", "a Gaussian for each class", "one Gaussian", "every pixel from another digit")
+    divergences = [float(cells[f"6 {name}"][0]) for name in samples]
+    assert all(nearer < farther - 0.2 for nearer, farther in itertools.pairwise(divergences))
+    ten, one = (float(cells[f"6 {name}"][3]) for name in samples[1:3])
+    assert abs(ten - one) < 0.05
+    for photo in (0, 1):
+        before, linear, plan = (float(cells[f"7 {way}"][photo]) for way in ("as it is", "Gaussian map", "entropic plan"))
+        assert 2 * plan < linear < before / 2
+    assert "not reached" not in cells["8 newton"] + cells["8 auto"]
+    assert_is_picture(out / "transport.png", panels=1)
+    assert (out / "colours.png").stat().st_size > 100_000
+
+
 def test_demo_runs_repeat(demo, one_thread):
     from dither.demo.data import digits
     from dither.demo.experiments import DEEP, DEEP_ARMS
@@ -249,6 +266,7 @@ def test_demo_grid_in_report_and_figure(demo, tmp_path, capsys):
     from dither.demo.private import PrivateRun
     from dither.demo.tokens import TokenResults, TokenRun
     from dither.demo.train import Run
+    from dither.demo.transport import Distances, Sizes, Solves, TransportResults
     from dither.tokens import Comparison, Record
 
     masks = [(step, torch.arange(64).view(8, 8) % step == 0) for step in (2, 3)]
@@ -259,10 +277,14 @@ def test_demo_grid_in_report_and_figure(demo, tmp_path, capsys):
     record = Record("random", 4, 2, torch.tensor([[0, -1, -1, 1]] * 2))
     fewer = Comparison("prune", (2, 1), (2.0, 1.0), 0.1, [record])
     found = TokenResults([TokenRun("x", 0.5, 0.5, 1.0)], {"x": fewer}, torch.rand(2, 3, 16, 16), [record])
-    report.write(Results(Settings(seeds=1), "cpu", deep, small, sparse, private, found, grid, seconds=1.0), tmp_path)
+    solves = Solves({name: [(1.0, 0.5), (2.0, 1e-4)] for name in ("sinkhorn", "newton", "auto")}, 0.1, 1.0)
+    photos = {(name, "as it is"): torch.rand(9, 9, 3) for name in ("china", "flower")}
+    moved = TransportResults(Sizes(), {"x": [Distances(1.0, 1.0, 1.0)]}, photos, dict.fromkeys(photos, 0.5), [solves])
+    report.write(Results(Settings(seeds=1), "cpu", deep, small, sparse, private, found, moved, grid, seconds=1.0), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert cells_of(text)["1 lr 0.1"] == ["10.0 %", "11.0 %", "15.0 %", "40.0 %"]
     assert "no learning rate gets beyond 30.0 %; with the best amount: 33.0 % at lr 0.03" in re.sub(r"\s+", " ", text)
+    assert cells_of(text)["9 newton"] == ["2,000", "not reached", "not reached"]
     assert "How much noise" in capsys.readouterr().out
     assert_is_picture(tmp_path / "figure.png", panels=3)
 
@@ -315,6 +337,14 @@ def test_token_pruning():
     """Measured: 95.6, 80.0, 92.8, 79.4, 83.6 %; seeds 1 and 2: 96, 90, 88, 78, 88 and 97, 87, 95, 75, 81 %."""
     full, by_class, ranked, chance, merged = (float(n) for n in numbers_of("token_pruning.py", r": ([\d.]+) %"))
     assert full > 90 and ranked > 82 and ranked > chance + 3 and min(by_class, merged) > 50
+
+
+def test_colour_transfer(tmp_path):
+    """Measured: 0.397 to 0.017 and 0.397 to 0.011."""
+    pictures = tmp_path / "a.png", tmp_path / "b.png"
+    for before, after in numbers_of("colour_transfer.py", r"from ([\d.]+) to ([\d.]+)", *map(str, pictures)):
+        assert float(after) < 0.1 * float(before)
+    assert all(path.stat().st_size > 100_000 for path in pictures)
 
 
 @pytest.mark.parametrize(("data", "least"), [("digits", (95, 90, 82)), ("breast_cancer", (87, 86, 83))])

@@ -1,4 +1,4 @@
-"""What the demonstration trains: three networks, in several ways each, over several seeds; and a transformer, once."""
+"""What the demonstration measures: three networks, in several ways each, over several seeds; a transformer; transport."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .data import digits
 from .private import EPSILONS, PrivateRun, train_privately
 from .tokens import QUICK_PLAN, Plan, TokenResults, measure_tokens
 from .train import Arm, Run, train
+from .transport import QUICK_SIZES, Sizes, TransportResults, measure_transport
 
 tqdm = require("tqdm", extra="demo").tqdm
 
@@ -77,10 +78,13 @@ class Settings:
     private_steps: int = 200
     epsilons: tuple[float, ...] = EPSILONS
     tokens: Plan = field(default_factory=Plan)
+    transport: Sizes = field(default_factory=Sizes)
     grid: bool = True
 
 
-QUICK = Settings(seeds=2, deep_steps=800, small_steps=200, epsilons=(8.0,), tokens=QUICK_PLAN, grid=False)
+QUICK = Settings(
+    seeds=2, deep_steps=800, small_steps=200, epsilons=(8.0,), tokens=QUICK_PLAN, transport=QUICK_SIZES, grid=False
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Results:
     sparse: dict[str, list[Run]]
     private: dict[float, list[PrivateRun]]
     tokens: TokenResults
+    transport: TransportResults
     grid: dict[tuple[float, float], float]
     seconds: float
 
@@ -110,7 +115,7 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
     deep_runs = len(DEEP_ARMS) * settings.seeds + len(grid_arms)
     total = deep_runs * settings.deep_steps + (len(SMALL_ARMS) + len(SPARSE_ARMS)) * settings.seeds * settings.small_steps
     epsilons = (math.inf, *reversed(settings.epsilons))
-    total += len(epsilons) * settings.seeds * settings.private_steps + settings.tokens.steps
+    total += len(epsilons) * settings.seeds * settings.private_steps + settings.tokens.steps + settings.transport.steps
     threads, begin = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1)
     try:
@@ -123,7 +128,8 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
                 for epsilon, runs in private.items():
                     runs.append(train_privately(epsilon, data, settings.private_steps, seed, bar))
             found = measure_tokens(data, settings.tokens, bar)
+            moved = measure_transport(data, settings.transport, bar)
             grid = {at: train(arm, DEEP, data, settings.deep_steps, 0, bar).validation for at, arm in grid_arms.items()}
     finally:
         torch.set_num_threads(threads)
-    return Results(settings, device, deep, small, sparse, private, found, grid, time.perf_counter() - begin)
+    return Results(settings, device, deep, small, sparse, private, found, moved, grid, time.perf_counter() - begin)

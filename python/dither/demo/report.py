@@ -22,6 +22,7 @@ from .private import DELTA, MAX_GRAD_NORM, WIDTHS, PrivateRun
 from .private import LR as PRIVATE_LR
 from .tokens import DEPTH, LARGE, PATCH, SIDE, SIGNS, WIDTH, TokenResults
 from .train import BATCH, Run
+from .transport import BLUR, COLOUR_REG, NAMES, SHARP_REG, TOLS, Solves, TransportResults
 
 console = require("rich.console", extra="demo")
 rich_box = require("rich.box", extra="demo")
@@ -119,6 +120,36 @@ def _token_tables(found: TokenResults) -> list[Table]:
     return [*tables, Table(f"What they cost: {(LARGE // PATCH) ** 2:,} tokens, one image", columns, rows)]
 
 
+def seconds_to(solves: list[Solves], method: str, tol: float) -> float:
+    """The median over the problems, inf where half of them or more end above tol."""
+    return statistics.median(min((s for s, e in one.runs[method] if e <= tol), default=math.inf) for one in solves)
+
+
+def _transport_tables(found: TransportResults) -> list[Table]:
+    rows = []
+    for name, distances in found.digits.items():
+        divergences = [d.divergence for d in distances]
+        cells = [f"{d:.2f}" for d in (statistics.fmean(divergences), min(divergences), max(divergences))]
+        means = (statistics.fmean(of) for of in ([d.gaussian for d in distances], [d.sliced for d in distances]))
+        rows.append([name, *cells, *(f"{mean:.3f}" for mean in means)])
+    columns = ["", "divergence", "least", "most", "Gaussian", "sliced"]
+    splits = f"splits: {found.sizes.splits}"
+    tables = [Table(f"Transport: how far from real digits, {splits}", columns, rows)]
+    ways = dict.fromkeys(way for _, way in found.colours)
+    rows = [[way, *(f"{found.colours[name, way]:.3f}" for name in NAMES)] for way in ways]
+    columns = ["", *(f"{name} as {other}" for name, other in zip(NAMES, reversed(NAMES)))]
+    tables.append(Table(f"Colours: sliced W_2, {found.sizes.pixels:,} pixels", columns, rows))
+    tols = TOLS[2::3]
+    rows = []
+    for method in found.solves[0].runs:
+        times = (1e3 * seconds_to(found.solves, method, tol) for tol in tols)
+        rows.append([method, *("not reached" if math.isinf(ms) else f"{ms:,.0f}" for ms in times)])
+    exact = 1e3 * statistics.median(one.exact_seconds for one in found.solves)
+    rows.append(["exact (scipy's assignment)", *[f"{exact:,.0f}"] * len(tols)])
+    title = f"Solvers: {found.sizes.points} points, reg {SHARP_REG:g}, problems: {found.sizes.clouds}"
+    return [*tables, Table(title, ["", *(f"ms to {tol:.0e}" for tol in tols)], rows)]
+
+
 def tables(results: Results) -> list[Table]:
     seeds = f"seeds: {results.settings.seeds}"
     depth = f"{len(DEEP) - 2} hidden layers of {DEEP[1]}"
@@ -131,6 +162,7 @@ def tables(results: Results) -> list[Table]:
     title = f"Private training: {' - '.join(map(str, WIDTHS))}, delta {DELTA:g}, {seeds}"
     found.append(_private_table(title, results.private))
     found += _token_tables(results.tokens)
+    found += _transport_tables(results.transport)
     if results.grid:
         rows = [[f"lr {lr}", *(percent(results.grid[lr, eta]) for eta in GRID_ETA)] for lr in GRID_LR]
         columns = ["validation accuracy", *(f"eta {eta}" if eta else "no noise" for eta in GRID_ETA)]
@@ -220,6 +252,40 @@ def token_figure(found: TokenResults, path: Path) -> None:
     fig.savefig(path, dpi=100)
 
 
+def convergence_figure(found: TransportResults, path: Path) -> None:
+    """The marginals' error over time: a line for each problem."""
+    fig = Figure(figsize=(7.2, 4.2), layout="constrained")
+    ax = fig.subplots()
+    ax.spines[["top", "right"]].set_visible(False)
+    colors = dict(zip(found.solves[0].runs, (MUTED, "#0969da", "#bc4c00")))
+    for one in found.solves:
+        for method, runs in one.runs.items():
+            label = f'"{method}"' if one is found.solves[0] else None
+            style = {"ls": "", "marker": "."} if len(runs) == len(TOLS) else {"lw": 1.2}
+            ax.plot(*zip(*runs), color=colors[method], alpha=0.8, label=label, **style)
+    exact = statistics.median(one.exact_seconds for one in found.solves)
+    ax.axvline(exact, color=INK, ls=":", lw=1, label="exact: scipy's assignment")
+    ax.set(xscale="log", yscale="log", xlabel="seconds of one CPU thread", ylabel="L1 error of the marginals")
+    ax.grid(color=MUTED, alpha=0.25, lw=0.6)
+    title = f"Entropic transport, {found.sizes.points} points of the plane, reg / largest cost {SHARP_REG:g}"
+    ax.set_title(title, loc="left", fontsize=11)
+    ax.legend(frameon=False, loc="lower left")
+    fig.savefig(path, dpi=150)
+
+
+def colour_figure(found: TransportResults, path: Path) -> None:
+    """Each photograph, and in the colours of the other, by both maps."""
+    ways = list(dict.fromkeys(way for _, way in found.pictures))
+    fig = Figure(figsize=(2.8 * len(ways), 4.1), layout="constrained")
+    for row, name in zip(fig.subplots(len(NAMES), len(ways), squeeze=False), NAMES):
+        for ax, way in zip(row, ways):
+            ax.imshow(found.pictures[name, way].numpy(), interpolation="antialiased")
+            ax.axis("off")
+            if name == NAMES[0]:
+                ax.set_title(way, fontsize=11)
+    fig.savefig(path, dpi=100)
+
+
 def cost(results: Results) -> str:
     """Time, and the most memory that the process had resident, libraries and all."""
     try:
@@ -249,6 +315,22 @@ the first layer, by PageRank or column sums of its attention, or by chance; sign
 that stay. ToMe joins the most similar tokens instead. The first attention has already handed on part of what the signs say, so
 chance does better than its share of signs. GFLOP and ms: of a call with all tokens, in torch's fused layers, and with fewer,
 ranking included; medians of calls in turns. Picture: tokens that are gone are white, merged ones have their mean colour."""
+
+
+TRANSPORT = f"""Distances from a third of all digits. Another third is what samples are drawn after, the last one are the other
+real digits: any sample of the digits' law is about as far as they are. Divergence: Sinkhorn's, costs are squared distances of
+pixels in [0, 1], reg {BLUR:g} of their mean; least and most over the splits. Gaussian: W_2 of the Gaussians of the same
+moments, as in the Frechet distances of generated images; it cannot tell one Gaussian from ten, and sliced W_2 hardly can."""
+
+
+COLOURS = f"""Colours of random pixels of both photographs are matched by entropic transport, reg {COLOUR_REG:g}; every pixel
+then goes to the mean colour of its match, by the potentials. The Gaussian map is linear, and matches means and covariances.
+Distances: of 20,000 pixels from as many of the other photograph."""
+
+
+SOLVERS = """Points of N(0, I) and N(e_1, I) in the plane, squared distances, the largest 1, uniform weights. CPU times to an L1
+error of the marginals, medians over the problems; Sinkhorn's are shares of one long run. Transport at this reg is near exact
+transport, and exact solvers are a match for entropic ones: what these add is gradients, batches, and devices."""
 
 
 def _fill(text: str, indent: str = "") -> str:
@@ -305,7 +387,7 @@ def conditions(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    deep, small, sparse, privately, kept, cost_of_tokens, *grid = (
+    deep, small, sparse, privately, kept, cost_of_tokens, distances, colours, solvers, *grid = (
         f"**{table.title}**\n\n{table.markdown()}" for table in tables(results)
     )
     bfloat16 = _fill(
@@ -313,7 +395,7 @@ def markdown(results: Results) -> str:
         their bytes. Differences smaller than the spread of the seeds mean nothing (one test image is 0.28 %)."""
     )
     paragraphs = [
-        "# Gradient noise, fused optimizers, N:M sparsity, privacy and fewer tokens on real digits",
+        "# Gradient noise, fused optimizers, N:M sparsity, privacy, fewer tokens and optimal transport on real digits",
         "![Loss curves and accuracies](figure.png)",
         "## Gradient noise",
         deep,
@@ -335,6 +417,15 @@ def markdown(results: Results) -> str:
         cost_of_tokens,
         _fill(TOKENS),
         "![Photographs with signs, and the tokens that are kept](tokens.png)",
+        "## Optimal transport",
+        distances,
+        _fill(TRANSPORT),
+        colours,
+        _fill(COLOURS),
+        "![Photographs in the colours of one another](colours.png)",
+        solvers,
+        _fill(SOLVERS),
+        "![Error of the marginals over time](transport.png)",
         "## Settings",
         "\n".join(conditions(results)),
     ]
@@ -349,5 +440,8 @@ def write(results: Results, out: Path) -> None:
     plot_masks_over_time(next(runs[0].masks for runs in results.sparse.values() if runs[0].masks), out / "masks.png")
     private_figure(results, out / "privacy.png")
     token_figure(results.tokens, out / "tokens.png")
+    convergence_figure(results.transport, out / "transport.png")
+    colour_figure(results.transport, out / "colours.png")
     (out / "report.md").write_text(markdown(results), encoding="utf-8")
-    print(f"Took {cost(results)}. Wrote report.md, figure.png, masks.png, privacy.png and tokens.png into {out}")
+    names = ", ".join(path.name for path in sorted(out.glob("*.png")))
+    print(f"Took {cost(results)}. Wrote report.md, {names} into {out}")
