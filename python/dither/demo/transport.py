@@ -15,7 +15,6 @@ from .._extras import require
 from .data import Digits
 
 datasets = require("sklearn.datasets", extra="demo")
-optimize = require("scipy.optimize", extra="demo")
 
 BLUR = 0.05  # reg of the divergences, in units of the mean cost between real digits
 COLOUR_REG = 2e-3  # of colours in [0, 1]^3
@@ -108,13 +107,12 @@ def _digit_distances(data: Digits, seed: int) -> dict[str, Distances]:
     real = images[real]
     samples = {"other real digits": images[other], **_samples(images[fit], labels[fit], seed)}
     reg = BLUR * float(transport.PointCloud(real, real).matrix().mean())
-    value = lambda x, y: transport.solve(None, None, transport.PointCloud(x, y), reg, tol=1e-4).value
-    own, (mean, covariance) = value(real, real), _moments(real)
+    mean, covariance = _moments(real)
     found = {}
     for name, x in samples.items():
         m, c = _moments(x)
         found[name] = Distances(
-            value(x, real) - (value(x, x) + own) / 2,
+            float(transport.sinkhorn_divergence(x, real, reg, tol=1e-4)),
             float(transport.bures_wasserstein_distance(m, mean, c, covariance)),
             _sliced(x, real, 200),
         )
@@ -171,8 +169,8 @@ def _solves(sizes: Sizes, seed: int) -> Solves:
             solved = transport.solve(None, None, c, SHARP_REG, name, tol)
             runs.setdefault(name, []).append((time.process_time() - begin, solved.error))
     begin = time.process_time()
-    rows, columns = optimize.linear_sum_assignment(c.numpy())
-    seconds, least = time.process_time() - begin, float(c[rows, columns].mean())
+    columns = transport.assign(c)
+    seconds, least = time.process_time() - begin, float(c.gather(1, columns[:, None]).mean())
     return Solves(runs, solved.value_linear / least - 1, seconds)
 
 
