@@ -112,11 +112,13 @@ class Costs:
         """exp(f_i + g_j - C_ij / reg), [B, n, m] in float64; 0 where a weight or a pair takes no part."""
         x, y, ground = self.arguments(False)
         if y is None:
-            c = x.double()
+            out = x.double() / -reg
         else:
-            c = torch.cdist(x, y.mT, p=1 if ground == 3 else 2, compute_mode="donot_use_mm_for_euclid_dist")
-            c = c.square() if ground == 1 else c
-        return torch.exp(f.unsqueeze(-1) + g.unsqueeze(-2) - c / reg)
+            out = torch.cdist(x, y.mT, p=1 if ground == 3 else 2, compute_mode="donot_use_mm_for_euclid_dist")
+            out = (out.square_() if ground == 1 else out).div_(-reg)
+        if out.shape[0] != f.shape[0]:
+            out = out.repeat(f.shape[0], 1, 1)
+        return out.add_(f.unsqueeze(-1)).add_(g.unsqueeze(-2)).exp_()  # in place: new pages cost more than arithmetic
 
 
 def points_of(m: Any) -> tuple[Tensor, ...]:
