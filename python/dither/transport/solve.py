@@ -281,6 +281,7 @@ def _iterate(
     slow = torch.zeros(a.shape[0], dtype=torch.bool)
     narrow = costs.x.dtype == torch.float32 and costs.spread / reg < _COARSE
     step, omega = _LOOK if look else 200, 1.0
+    foretold: dict[int, float] = {}
     while len(live):
         part = costs if len(live) == a.shape[0] or costs.x.shape[0] == 1 else _subset(costs, live)
         pf, pg, pa, pb = f[live], g[live], a[live], b[live]
@@ -300,11 +301,15 @@ def _iterate(
         spent = int(done.max()) >= most
         if look and not spent:
             going = [(i, *_forecast(history[i], tol, omega)) for i, o in zip(live.tolist(), over.tolist()) if not o]
-            late = [i for i, left, _ in going if left > _SPENT]
+            # Rates rise as iterations go on, and a forecast says too little: what was spent counts against the next, and one
+            # that says no less than the last is not believed.
+            most_left = max(_SPENT + _LOOK - int(done.max()), _SPENT // 4)
+            late = [i for i, left, _ in going if left > min(most_left, foretold.get(i, math.inf))]
             slow[late] = True
+            foretold = {i: left for i, left, _ in going}
             over = over | torch.isin(live, live.new_tensor(late))
-            omega = min((best for _, left, best in going if left <= _SPENT), default=1.0)
-            step = 2 * _LOOK
+            omega = min((best for i, _, best in going if i not in late), default=1.0)
+            step = max(_LOOK, min(2 * _LOOK, int(1.5 * max((left for i, left, _ in going if i not in late), default=0))))
         live = live[~over]
         if spent:
             break
