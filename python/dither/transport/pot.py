@@ -53,9 +53,11 @@ def sinkhorn2(
     warmstart: Any = None,
     **others: Any,
 ) -> Any:
-    """<P, M> as `ot.sinkhorn2` gives it, a number, or [k] where b is [m, k]. Otherwise as `sinkhorn`."""
+    """<P, M> as `ot.sinkhorn2` gives it, a number or a tensor like M, or [k] where b is [m, k]. Otherwise as `sinkhorn`."""
     result, many = _solved("sinkhorn2", a, b, M, reg, method, numItermax, stopThr, verbose, warn, warmstart)
     found = result.value_linear
+    if isinstance(M, torch.Tensor) and not isinstance(found, torch.Tensor):
+        found = M.new_tensor(found)  # as POT does
     return (found, _log(result, many)) if log else found
 
 
