@@ -16,7 +16,7 @@ import torch
 from ..ops import build_info
 from .measure import Row, Setting
 
-_PEERS = ("pytorch-optimizer", "torch-optimizer", "adabelief-pytorch", "torch-adopt", "tomesd")
+_PEERS = ("pytorch-optimizer", "torch-optimizer", "adabelief-pytorch", "torch-adopt", "tomesd", "POT", "geomloss")
 _NOTE = (
     "Medians; all contenders of a row were timed in turns within one run. GB/s: least bytes over time. Roof: a loop that moves "
     "the same bytes with next to no arithmetic; 100 % is its speed. Cold: caches flushed before every call. A number "
