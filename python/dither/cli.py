@@ -24,7 +24,7 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dither", description="Fused kernels for training and sampling with noise.")
+    parser = argparse.ArgumentParser(prog="python -m dither", description="Fused kernels for PyTorch: facts, demo, benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     info = commands.add_parser("info", help="versions, instruction sets and devices")
