@@ -213,7 +213,7 @@ def test_demo_private_training(out):
     plain, private = ([float(cell) for cell in cells[f"3 {name}"]] for name in ("without privacy", "epsilon 8.00"))
     assert 85 < private[1] <= private[0] < plain[0] - 1 and plain[0] > 94
     assert plain[3] == 0 and private[3] > 1  # noise
-    assert private[5] == pytest.approx(private[4] / plain[4], abs=0.1)
+    assert private[5] == pytest.approx(private[4] / plain[4], abs=0.1, rel=0.05)  # of times of 0.01 ms
     assert_is_picture(out / "privacy.png", panels=1)
 
 
