@@ -142,8 +142,8 @@ def fetch(folder):
 def outcomes(tests, chosen, route, record):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "pot_conformance", "-p", "no:cacheprovider", "-k", chosen]
     command += [*FILES, "--record", str(record), "-c", os.devnull, "--rootdir", str(tests), "--tb=short", *["--route"] * route]
-    paths = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+    paths = [str(Path(__file__).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, cwd=tests, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode > 1:
         sys.exit(done.stdout[-4000:])

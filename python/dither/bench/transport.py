@@ -1,4 +1,7 @@
-"""Sinkhorn iterations, Newton directions and whole solves, against eager PyTorch, POT and GeomLoss."""
+"""Sinkhorn iterations, Newton directions and whole solves, against eager PyTorch, POT and GeomLoss.
+
+The roof reads the costs, or the points, once an iteration; batches that fit a cache, and solves, once.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def cases(setting: Setting) -> Iterator[Case]:
         for d in (3, 64):
             size = f"{n} x {n} points x {d}, float32"
             yield of(f"{ITERATIONS} Sinkhorn iterations", size, partial(_points, setting, n, d))
-    batch = setting.scaled(80) * 4 // 5
+    batch = max(1, setting.scaled(80) * 4 // 5)
     yield of("100 Sinkhorn iterations", f"{batch} x 64 x 64, float64", partial(_batch, setting, batch, 64, 100))
     for n in (1000, 2000):
         n = setting.scaled(n)
@@ -112,6 +115,7 @@ def _points(setting: Setting, n: int, d: int) -> Contest:
         {"torch": _eager(cloud.matrix, ITERATIONS)},
         bytes=(x.nbytes + y.nbytes) * ITERATIONS,
         elements=n * n * ITERATIONS,
+        roof=_read(x, y, times=ITERATIONS),
         memory=True,
     )
 
@@ -130,6 +134,7 @@ def _batch(setting: Setting, batch: int, n: int, iterations: int) -> Contest:
         peers,
         bytes=c.nbytes,
         elements=c.numel() * iterations,
+        roof=_read(c),
     )
 
 
@@ -182,4 +187,5 @@ def _solve(setting: Setting, n: int, reg: float) -> Contest:
         peers,
         bytes=c.nbytes,
         elements=c.numel(),
+        roof=_read(c),
     )
