@@ -302,9 +302,9 @@ def _iterate(
         if look and not spent:
             going = [(i, *_forecast(history[i], tol, omega)) for i, o in zip(live.tolist(), over.tolist()) if not o]
             # Rates rise as iterations go on, and a forecast says too little: what was spent counts against the next, and one
-            # that says no less than the last is not believed.
-            most_left = max(_SPENT + _LOOK - int(done.max()), _SPENT // 4)
-            late = [i for i, left, _ in going if left > min(most_left, foretold.get(i, math.inf))]
+            # that says much more than the last is not believed.
+            most_left = max(_SPENT + _LOOK - int(done.max()), _SPENT // 2)
+            late = [i for i, left, _ in going if left > min(most_left, 1.25 * foretold.get(i, math.inf))]
             slow[late] = True
             foretold = {i: left for i, left, _ in going}
             over = over | torch.isin(live, live.new_tensor(late))
