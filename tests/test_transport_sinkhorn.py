@@ -514,7 +514,7 @@ def test_forbidden_pairs_and_negative_costs():
 
 def test_infeasible_is_told():
     c = uniform(10, 10)
-    c[3] = math.inf
+    c[:2, 1:] = math.inf  # two rows share a column that has room for one
     for method in ("auto", "sinkhorn", "newton"):
         r = solve(None, None, c, 0.1, method=method, max_iterations=200, warn=False)
         assert not r.converged and r.error >= 0.1 and "not converged" in r.status and r.plan.isfinite().all()
@@ -533,11 +533,22 @@ def test_masses_other_than_one():
     assert l1_error(r.plan, a, b) <= 7e-9
 
 
+@pytest.mark.parametrize("offset", (10, 1000))
+def test_float32_costs_far_from_zero(offset):
+    c = uniform(50, 50).float() + offset
+    r = solve(None, None, c, 0.01, tol=1e-4)
+    p = r.plan.double()
+    assert r.converged and l1_error(p, torch.full((50,), 0.02), torch.full((50,), 0.02)) <= 1.1e-4
+    assert r.value == pytest.approx(solve(None, None, c.double() - offset, 0.01).value + offset, abs=1e-4)
+
+
 def test_the_published_algorithm():
     c = np.random.default_rng(0).random((150, 150))
     r = solve(None, None, c, 0.01, method="sns")
     assert r.converged and r.iterations == 20 and r.newton_steps <= 15
     assert r.value == pytest.approx(solve(None, None, c, 0.01).value, abs=1e-8)
+    far = solve(None, None, c + 10, 0.01, method="sns")
+    assert far.converged and far.value == pytest.approx(r.value + 10, abs=1e-6)
 
 
 @pytest.mark.parametrize("reg", (0.05, 0.01))
@@ -597,6 +608,8 @@ BAD = [
     ({"M": C[:0]}, ValueError, "solve: M has shape [0, 5], expected at least one row and one column"),
     ({"M": C * math.nan}, ValueError, "solve: M contains nan, expected finite costs, or inf for a pair that is forbidden"),
     ({"M": C - math.inf}, ValueError, "solve: M contains -inf, expected finite costs"),
+    ({"M": C.index_fill(0, torch.tensor(2), math.inf)}, ValueError, "solve: row 2 of M allows no pair, expected one for every"),
+    ({"M": C.index_fill(1, torch.tensor(4), math.inf)}, ValueError, "solve: column 4 of M allows no pair, expected one"),
     ({"a": A[:3]}, ValueError, "solve: a has shape [3], expected [4]"),
     ({"a": A.float()}, ValueError, "solve: a is torch.float32 on cpu, expected torch.float64 on cpu like M"),
     ({"a": -A}, ValueError, f"solve: a contains {-float(A[0])}, expected finite weights that are not negative"),

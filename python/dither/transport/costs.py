@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ class Costs:
     ground: int
     spread: float
     """The largest difference of two costs, or a bound of it."""
+    largest: float
+    """The largest size of a cost, or a bound of it: what rounding is relative to."""
+    forbidden: bool = False
+    """Whether some pair costs inf."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -96,26 +100,34 @@ class Costs:
             return self.x, self.y, self.ground
         return self.x.double(), self.y.double(), self.ground
 
-    def select(self, problem: int) -> Costs:
-        """One problem of the batch."""
-        x, y = (None if t is None else t if t.shape[0] == 1 else t[problem : problem + 1] for t in (self.x, self.y))
+    def coarse(self, reg: float) -> bool:
+        """Whether sweeps in float32 come near the solution: C / reg, of which P is the exponential, keeps some digits."""
+        return self.x.dtype == torch.float32 and self.largest / reg < 512
+
+    def select(self, problems: Tensor | slice) -> Costs:
+        """Some problems of the batch."""
+        x, y = (t if t is None or t.shape[0] == 1 else t[problems] for t in (self.x, self.y))
         assert x is not None
-        return Costs(x, y, self.ground, self.spread)
+        return replace(self, x=x, y=y)
 
     def transposed(self) -> Costs:
         """From columns to rows."""
         if self.y is None:
-            return Costs(self.x.mT.contiguous(), None, self.ground, self.spread)
-        return Costs(self.y.mT.contiguous(), self.x.mT.contiguous(), self.ground, self.spread)
+            return replace(self, x=self.x.mT.contiguous())
+        return replace(self, x=self.y.mT.contiguous(), y=self.x.mT.contiguous())
+
+    def matrix(self) -> Tensor:
+        """The costs, [B or 1, n, m] in float64; x itself, perhaps."""
+        x, y, ground = self.arguments(False)
+        if y is None:
+            return x.double()
+        c = torch.cdist(x, y.mT, p=1 if ground == 3 else 2, compute_mode="donot_use_mm_for_euclid_dist")
+        return c.square_() if ground == 1 else c
 
     def plan(self, reg: float, f: Tensor, g: Tensor) -> Tensor:
         """exp(f_i + g_j - C_ij / reg), [B, n, m] in float64; 0 where a weight or a pair takes no part."""
-        x, y, ground = self.arguments(False)
-        if y is None:
-            out = x.double() / -reg
-        else:
-            out = torch.cdist(x, y.mT, p=1 if ground == 3 else 2, compute_mode="donot_use_mm_for_euclid_dist")
-            out = (out.square_() if ground == 1 else out).div_(-reg)
+        c = self.matrix()
+        out = torch.div(c, -reg, out=None if self.y is None else c)
         if out.shape[0] != f.shape[0]:
             out = out.repeat(f.shape[0], 1, 1)
         return out.add_(f.unsqueeze(-1)).add_(g.unsqueeze(-2)).exp_()  # in place: new pages cost more than arithmetic
@@ -143,22 +155,25 @@ def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
         sides = (every.amax(1) - every.amin(1)).double()
         far = sides.sum(-1) if m.cost == "l1" else sides.square().sum(-1)
         spread = float((far.sqrt() if m.cost == "euclidean" else far).max())
-        costs = Costs(x.contiguous(), y.mT.contiguous(), GROUNDS[m.cost], spread)
+        costs = Costs(x.contiguous(), y.mT.contiguous(), GROUNDS[m.cost], spread, spread)
     else:
         c = as_tensor(owner, "M", m).detach()
         if c.dim() not in (2, 3):
             raise ValueError(f"{owner}: M has shape {list(c.shape)}, expected [n, m] or [B, n, m]")
         batched = c.dim() == 3
-        spread = 0.0
+        spread, largest, forbidden = 0.0, 0.0, False
         if c.numel():
             least, most = (float(v) for v in c.aminmax())
             if not least > -torch.inf:  # NaN too
                 raise ValueError(f"{owner}: M contains {least}, expected finite costs, or inf for a pair that is forbidden")
-            if most == torch.inf:
+            forbidden = most == torch.inf
+            if forbidden:
                 most = float(torch.where(c < torch.inf, c, least).max())
-            spread = most - least if most > -torch.inf else 0.0
+            if most < torch.inf:
+                spread, largest = most - least, max(most, -least)
         x = c if batched else c.unsqueeze(0)
-        costs = Costs((x[:1] if x.stride(0) == 0 else x).contiguous(), None, 0, spread)  # one for all, where it was expanded
+        x = x[:1] if x.stride(0) == 0 else x  # one for all, where it was expanded
+        costs = Costs(x.contiguous(), None, 0, spread, largest, forbidden)
     if 0 in costs.size:
         raise ValueError(f"{owner}: M has shape {list(m.shape)}, expected at least one row and one column")
     return costs, batched

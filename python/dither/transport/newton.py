@@ -64,7 +64,7 @@ def follow_path(p: Problem, reg: float, tol: float, steps: int, counts: Counts, 
     p.sweep(levels[-1], 6, 0.0, False, counts)
     for level in reversed(levels):
         last = level == reg
-        narrow = p.costs.x.dtype == torch.float32 and p.costs.spread / level < 512
+        narrow = p.costs.coarse(level)
         error = semidual(p, level, tol if last else LEVEL, steps, counts, narrow and not (last and tol < 1e-5))
         if not last:
             p.f *= factor

@@ -19,7 +19,7 @@ def sparse_newton(
     conjugate gradients solve it, and the step is halved until the dual objective grows.
     """
     n, m = p.costs.size
-    c, a, b = -p.costs.plan(reg, torch.zeros_like(p.a), torch.zeros_like(p.b))[0].log(), p.a[0], p.b[0]
+    c, a, b = p.costs.matrix()[0] / reg, p.a[0], p.b[0]
     f, g, rows, columns = torch.zeros_like(a), torch.zeros_like(b), a > 0, b > 0
     share = 2 / n if kept is None else kept
     largest = max(1, math.ceil(share * n * m))

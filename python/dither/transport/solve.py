@@ -24,7 +24,6 @@ METHODS = ("auto", "sinkhorn", "newton", "sns")
 _SPENT = 100  # Sinkhorn iterations that take as long as Newton's path
 _LOOK = 25  # iterations before a first look at their rate
 _FLOOR = 1e-5  # error that sweeps in float32 reach
-_COARSE = 512  # spread / reg up to which they do
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +163,8 @@ def solve(
     weights = weights_of(owner, a, b, M, costs, batched, equal=not free)
     inputs = inputs_of(weights, M)
     weights = weights[0].detach(), weights[1].detach()
+    if costs.forbidden and not free:
+        _has_pairs(owner, costs, *weights)
     f, g = _start(owner, warmstart, weights, batched)
     wa, wb = weights
     batch = wa.shape[0]
@@ -173,7 +174,7 @@ def solve(
     errors = wa.new_full((batch,), torch.inf)
 
     def one(i: int) -> Problem:
-        return Problem(costs.select(i), *(t[i : i + 1] for t in (wa, wb, f, g)))
+        return Problem(costs.select(slice(i, i + 1)), *(t[i : i + 1] for t in (wa, wb, f, g)))
 
     if method == "sns":
         for i in range(batch):
@@ -240,6 +241,15 @@ def weights_of(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool, 
     return wa, wb * (masses[0] / masses[1]).unsqueeze(1)
 
 
+def _has_pairs(owner: str, costs: Costs, a: Tensor, b: Tensor) -> None:
+    """Where inf forbids pairs, each weight must have one that is allowed, or there is no plan."""
+    allowed = costs.x < torch.inf
+    for name, side, w, other in (("row", 2, a, b), ("column", 1, b, a)):
+        alone = (w > 0) & ~(allowed & (other > 0).unsqueeze(3 - side)).any(side)
+        if bool(alone.any()):
+            raise ValueError(f"{owner}: {name} {int(alone.nonzero()[0, 1])} of M allows no pair, expected one for every weight")
+
+
 def _bad(t: Tensor) -> float:
     return float(t[~((t >= 0) & (t < torch.inf))][0])
 
@@ -279,11 +289,11 @@ def _iterate(
     """Sinkhorn's iterations on all problems. look: leave those to Newton that are told to take long; returns which, [B]."""
     live = torch.arange(a.shape[0], device=a.device)
     slow = torch.zeros(a.shape[0], dtype=torch.bool)
-    narrow = costs.x.dtype == torch.float32 and costs.spread / reg < _COARSE
+    narrow = costs.coarse(reg)
     step, omega = _LOOK if look else 200, 1.0
     foretold: dict[int, float] = {}
     while len(live):
-        part = costs if len(live) == a.shape[0] or costs.x.shape[0] == 1 else _subset(costs, live)
+        part = costs if len(live) == a.shape[0] else costs.select(live)
         pf, pg, pa, pb = f[live], g[live], a[live], b[live]
         step = min(step, most - int(done.max()))
         goal = max(tol, _FLOOR * float(pa.sum(1).max())) if narrow else tol
@@ -314,7 +324,7 @@ def _iterate(
         if spent:
             break
     if len(live):  # g has moved since
-        part = costs if len(live) == a.shape[0] else _subset(costs, live)
+        part = costs if len(live) == a.shape[0] else costs.select(live)
         pf, pg = f[live], g[live]
         errors[live] = _core.sweep(part, reg, a[live], b[live], pf, pg, 1, math.inf).last
         f[live], g[live] = pf, pg
@@ -335,9 +345,3 @@ def _forecast(trace: list[float], tol: float, omega: float) -> tuple[float, floa
     best = 2 / (1 + math.sqrt(1 - r))
     rate = max(best - 1, 1e-3)
     return math.log(max(tol, 1e-300) / trace[-1]) / math.log(rate), best
-
-
-def _subset(costs: Costs, live: Tensor) -> Costs:
-    x, y = (None if t is None else t if t.shape[0] == 1 else t[live] for t in (costs.x, costs.y))
-    assert x is not None
-    return Costs(x, y, costs.ground, costs.spread)
