@@ -9,6 +9,18 @@ struct Lanes {
   using type __attribute__((vector_size(DITHER_VECTOR_BYTES))) = T;
   static constexpr int count = DITHER_VECTOR_BYTES / sizeof(T);
 };
+template <class T>
+using Vector = typename Lanes<T>::type;
+template <class T>
+static INLINE Vector<T> load(const T* x) {
+  Vector<T> v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+template <class T>
+static INLINE void store(T* to, Vector<T> v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
 
 template <int... i>
 struct Indices {};

@@ -3,9 +3,7 @@
 #include "../common/shuffle_cpu.h"
 
 namespace dither::DITHER_ISA {
-// A block of keys: lane l of vector j is element j of group l.
-template <class Key>
-using Vector = typename Lanes<Key>::type;
+// In a block of keys, lane l of vector j is element j of group l.
 
 template <class V>
 static INLINE V low(V a, V b) {

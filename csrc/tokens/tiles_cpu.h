@@ -5,21 +5,8 @@
 
 namespace dither::DITHER_ISA {
 template <class T>
-using Vector = typename Lanes<T>::type;
-template <class T>
 constexpr int kPanel = 128 / int(sizeof(T));              // columns
 constexpr int kPanelVectors = 128 / DITHER_VECTOR_BYTES;  // of a row of a panel
-
-template <class T>
-static INLINE Vector<T> load(const T* x) {
-  Vector<T> v;
-  __builtin_memcpy(&v, x, sizeof v);
-  return v;
-}
-template <class T>
-static INLINE void store(T* to, Vector<T> v) {
-  __builtin_memcpy(to, &v, sizeof v);
-}
 
 template <class T>
 static INLINE Vector<T> multiply_add(Vector<T> a, Vector<T> b, Vector<T> c) {

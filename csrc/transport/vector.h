@@ -5,8 +5,6 @@
 
 namespace dither::DITHER_ISA {
 #define FLAT __attribute__((always_inline))  // of a lambda
-template <class T>
-using Vector = typename Lanes<T>::type;
 template <bool kWide>
 struct WordOf {
   using type = uint32_t;
@@ -18,12 +16,6 @@ struct WordOf<true> {
 template <class T>
 using Words = typename Lanes<typename WordOf<sizeof(T) == 8>::type>::type;
 
-template <class T>
-static INLINE Vector<T> load(const T* x) {
-  Vector<T> v;
-  __builtin_memcpy(&v, x, sizeof v);
-  return v;
-}
 // Floats as doubles.
 template <class T, class S>
 static INLINE Vector<T> load_as(const S* x) {
@@ -43,10 +35,6 @@ static INLINE Vector<T> load_part(const S* x, int64_t count) {
   for (int l = 0; l < Lanes<T>::count; ++l)
     if (l < count) v[l] = T(x[l]);
   return v;
-}
-template <class T>
-static INLINE void store(T* to, Vector<T> v) {
-  __builtin_memcpy(to, &v, sizeof v);
 }
 
 template <class T>
