@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m dither demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 bench: $(VENV)/.test
 	$(BIN)/python -m dither bench

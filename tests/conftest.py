@@ -1,5 +1,6 @@
 """One fixture runs every kernel test on each implementation: the CPU kernels, the CUDA sources on CPU fibers, and CUDA."""
 
+import fcntl
 import functools
 import os
 import pathlib
@@ -18,6 +19,9 @@ from two_ranks import two_ranks as two_ranks
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("cpu", "emulated_cuda", "cuda")
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 
 @functools.cache
 def emulator() -> Any:
@@ -35,8 +39,11 @@ def emulator() -> Any:
     beside = {**os.environ, "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])}  # cmake and ninja
     run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, env=beside)
     flags = [f"-D{name}={value}" for name, value in defines.items()]
-    run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *flags])
-    run(["cmake", "--build", build, "--target", "dither_emu"])
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:  # several pytest processes may come here together
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *flags])
+        run(["cmake", "--build", build, "--target", "dither_emu"])
     torch.ops.load_library(next(build.glob("libdither_emu*.so")))
     return torch.ops.dither_emu
 
