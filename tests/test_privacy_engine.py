@@ -1988,7 +1988,6 @@ def filled_bag(ids):
         (Sliced, lambda: [draw(3, 5)]),
         (Latents, lambda: [draw(1, 4, 8)]),
     ],
-    ids=str,
 )
 def test_sizes_that_coincide(make, inputs):
     torch.manual_seed(0)
