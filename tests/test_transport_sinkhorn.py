@@ -636,7 +636,7 @@ CLOUDS = [
     ((C[0], C), ValueError, "PointCloud: x has shape [5], expected [n, d] or [B, n, d]"),
     ((C, C[:, 1:]), ValueError, "PointCloud: y has shape [4, 4], expected [m, 5] like x"),
     ((C, C.float()), ValueError, "PointCloud: y is torch.float32 on cpu, expected torch.float64 on cpu like x"),
-    ((C, C * math.inf), ValueError, "PointCloud: points are not finite"),
+    ((C, C * math.inf), ValueError, "PointCloud: y has values that are not finite"),
 ]
 
 

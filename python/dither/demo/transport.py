@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import noise, transport
 from .._extras import require
@@ -119,18 +118,6 @@ def _digit_distances(data: Digits, seed: int) -> dict[str, Distances]:
     return found
 
 
-def recolour(pixels: Tensor, y: Tensor, g: Tensor, reg: float) -> Tensor:
-    """sum_j P_j y_j / sum_j P_j of each pixel [N, 3], P_j = exp(g_j - |pixel - y_j|^2 / reg): the plan's map at any colour.
-
-    Attention, whose queries are pixels and whose keys and values are the colours y [m, 3].
-    """
-    bias = (g - y.double().square().sum(1) / reg).to(y.dtype)
-    heads = lambda t: t[None, None]
-    return F.scaled_dot_product_attention(
-        heads(pixels), heads(y), heads(y), heads(bias).unsqueeze(0).expand(1, 1, len(pixels), -1), scale=2 / reg
-    )[0, 0]
-
-
 def _transfer(
     photos: dict[str, Tensor], count: int, found: dict[tuple[str, str], Tensor], far: dict[tuple[str, str], float]
 ) -> None:
@@ -140,13 +127,13 @@ def _transfer(
     ]
     x, y = (drawn(name, count, i) for i, name in enumerate(NAMES))
     solved = transport.solve(None, None, transport.PointCloud(x, y), COLOUR_REG, tol=1e-4)
-    for name, other, colours, potential in zip(NAMES, reversed(NAMES), (y, x), reversed(solved.potentials)):
+    for name, other in zip(NAMES, reversed(NAMES)):
         (m, c), (mean, covariance) = _moments(flat[name].double()), _moments(flat[other].double())
         a, b = transport.bures_wasserstein_mapping(m, mean, c, covariance)
         maps = {
             "as it is": flat[name],
             "Gaussian map": (flat[name].double() @ a + b).float(),
-            "entropic plan": recolour(flat[name], colours, potential, COLOUR_REG),
+            "entropic plan": solved.barycentric_map(flat[name], inverse=name == NAMES[1]),
         }
         for way, z in maps.items():
             found[name, way] = z.clamp(0, 1).view(photos[name].shape).cpu()

@@ -28,6 +28,22 @@ def as_tensor(owner: str, name: str, value: Any) -> Tensor:
     return tensor
 
 
+def as_points(owner: str, first: tuple[str, Any], second: tuple[str, Any]) -> tuple[Tensor, Tensor]:
+    """Two sets of points, [n, d] and [m, d] or [B, n, d] and [B, m, d], by their names."""
+    (name, x), (other, y) = ((name, as_tensor(owner, name, t)) for name, t in (first, second))
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{owner}: {name} has shape {list(x.shape)}, expected [n, d] or [B, n, d]")
+    if y.dim() != x.dim() or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
+        expected = ", ".join(map(str, [*x.shape[:-2], "m", x.shape[-1]]))
+        raise ValueError(f"{owner}: {other} has shape {list(y.shape)}, expected [{expected}] like {name}")
+    if y.dtype != x.dtype or y.device != x.device:
+        raise ValueError(f"{owner}: {other} is {y.dtype} on {y.device}, expected {x.dtype} on {x.device} like {name}")
+    for given, t in ((name, x), (other, y)):
+        if not t.isfinite().all():
+            raise ValueError(f"{owner}: {given} has values that are not finite, expected finite ones")
+    return x, y
+
+
 @dataclass(frozen=True, eq=False)
 class PointCloud:
     """Costs between points x [n, d] and y [m, d], or batches [B, n, d] and [B, m, d], computed again wherever they are needed.
@@ -44,16 +60,7 @@ class PointCloud:
     def __post_init__(self) -> None:
         owner = "PointCloud"
         one_of(owner, "cost", self.cost, tuple(GROUNDS))
-        x, y = as_tensor(owner, "x", self.x), as_tensor(owner, "y", self.y)
-        if x.dim() not in (2, 3):
-            raise ValueError(f"{owner}: x has shape {list(x.shape)}, expected [n, d] or [B, n, d]")
-        if y.dim() != x.dim() or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
-            expected = [*x.shape[:-2], "m", x.shape[-1]]
-            raise ValueError(f"{owner}: y has shape {list(y.shape)}, expected [{', '.join(map(str, expected))}] like x")
-        if y.dtype != x.dtype or y.device != x.device:
-            raise ValueError(f"{owner}: y is {y.dtype} on {y.device}, expected {x.dtype} on {x.device} like x")
-        if not (x.isfinite().all() and y.isfinite().all()):
-            raise ValueError(f"{owner}: points are not finite, expected finite ones")
+        x, y = as_points(owner, ("x", self.x), ("y", self.y))
         object.__setattr__(self, "_tensors", (x, y))
 
     @property
@@ -74,6 +81,22 @@ class PointCloud:
 def unit(x: Tensor) -> Tensor:
     """Vectors of length 1; the origin stays."""
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def between(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    """Costs of points [B, n, d] and [B, m, d], [B, n, m], with derivatives of any order, which `PointCloud.matrix` lacks."""
+    if cost == "cosine":
+        return 1 - unit(x) @ unit(y).mT
+    if cost == "sqeuclidean":
+        middle = y.detach().mean(1, keepdim=True)  # so that little cancels
+        x, y = x - middle, y - middle
+        return torch.baddbmm(x.square().sum(2, keepdim=True) + y.square().sum(2).unsqueeze(1), x, y.mT, alpha=-2)
+    d = x.unsqueeze(2) - y.unsqueeze(1)
+    if cost == "l1":
+        return d.abs().sum(3)
+    squares = d.square().sum(3)
+    apart = squares > 0
+    return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from . import _core
-from .costs import Costs, points_of, unit
+from .costs import Costs, between, points_of
 from .newton import DIRECT, PRODUCTS, direct_solve
 
 _BLOCK = 1 << 19  # elements of a block of differences of points
@@ -126,26 +126,14 @@ class Solution:
     @property
     def block(self) -> int:
         """Rows that are taken at a time."""
-        width = self.points[0].shape[2] if self.cost in ("euclidean", "l1") else 1
-        return max(1, _BLOCK // (self.b.numel() * width))
+        return _block(self.b.numel(), self.points[0].shape[2], self.cost)
 
     def between(self, points: Sequence[Tensor]) -> Tensor:
         """The costs, [B, n, m] in float64, with derivatives of any order."""
         if self.cost is None:
             return points[0].double()
         x, y = (p.double() for p in points)
-        if self.cost == "cosine":
-            return 1 - unit(x) @ unit(y).mT
-        if self.cost == "sqeuclidean":
-            middle = y.detach().mean(1, keepdim=True)  # so that little cancels
-            x, y = x - middle, y - middle
-            return x.square().sum(2, keepdim=True) + y.square().sum(2).unsqueeze(1) - 2 * (x @ y.mT)
-        d = x.unsqueeze(2) - y.unsqueeze(1)
-        if self.cost == "l1":
-            return d.abs().sum(3)
-        squares = d.square().sum(3)
-        apart = squares > 0
-        return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
+        return between(x, y, self.cost)
 
     def plan(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
         """[B, n, m] in float64."""
@@ -246,6 +234,10 @@ class Solution:
         return solved.direction
 
 
+def _block(columns: int, d: int, cost: str | None) -> int:
+    return max(1, _BLOCK // (columns * (d if cost in ("euclidean", "l1") else 1)))
+
+
 def _log(x: Tensor) -> Tensor:
     return x.clamp(min=1e-300).log()
 
@@ -332,6 +324,21 @@ def potentials(s: Solution, inputs: Inputs) -> tuple[Tensor, Tensor]:
     u, v = _Relative.apply(s, *inputs.all)
     f, g = (torch.where(w > 0, torch.where(w > 0, w, 1).log() + r, -torch.inf) for w, r in ((inputs.a, u), (inputs.b, v)))
     return f, g
+
+
+def barycentric_map(points: Sequence[Tensor], cost: str | None, reg: float, potential: Tensor, values: Tensor) -> Tensor:
+    """sum_j w_ij values_j / sum_j w_ij, w_ij = exp(potential_j - C_ij / reg), [B, k, e]; points: M [B, k, m], or z and y.
+
+    In the type of the points: an error of C / reg moves the mean by about that share of its width. Blocks as in `products`.
+    """
+
+    def part(*points: Tensor) -> Tensor:
+        c = points[0].double() if cost is None else between(points[0], points[1], cost)
+        return potential.to(c.dtype).unsqueeze(1).sub(c, alpha=1 / reg).softmax(2) @ values.to(c.dtype)
+
+    first, *others = points
+    blocks = first.split(_block(potential.numel(), first.shape[2], cost), 1)
+    return torch.cat([checkpoint(part, block, *others, use_reentrant=False) for block in blocks], 1)
 
 
 def centred(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._checks import instance, integer, number, one_of
 from . import _core, gradients
-from .costs import Costs, PointCloud, as_tensor, is_numpy, points_of, prepared
+from .costs import Costs, PointCloud, as_points, as_tensor, is_numpy, points_of, prepared
 from .gradients import Inputs, Solution, inputs_of
 from .newton import STEPS, Counts, Problem, follow_path
 from .sns import sparse_newton
@@ -68,10 +68,51 @@ class Transport:
 
         Of the constants that can be added to f and taken from g, the one by which a . f = b . g.
         """
+        f, g = self._potentials
+        return self._out(f), self._out(g)
+
+    @functools.cached_property
+    def _potentials(self) -> tuple[Tensor, Tensor]:
         s, given = self._solution, self._inputs
         a, b, f, g = (s.a, s.b, s.f, s.g) if given is None else (given.a, given.b, *gradients.potentials(s, given))
-        f, g = gradients.centred(f, g, a, b) if s.balanced else (f, g)
-        return self._out(f), self._out(g)
+        return gradients.centred(f, g, a, b) if s.balanced else (f, g)
+
+    def barycentric_map(self, z: Any = None, values: Any = None, inverse: bool = False) -> Any:
+        """T(z) = sum_j w_j y_j / sum_j w_j with w_j = exp(g_j - c(z, y_j) / reg), the entropic map at any point z.
+
+        At x_i it is the barycentric projection (P y)_i / (P 1)_i. Elsewhere, with the cost "sqeuclidean", it comes near the
+        optimal map as reg falls and samples grow (Pooladian and Niles-Weed 2021; `transport` of OTT, `transform` of POT).
+
+        z: [k, d] or [B, k, d], of the points' type; None: x, or the rows of a matrix M. values: what is averaged in the place
+        of y, [m, e] or [B, m, e], as labels; needed with a matrix. inverse: from y to x, by f: z is then like y, values like x.
+
+        Returns [k, e] or [B, k, e], in memory O(k + m) for points; differentiable, in a, b and M or the points too. NaN for a
+        row of weight 0 whose costs are all inf.
+        """
+        owner, s, given = "Transport.barycentric_map", self._solution, self._inputs
+        points = tuple(t.detach() for t in s.points) if given is None else given.points
+        if s.cost is not None:
+            x, y = reversed(points) if inverse else points
+            if z is not None:
+                z = as_points(owner, ("y", y if self._batched else y[0]), ("z", z))[1]
+                x = z if self._batched else z.unsqueeze(0)
+            points, carried = (x, y), y
+        elif z is not None:
+            raise ValueError(f"{owner}: z is given, expected None where M is a matrix")
+        elif values is None:
+            raise ValueError(f"{owner}: values is None, expected [m, e] where M is a matrix")
+        elif inverse:
+            points = (points[0].mT,)
+        potential = self._potentials[0 if inverse else 1]
+        if values is not None:
+            carried = as_tensor(owner, "values", values)
+            expected = potential.shape if self._batched else potential.shape[1:]
+            if carried.shape[:-1] != expected or carried.dim() == 0:
+                sizes = ", ".join(map(str, expected))
+                raise ValueError(f"{owner}: values has shape {list(carried.shape)}, expected [{sizes}, e]")
+            carried = carried if self._batched else carried.unsqueeze(0)
+        image = gradients.barycentric_map(points, s.cost, self.reg, potential, carried)
+        return self._out(image.to(s.costs.x.dtype))
 
     @functools.cached_property
     def _value_linear(self) -> Tensor:
