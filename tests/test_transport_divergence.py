@@ -39,6 +39,17 @@ def test_losses_are_those_of_geomloss(p, blur, reach, debias):
         assert (d - w).norm() < 0.02 * w.norm()
 
 
+@pytest.mark.parametrize("reach", [0.3, 1.0])
+@pytest.mark.parametrize("p", [1, 2])
+def test_unbalanced_divergences_of_unequal_masses_are_those_of_geomloss(p, reach):
+    """Sums of 1 and 1.5; 5e-4 was seen to be left by its schedule."""
+    geomloss = pytest.importorskip("geomloss")
+    x, y, a, b = points(100, 3), points(80, 3, seed=1) + 0.2, weights(100), 1.5 * weights(80, seed=1)
+    options = {"p": p, "blur": 0.1, "reach": reach}
+    theirs = geomloss.SamplesLoss("sinkhorn", scaling=0.99, backend="tensorized", **options)(a, x, b, y)
+    assert SinkhornDivergence(tol=1e-9, **options)(a, x, b, y).item() == pytest.approx(theirs.item(), rel=2e-3)
+
+
 @pytest.mark.parametrize("cost", COSTS)
 def test_the_definition(cost):
     x, y, a, b = points(20, 2), points(30, 2, seed=1), weights(20), weights(30, seed=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,9 @@ from torch import Tensor, nn
 from .._checks import instance, number, one_of
 from . import _core, gradients
 from .costs import PointCloud, is_numpy, points_of, prepared
-from .gradients import Inputs, Solution
-from .solve import solve, weights_of
+from .gradients import Solution, inputs_of
+from .solve import solve
 from .unbalanced import exponents, penalties, raised
-
-_LARGE = 10_000
 
 
 def sinkhorn_divergence(
@@ -29,7 +28,7 @@ def sinkhorn_divergence(
     unbalanced: float | None = None,
     debiased: bool = True,
     tol: float = 1e-6,
-    max_iterations: int = _LARGE,
+    max_iterations: int = 10_000,
     warn: bool = True,
 ) -> Any:
     """The divergence of points x [n, d] with weights a [n] from y [m, d] with b [m], or of batches of them, in memory O(n + m).
@@ -46,32 +45,46 @@ def sinkhorn_divergence(
     owner = "sinkhorn_divergence"
     instance(owner, "debiased", debiased, bool, "a bool")
     cloud = PointCloud(x, y, cost)
-    pair = penalties(owner, "unbalanced", math.inf if unbalanced is None else unbalanced)
-    if pair[0] != pair[1]:
+    rho = penalties(owner, "unbalanced", math.inf if unbalanced is None else unbalanced)
+    if rho[0] != rho[1]:
         raise ValueError(f"{owner}: unbalanced is {unbalanced!r}, expected one number for both sides")
-    found = solve(a, b, cloud, reg, tol=tol, max_iterations=max_iterations, warn=warn, unbalanced=pair)
-    value = found.batch_value
-    if debiased:
-        costs, batched = prepared(owner, cloud)
-        wa, wb = weights_of(owner, a, b, cloud, costs, batched, equal=pair[0] == math.inf)
-        for points, w in zip(points_of(cloud), (wa, wb)):
-            value = value - 0.5 * _self_value(owner, points, w, reg, cost, pair[0], tol, max_iterations, warn)
-        if pair[0] < math.inf:
-            value = value + 0.5 * reg * (wa.sum(1) - wb.sum(1)).square()
+    selves = [PointCloud(t, t, cost) for t in cloud._tensors] if debiased else []
+    value = divergence(owner, cloud, selves, reg, a, b, rho, tol, max_iterations, warn)
     value = value if x.ndim == 3 else value[0]
     return value if not is_numpy(cloud) else value.numpy() if x.ndim == 3 else value.item()
 
 
+def divergence(
+    owner: str,
+    m: Any,
+    selves: Sequence[Any],
+    reg: float,
+    a: Any = None,
+    b: Any = None,
+    rho: tuple[float, float] = (math.inf, math.inf),
+    tol: float = 1e-6,
+    max_iterations: int = 10_000,
+    warn: bool = True,
+) -> Tensor:
+    """Of costs m, as `solve` takes them, and of those of either side with itself; no selves: OT(a, b). [B]."""
+    found = solve(a, b, m, reg, tol=tol, max_iterations=max_iterations, warn=warn, unbalanced=rho)
+    value, measures = found.batch_value, found.measures
+    for costs, w in zip(selves, measures):
+        value = value - 0.5 * _self_value(owner, costs, w, reg, rho, tol, max_iterations, warn)
+    if selves and rho[0] < math.inf:
+        value = value + 0.5 * reg * (measures[0].sum(1) - measures[1].sum(1)).square()
+    return value
+
+
 def _self_value(
-    owner: str, x: Tensor, a: Tensor, reg: float, cost: str, rho: float, tol: float, most: int, warn: bool
+    owner: str, m: Any, a: Tensor, reg: float, rho: tuple[float, float], tol: float, max_iterations: int, warn: bool
 ) -> Tensor:
     """OT(a, a), [B], by f <- (f + T f) / 2, T an update of Sinkhorn's: a few iterations (Feydy et al. 2019)."""
-    held = a.detach()
-    costs, _ = prepared(owner, PointCloud(x.detach(), x.detach(), cost))
-    damp = exponents((rho, rho), reg)
-    weights = raised(owner, held, "a", damp[0], rho)
+    held, (costs, _) = a.detach(), prepared(owner, m)
+    damp = exponents(rho, reg)
+    weights = raised(owner, held, "a", damp[0], rho[0])
     f, goal = torch.zeros_like(held).masked_fill(held <= 0, -math.inf), tol * float(held.sum(1).max())
-    for _ in range(most):
+    for _ in range(max_iterations):
         new = f.clone()
         found = _core.sweep(costs, reg, weights, weights, new, f.clone(), damping=damp)
         f = torch.where(held > 0, (f + new) / 2, f)
@@ -80,12 +93,11 @@ def _self_value(
     else:
         if warn:
             late = float(found.last.max())
-            warnings.warn(f"{owner}: not converged: marginals of a self term have an error of {late:.1e}", stacklevel=3)
-    solution = Solution(costs, (x.detach(), x.detach()), reg, held, held, f, f, cost, (rho, rho))
-    given = Inputs(a, a, (x, x))
-    if torch.is_grad_enabled() and (a.requires_grad or x.requires_grad):
-        return gradients.value(solution, given)
-    return solution.values[1]
+            warnings.warn(f"{owner}: not converged: marginals of a self term have an error of {late:.1e}", stacklevel=4)
+    points = tuple(t.detach() for t in points_of(m))
+    solution = Solution(costs, points, reg, held, held, f, f, m.cost if isinstance(m, PointCloud) else None, rho)
+    inputs = inputs_of((a, a), m)
+    return solution.values[1] if inputs is None else gradients.value(solution, inputs)
 
 
 class SinkhornDivergence(nn.Module):

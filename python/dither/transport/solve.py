@@ -125,6 +125,12 @@ class Transport:
         return s.values[1] if given is None else gradients.value(s, given)
 
     @property
+    def measures(self) -> tuple[Tensor, Tensor]:
+        """a [B, n] and b [B, m] as they were solved for, in float64."""
+        given = self._solution if self._inputs is None else self._inputs
+        return given.a, given.b
+
+    @property
     def batch_value(self) -> Tensor:
         """`value` as a tensor, [B]."""
         return self._value
