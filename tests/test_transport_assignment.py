@@ -217,6 +217,7 @@ def test_interpolation_between_gaussians_is_a_geodesic():
     times = torch.linspace(0, 1, 500)
     torch.testing.assert_close(interpolate(x0, x1, times)[-1], x1[-1])
     torch.testing.assert_close(interpolate(x0, x1, times)[0], x0[0])
+    assert torch.equal(interpolate(x0, x1, times.unsqueeze(1)), interpolate(x0, x1, times))
 
 
 def test_worst_place_on_the_geodesic():

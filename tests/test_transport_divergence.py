@@ -63,6 +63,17 @@ def test_the_definition(cost):
     assert isinstance(found, float) and found == pytest.approx(wanted, abs=1e-10)
 
 
+@pytest.mark.parametrize("unbalanced", [None, 0.5])
+def test_functions_as_costs(unbalanced):
+    x, y = points(2, 20, 3).requires_grad_(), points(2, 15, 3, seed=1)
+    written = lambda x, y: (x - y).square().sum(-1)
+    named, own = (sinkhorn_divergence(x, y, 0.1, cost=c, unbalanced=unbalanced, tol=1e-11) for c in ("sqeuclidean", written))
+    torch.testing.assert_close(own, named, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grad(own.sum(), x)[0], grad(named.sum(), x)[0], rtol=1e-6, atol=1e-9)
+    one = sinkhorn_divergence(x[0], y[0], 0.1, cost=written, unbalanced=unbalanced, tol=1e-11)
+    assert one.item() == pytest.approx(named[0].item(), abs=1e-9)
+
+
 def test_values_of_pot():
     ot, np = pytest.importorskip("ot"), pytest.importorskip("numpy")
     x, y, a, b = (t.numpy() for t in (points(20, 2), points(30, 2, seed=1), weights(20), weights(30, seed=1)))
@@ -143,6 +154,8 @@ def test_refusals():
         sinkhorn_divergence(x, y, 0.1, unbalanced=(1.0, 2.0))
     with pytest.raises(ValueError, match="cost is 'l3'"):
         sinkhorn_divergence(x, y, 0.1, cost="l3")
+    with pytest.raises(ValueError, match=r"sinkhorn_divergence: cost\(x, y\) has shape \[5, 4, 2\], expected \[5, 4\]"):
+        sinkhorn_divergence(x, y, 0.1, cost=lambda x, y: x - y)
     with pytest.raises(ValueError, match="SinkhornDivergence: p is 3, expected 1, 2"):
         SinkhornDivergence(p=3)
     with pytest.raises(TypeError, match=r"called with 3 arguments, expected \(x, y\) or \(a, x, b, y\)"):

@@ -644,3 +644,7 @@ CLOUDS = [
 def test_clouds_refuse(given, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         PointCloud(*given)
+
+
+def test_clouds_show_their_sizes():
+    assert repr(PointCloud(C, C[:2], "l1")) == "PointCloud([4, 2] of torch.float64 in 5 dimensions, cost='l1')"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import number, one_of, tensor
 from .._extras import require
+from .costs import as_rows
 from .solve import solve
 
 METHODS = ("exact", "entropic")
@@ -41,12 +42,11 @@ def assign(M: Tensor, method: str = "exact", *, reg: float | None = None) -> Ten
     if method == "exact":
         columns = require("scipy.optimize", extra="transport").linear_sum_assignment(c.double().cpu().numpy())[1]
         return torch.as_tensor(columns, dtype=torch.int64, device=c.device)
-    c = c if c.dtype == torch.float64 else c.float()
+    c = c.to(torch.promote_types(c.dtype, torch.float32))
     spread = float(c.std(correction=0)) if c.numel() else 0.0
     reg = 0.01 * spread if reg is None else number(owner, "reg", reg, above=0)
     if not spread > 0:
         return torch.arange(len(c), device=c.device)
-    c = c - c.min()
     found = solve(None, None, c, reg, tol=1e-2, warn=False)
     f, g = found.potentials
     return _exchanged(c, _rounded(f.unsqueeze(1) + g - c / reg))
@@ -97,8 +97,7 @@ def _distances(x: Tensor, y: Tensor, quantised: bool) -> Tensor:
     """|x_i - y_j| of flattened samples, [n, m]; quantised: of 0.1 x and 0.1 y in half precision, and rounded to it."""
     if quantised:
         x, y = (_QUANTISED * t.half() for t in (x, y))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    d = torch.cdist(x.to(wide).flatten(1), y.to(wide).flatten(1))
+    d = torch.cdist(as_rows(x), as_rows(y))
     return d.half().float() if quantised else d
 
 

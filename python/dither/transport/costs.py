@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import one_of
+from .._checks import one_of, tensor
 
+Cost = str | Callable[[Tensor, Tensor], Tensor]
 GROUNDS = {"sqeuclidean": 1, "euclidean": 2, "l1": 3, "cosine": 1}
 
 
@@ -24,8 +26,12 @@ def as_tensor(owner: str, name: str, value: Any) -> Tensor:
             value = torch.as_tensor(value.copy() if any(step < 0 for step in value.strides) else value)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{owner}: {name} is {value.dtype}, expected torch.float32 or torch.float64")
-    tensor: Tensor = value
-    return tensor
+    return value  # type: ignore[no-any-return]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Samples [n, ...] as points [n, d], in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-1).flatten(1)
 
 
 def as_points(owner: str, first: tuple[str, Any], second: tuple[str, Any]) -> tuple[Tensor, Tensor]:
@@ -63,6 +69,10 @@ class PointCloud:
         x, y = as_points(owner, ("x", self.x), ("y", self.y))
         object.__setattr__(self, "_tensors", (x, y))
 
+    def __repr__(self) -> str:
+        x = self._tensors[0]
+        return f"PointCloud({list(self.shape)} of {x.dtype} in {x.shape[-1]} dimensions, cost={self.cost!r})"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """[n, m] or [B, n, m]."""
@@ -76,6 +86,18 @@ class PointCloud:
             return 1 - unit(x) @ unit(y).mT
         c = torch.cdist(x, y, p=1 if self.cost == "l1" else 2, compute_mode="donot_use_mm_for_euclid_dist")
         return c.square() if self.cost == "sqeuclidean" else c
+
+
+def costs_of(owner: str, cost: Cost, x: Any, y: Any) -> PointCloud | Tensor:
+    """Of points by the name of a cost, as a cloud; or by a function of [..., n, 1, d] and [..., 1, m, d], as a matrix."""
+    if not callable(cost):
+        one_of(owner, "cost", cost, tuple(GROUNDS), " or a function")
+        return PointCloud(x, y, cost)
+    x, y = as_points(owner, ("x", x), ("y", y))
+    c, shape = tensor(owner, "cost(x, y)", cost(x.unsqueeze(-2), y.unsqueeze(-3))), [*x.shape[:-1], y.shape[-2]]
+    if list(c.shape) != shape:
+        raise ValueError(f"{owner}: cost(x, y) has shape {list(c.shape)}, expected {shape}")
+    return c
 
 
 def unit(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import noise
 from .._checks import number, one_of, tensor
 from .assignment import assign
-from .costs import PointCloud
+from .costs import PointCloud, as_rows
 from .solve import solve
 
 METHODS = ("exact", "sinkhorn")
@@ -48,13 +48,11 @@ def ot_coupling(
     one_of(owner, "method", method, METHODS)
     _batches(owner, ("x0", "x1"), x0, x1)
     reg = number(owner, "reg", reg, above=0)
-    wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    cloud = PointCloud(x0.to(wide).flatten(1), x1.to(wide).flatten(1))
+    c = PointCloud(as_rows(x0), as_rows(x1)).matrix()
     if method == "exact":
         if len(x0) != len(x1):
             raise ValueError(f"{owner}: x1 has {len(x1)} samples, expected {len(x0)} like x0, or method 'sinkhorn'")
-        return assign(cloud.matrix())
-    c = cloud.matrix()
+        return assign(c)
     mean = float(c.mean())
     plan = solve(None, None, c, reg * mean if mean > 0 else 1.0, tol=1e-4, warn=False).plan.double()
     seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -66,7 +64,7 @@ def ot_coupling(
 def interpolate(x0: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:
     """(1 - t) x0 + t x1: samples of the geodesic at t, if x0 and x1 are pairs of an optimal coupling (McCann 1997).
 
-    t: in [0, 1], a number or a tensor [n], one for each pair.
+    t: in [0, 1], a number or a tensor [n] or [n, 1, ...], one for each pair.
     """
     owner = "interpolate"
     _batches(owner, ("x0", "x1"), x0, x1)
@@ -74,7 +72,7 @@ def interpolate(x0: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:
         raise ValueError(f"{owner}: x1 has {len(x1)} samples, expected {len(x0)} like x0")
     if not isinstance(t, Tensor):
         t = number(owner, "t", t, least=0, most=1)
-    elif t.shape != (len(x0),) or not bool(((t >= 0) & (t <= 1)).all()):
+    elif t.shape != (len(x0), *[1] * (t.dim() - 1)) or not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"{owner}: t is a tensor of shape {list(t.shape)}, expected [{len(x0)}] with 0 <= t <= 1")
     else:
         t = t.to(x0).view(-1, *[1] * (x0.dim() - 1))

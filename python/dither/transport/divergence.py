@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._checks import instance, number, one_of
 from . import _core, gradients
-from .costs import PointCloud, is_numpy, points_of, prepared
+from .costs import Cost, PointCloud, costs_of, points_of, prepared
 from .gradients import Solution, inputs_of
 from .solve import solve
 from .unbalanced import exponents, penalties, raised
@@ -24,7 +24,7 @@ def sinkhorn_divergence(
     reg: float,
     a: Any = None,
     b: Any = None,
-    cost: str = "sqeuclidean",
+    cost: Cost = "sqeuclidean",
     unbalanced: float | None = None,
     debiased: bool = True,
     tol: float = 1e-6,
@@ -33,7 +33,8 @@ def sinkhorn_divergence(
 ) -> Any:
     """The divergence of points x [n, d] with weights a [n] from y [m, d] with b [m], or of batches of them, in memory O(n + m).
 
-    cost: as in `PointCloud`; a and b: as in `solve`, None: uniform with sum 1; unbalanced: rho, with which sums may differ, by
+    cost: as in `PointCloud`; or a function of x [n, 1, d] and y [1, m, d], after the batch, that gives costs [n, m], which are
+    then held in memory. a and b: as in `solve`, None: uniform with sum 1. unbalanced: rho, with which sums may differ, by
 
         OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 + reg / 2 (sum a - sum b)^2        (Sejourne et al. 2019),
 
@@ -44,14 +45,14 @@ def sinkhorn_divergence(
     """
     owner = "sinkhorn_divergence"
     instance(owner, "debiased", debiased, bool, "a bool")
-    cloud = PointCloud(x, y, cost)
+    costs = costs_of(owner, cost, x, y)
     rho = penalties(owner, "unbalanced", math.inf if unbalanced is None else unbalanced)
     if rho[0] != rho[1]:
         raise ValueError(f"{owner}: unbalanced is {unbalanced!r}, expected one number for both sides")
-    selves = [PointCloud(t, t, cost) for t in cloud._tensors] if debiased else []
-    value = divergence(owner, cloud, selves, reg, a, b, rho, tol, max_iterations, warn)
+    selves = [costs_of(owner, cost, t, t) for t in (x, y)] if debiased else []
+    value = divergence(owner, costs, selves, reg, a, b, rho, tol, max_iterations, warn)
     value = value if x.ndim == 3 else value[0]
-    return value if not is_numpy(cloud) else value.numpy() if x.ndim == 3 else value.item()
+    return value if isinstance(x, Tensor) else value.numpy() if x.ndim == 3 else value.item()
 
 
 def divergence(

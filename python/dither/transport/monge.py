@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor
 
-from .._checks import instance, number, one_of, tensor
-from .costs import GROUNDS, as_points, between
+from .._checks import instance, number
+from .costs import Cost, as_points, between, costs_of
 from .divergence import divergence
-
-Cost = str | Callable[[Tensor, Tensor], Tensor]
 
 
 def _costs(owner: str, cost: Cost, x: Tensor, y: Tensor) -> Tensor:
     """c(x_i, y_j), [n, m], differentiable."""
-    if callable(cost):
-        c = cost(x.unsqueeze(1), y.unsqueeze(0))
-        if tensor(owner, "cost(x, y)", c).shape != (len(x), len(y)):
-            raise ValueError(f"{owner}: cost(x, y) has shape {list(c.shape)}, expected {[len(x), len(y)]}")
-        return c
-    one_of(owner, "cost", cost, tuple(GROUNDS), " or a function")
-    return between(x.double().unsqueeze(0), y.double().unsqueeze(0), cost)[0]
+    c = costs_of(owner, cost, x, y)
+    return c if isinstance(c, Tensor) else between(x.double().unsqueeze(0), y.double().unsqueeze(0), c.cost)[0]
 
 
 def _reg(owner: str, reg: float | None, c: Tensor) -> float:
@@ -51,7 +43,7 @@ def monge_gap(
 
     Args:
         x: points [n, d], float32 or float64. y: their images T(x), of the same shape.
-        cost: as in `PointCloud`, or a function of x [n, 1, d] and y [1, n, d] that gives [n, n], differentiable.
+        cost: as in `sinkhorn_divergence`.
         reg: by default 0.01 standard deviations of the costs, held constant.
         tol: L1 error of the marginals of P.
 
