@@ -584,6 +584,63 @@ def test_functions_of_pot(method):
     assert log["niter"] <= 2
 
 
+KINDS_OF_INPUT = {
+    "numpy": lambda x: x,
+    "numpy float32": lambda x: x.astype(np.float32),
+    "tensor": torch.tensor,
+    "tensor float32": lambda x: torch.tensor(x).float(),
+    "list": lambda x: x.tolist(),
+}
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize("kind", KINDS_OF_INPUT)
+def test_kinds_of_results_are_those_of_pot(kind, many):
+    ot = pytest.importorskip("ot")
+    made = KINDS_OF_INPUT[kind]
+    given = [made(t.numpy()) for t in (weights(12), weights(3, 9, seed=1).T if many else weights(9, seed=1), uniform(12, 9))]
+    options = {"reg": 0.1, "stopThr": 1e-5 if "32" in kind else 1e-10, "numItermax": 10_000, "log": True}
+    for method in ("sinkhorn", "Sinkhorn_Log", "sinkhorn_stabilized"):
+        for mine, theirs in ((sinkhorn, ot.sinkhorn), (sinkhorn2, ot.sinkhorn2)):
+            got, log = mine(*given, method=method, **options)
+            want, want_log = theirs(*given, method=method, **options)
+            assert (type(got), got.dtype, got.shape) == (type(want), want.dtype, want.shape)
+            np.testing.assert_allclose(got, want, atol=1e-5 if "32" in kind else 1e-8)
+            assert set(want_log) <= set(log)
+            for name in set(want_log) & {"u", "v", "log_u", "log_v", "alpha", "beta"}:
+                assert (log[name].dtype, log[name].shape) == (want_log[name].dtype, want_log[name].shape)
+
+
+def test_gradients_are_those_of_pot():
+    ot = pytest.importorskip("ot")
+    found = []
+    for function in (sinkhorn, ot.sinkhorn):
+        a, b, c = given = [t.requires_grad_() for t in (weights(12), weights(9, seed=1), uniform(12, 9))]
+        (function(*given, 0.1, stopThr=1e-12) * c.detach() ** 2).sum().backward()
+        found.append([a.grad - a.grad.mean(), b.grad - b.grad.mean(), c.grad])
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)  # 1e-12 was found
+
+
+def test_what_pots_functions_take():
+    """Types that differ, whole numbers, lists beside tensors, clouds, and both forms of a warm start."""
+    c, a, b = uniform(12, 9), weights(12), weights(3, 9, seed=1)
+    want = sinkhorn(a, b[0], c, 0.1)
+    np.testing.assert_allclose(sinkhorn(a.numpy(), b[0].numpy(), c.float().numpy(), 0.1), want, atol=1e-6)
+    torch.testing.assert_close(sinkhorn(a.tolist(), b[0].tolist(), c, 0.1), want)
+    np.testing.assert_allclose(
+        sinkhorn([0.5, 0.5], [], [[0, 1], [1, 0]], 1), [[0.36552929, 0.13447071], [0.13447071, 0.36552929]]
+    )
+    x, y = normal(12, 2), normal(9, 2, seed=1)
+    cloud = PointCloud(x.numpy(), y.numpy())
+    np.testing.assert_allclose(sinkhorn2(a, b.T, cloud, 0.1), sinkhorn2(a, b.T, cloud.matrix(), 0.1), rtol=1e-6)
+    costs, log = sinkhorn2(a, b.T, c, 0.1, log=True)
+    for start in (log["warmstart"], (log["log_u"], log["log_v"])):
+        again, warm = sinkhorn2(a, b.T, c, 0.1, log=True, warmstart=start)
+        torch.testing.assert_close(again, costs)
+        assert warm["niter"] <= 2
+
+
 def test_functions_of_pot_without_it():
     c, a, b = uniform(40, 30), weights(40), weights(4, 30, seed=1)
     costs, log = sinkhorn2(a, b.T, c, 0.02, log=True)

@@ -1,13 +1,15 @@
 """Unbalanced and partial transport against POT, their optimality conditions and finite differences."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from dither.transport import PointCloud, partial, sinkhorn_unbalanced, solve
+from dither import transport
+from dither.transport import PointCloud, partial, sinkhorn_unbalanced, sinkhorn_unbalanced2, solve
 
 F64 = torch.float64
 RHOS = [1.0, 0.1, 100.0, (1.0, 0.3), (math.inf, 0.5)]
@@ -105,9 +107,50 @@ def test_solve_refuses(options, error, message):
         solve(a, b, m, 0.1, **options)
 
 
-@pytest.mark.parametrize("options, message", [({"c": 1}, "c is int, expected None"), ({"reg_type": "l2"}, "reg_type is 'l2'")])
-def test_what_pot_has_and_we_have_not(options, message):
-    with pytest.raises(ValueError, match=f"sinkhorn_unbalanced: {message}"):
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["numpy", "tensor"])
+@pytest.mark.parametrize("rho", [1.0, (math.inf, 0.5)], ids=str)
+@pytest.mark.parametrize("reg_type", ["kl", "entropy"])
+@pytest.mark.parametrize("reference", [False, True], ids=["", "c"])
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+def test_potentials_and_costs_are_those_of_pot(many, reference, reg_type, rho, as_tensors):
+    ot = pytest.importorskip("ot")
+    random = np.random.default_rng(0)
+    a, b, m = instance(12, 9)
+    given = [a, random.random((9, 3)) if many else b, m, random.random((12, 9)) if reference else None]
+    a, b, m, c = (torch.tensor(v) if as_tensors and v is not None else v for v in given)
+    options = {"reg_type": reg_type, "c": c, "log": True, "numItermax": 50_000, "stopThr": 1e-13}
+    for name in ("sinkhorn_unbalanced", "sinkhorn_unbalanced2"):
+        want, want_log = getattr(ot.unbalanced, name)(a, b, m, 0.1, rho, **options)
+        got, log = getattr(transport, name)(a, b, m, 0.1, rho, **options)
+        assert (type(got), got.dtype, got.shape) == (type(want), want.dtype, want.shape) and set(log) == set(want_log)
+        np.testing.assert_allclose(got, want, atol=1e-10)
+        for key in set(log) - {"err"}:
+            np.testing.assert_allclose(log[key], want_log[key], atol=1e-8)
+        _, warm = getattr(transport, name)(a, b, m, 0.1, rho, **options | {"warmstart": (log["logu"], log["logv"])})
+        assert len(warm["err"][0] if many else warm["err"]) <= 2
+
+
+def test_the_cost_with_penalties():
+    given = [0.5, 0.1], [0.5, 0.5], [[0.0, 1.0], [1.0, 0.0]], 1.0, 1.0
+    linear, log = sinkhorn_unbalanced2(*given, log=True, stopThr=1e-12)
+    assert linear == pytest.approx(0.196001, abs=1e-6) and linear == log["cost"]  # POT's documentation
+    assert sinkhorn_unbalanced2(*given, returnCost="total", stopThr=1e-12) == log["total_cost"]
+    p, a, b = sinkhorn_unbalanced(*given, stopThr=1e-12), *map(np.array, given[:2])
+    parts = [(p * np.log(p / np.outer(a, b))).sum(), *((s * np.log(s / w)).sum() for s, w in ((p.sum(1), a), (p.sum(0), b)))]
+    assert log["total_cost"] == pytest.approx(linear + sum(parts), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"c": [[1.0]]}, "c has shape [1, 1], expected [30, 40]"),
+        ({"c": -np.ones((30, 40))}, "c contains -1.0, expected nothing negative"),
+        ({"reg_type": "l2"}, "reg_type is 'l2', expected 'kl', 'entropy'"),
+        ({"method": "fast"}, "method is 'fast', expected 'sinkhorn'"),
+    ],
+)
+def test_pots_functions_refuse(options, message):
+    with pytest.raises(ValueError, match="^sinkhorn_unbalanced: " + re.escape(message)):
         sinkhorn_unbalanced(*instance(), 0.1, 1.0, **options)
 
 

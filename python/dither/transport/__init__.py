@@ -21,7 +21,7 @@ from .monge import monge_gap, monge_map_loss
 from .ordinal import MinkowskiEMDLoss, minkowski_emd_loss
 from .partial import partial
 from .plot import draw_convergence, draw_plan
-from .pot import sinkhorn, sinkhorn2, sinkhorn_unbalanced
+from .pot import sinkhorn, sinkhorn2, sinkhorn_unbalanced, sinkhorn_unbalanced2
 from .sliced import (
     ReservoirSlicedWasserstein,
     max_sliced_wasserstein_distance,
@@ -73,6 +73,7 @@ __all__ = [
     "sinkhorn2",
     "sinkhorn_divergence",
     "sinkhorn_unbalanced",
+    "sinkhorn_unbalanced2",
     "sliced_wasserstein_distance",
     "solve",
     "two_sample_test",

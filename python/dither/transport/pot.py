@@ -1,16 +1,22 @@
-"""POT's `sinkhorn` and `sinkhorn2`, so that code written for them runs on `solve`."""
+"""POT's `sinkhorn` and `sinkhorn_unbalanced` and their costs, so that code written for them runs on `solve`."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .._checks import one_of
+from .costs import PointCloud, as_tensor, is_numpy
 from .solve import METHODS, Transport, solve
 
 POT_METHODS = ("sinkhorn", "sinkhorn_log", "greenkhorn", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling")
+_SCALED = POT_METHODS[2:]
+UNBALANCED_METHODS = ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_translation_invariant", "sinkhorn_reg_scaling")
 
 
 def sinkhorn(
@@ -29,14 +35,15 @@ def sinkhorn(
 ) -> Any:
     """The plan [n, m] as `ot.sinkhorn` gives it, or the costs <P, M> [k] where b is [m, k]; with `log` a dict too.
 
-    a and b may be empty: uniform weights. method: POT's names all stand for one solver, `solve`'s "auto", in the log domain; or
-    "auto", "newton", "sns". stopThr bounds the L1 error of the marginals, which POT's L2 norm never exceeds. warmstart: (log u,
-    log v). POT's other options, which tune its own iterations, are ignored.
-    The dict: err, niter, u, v, log_u, log_v and warmstart.
+    a and b may be empty: uniform weights. Lists and arrays take the widest type among them; tensors must agree. method: POT's
+    names all stand for one solver, `solve`'s "auto", in the log domain; or "auto", "newton", "sns". stopThr bounds the L1 error
+    of the marginals, which POT's L2 norm never exceeds. warmstart: (log u, log v); where b is [m, k], a list of k such pairs,
+    or one of [n, k] and [m, k]. POT's other options, which tune its own iterations, are ignored.
+    The dict: err, niter, u, v, log_u, log_v and warmstart; of the last three methods also n_iter, alpha, beta, logu and logv.
     """
-    result, many = _solved("sinkhorn", a, b, M, reg, method, numItermax, stopThr, verbose, warn, warmstart)
-    found = result.value_linear if many else result.plan
-    return (found, _log(result, many)) if log else found
+    given, result = _solved("sinkhorn", a, b, M, reg, method, numItermax, stopThr, verbose, warn, warmstart)
+    found = given.out(result.value_linear if given.many else result.plan)
+    return (found, _log(given, result, reg, method)) if log else found
 
 
 def sinkhorn2(
@@ -54,11 +61,9 @@ def sinkhorn2(
     **others: Any,
 ) -> Any:
     """<P, M> as `ot.sinkhorn2` gives it, a number or a tensor like M, or [k] where b is [m, k]. Otherwise as `sinkhorn`."""
-    result, many = _solved("sinkhorn2", a, b, M, reg, method, numItermax, stopThr, verbose, warn, warmstart)
-    found = result.value_linear
-    if isinstance(M, torch.Tensor) and not isinstance(found, torch.Tensor):
-        found = M.new_tensor(found)  # as POT does
-    return (found, _log(result, many)) if log else found
+    given, result = _solved("sinkhorn2", a, b, M, reg, method, numItermax, stopThr, verbose, warn, warmstart)
+    found = given.out(result.value_linear)
+    return (found, _log(given, result, reg, method)) if log else found
 
 
 def sinkhorn_unbalanced(
@@ -69,7 +74,7 @@ def sinkhorn_unbalanced(
     reg_m: Any,
     method: str = "sinkhorn",
     reg_type: str = "kl",
-    c: None = None,
+    c: Any = None,
     warmstart: Any = None,
     numItermax: int = 1000,
     stopThr: float = 1e-6,
@@ -77,29 +82,104 @@ def sinkhorn_unbalanced(
     log: bool = False,
     **others: Any,
 ) -> Any:
-    """The plan as `ot.unbalanced.sinkhorn_unbalanced` gives it, by `solve(..., unbalanced=reg_m)`; with `log` a dict too.
+    """The plan as POT's function of that name gives it, or the costs <P, M> [k] where b is [m, k]; with `log` a dict too.
 
-    a and b may be empty: uniform weights. method: POT's names stand for one iteration in the log domain. reg_type: "kl" alone,
-    and c the product a b^T. stopThr bounds the L1 error of the marginals. warmstart is ignored, as it is not needed.
+    It minimises <P, M> + reg KL(P | c) + rho_a KL(P 1 | a) + rho_b KL(P^T 1 | b) by `solve(..., unbalanced=reg_m)`. c: [n, m]
+    >= 0, by default a b^T; 1 with reg_type "entropy" and where b is [m, k], as in POT. reg_m: rho, or an array of one or two.
+    Weights and warmstart as in `sinkhorn`. method: POT's names stand for one iteration in the log domain. stopThr bounds the L1
+    error of the marginals.
+    The dict: err, logu, logv, by which P = u c exp(-M / reg) v, and unless b is [m, k] cost, <P, M>, and total_cost, the
+    objective with sum p ln(p / q) for each KL, as in POT.
     """
-    owner = "sinkhorn_unbalanced"
-    one_of(
-        owner, "method", method, ("sinkhorn", "sinkhorn_stabilized", "sinkhorn_translation_invariant", "sinkhorn_reg_scaling")
+    given, result, found = _relaxed(
+        "sinkhorn_unbalanced", a, b, M, reg, reg_m, method, reg_type, c, warmstart, numItermax, stopThr, verbose, log
     )
-    one_of(owner, "reg_type", reg_type, ("kl",))
-    if c is not None:
-        raise ValueError(f"{owner}: c is {type(c).__name__}, expected None")
+    plan_or_costs = given.out(found["cost"] if given.many else result.plan)
+    return (plan_or_costs, _unbalanced_log(given, result, found)) if log else plan_or_costs
+
+
+def sinkhorn_unbalanced2(
+    a: Any,
+    b: Any,
+    M: Any,
+    reg: float,
+    reg_m: Any,
+    method: str = "sinkhorn",
+    reg_type: str = "kl",
+    c: Any = None,
+    warmstart: Any = None,
+    returnCost: str = "linear",
+    numItermax: int = 1000,
+    stopThr: float = 1e-6,
+    verbose: bool = False,
+    log: bool = False,
+    **others: Any,
+) -> Any:
+    """<P, M>, or [k] of them where b is [m, k]; total_cost with returnCost "total". Otherwise as `sinkhorn_unbalanced`."""
+    owner = "sinkhorn_unbalanced2"
+    one_of(owner, "returnCost", returnCost, ("linear", "total"))
+    total = returnCost == "total"
+    given, result, found = _relaxed(
+        owner, a, b, M, reg, reg_m, method, reg_type, c, warmstart, numItermax, stopThr, verbose, log or total
+    )
+    cost = given.out(found["total_cost" if total and not given.many else "cost"])
+    return (cost, _unbalanced_log(given, result, found)) if log else cost
+
+
+@dataclass
+class _Given:
+    """What POT takes, as `solve` takes it: tensors, and many histograms as a batch."""
+
+    a: Tensor | None
+    b: Tensor | None
+    M: Tensor | PointCloud
+    like: Tensor
+    numpy: bool
+    many: bool
+
+    def out(self, value: Any) -> Any:
+        """value, in the type that M had."""
+        t = value.to(self.like.dtype) if isinstance(value, Tensor) else self.like.new_tensor(value)
+        return t.numpy()[()] if self.numpy else t
+
+    def sides(self, pair: Any) -> tuple[Any, Any]:
+        """[B, n] and [B, m] as POT has them, [n, B] and [m, B]."""
+        return (pair[0].mT, pair[1].mT) if self.many else pair
+
+    def start(self, warmstart: Any) -> Any:
+        """Potentials for `solve`."""
+        if warmstart is None:
+            return None
+        if self.many and isinstance(warmstart[0], (list, tuple)):
+            warmstart = [torch.stack([torch.as_tensor(w[side]) for w in warmstart], 1) for side in (0, 1)]
+        return self.sides(tuple(torch.as_tensor(w) for w in warmstart))
+
+
+def _given(owner: str, a: Any, b: Any, M: Any) -> _Given:
     a, b = (None if w is None or len(w) == 0 else w for w in (a, b))
-    reg_m = tuple(np.atleast_1d(reg_m).tolist())
-    reg_m = reg_m * 2 if len(reg_m) == 1 else reg_m
-    m, a, b = (np.asarray(v, dtype=np.float64) if isinstance(v, (list, tuple)) else v for v in (M, a, b))
-    r = solve(a, b, m, reg, tol=stopThr, max_iterations=numItermax, unbalanced=reg_m)
-    if verbose:
-        print(f"{owner}: {r.status}, {r.iterations} iterations, error {r.error}")
-    if not log:
-        return r.plan
-    f, g = r.potentials
-    return r.plan, {"err": r.history, "logu": f, "logv": g, "cost": r.value_linear, "total_cost": r.value}
+    if isinstance(M, PointCloud):
+        numpy, M = is_numpy(M), PointCloud(*M._tensors, M.cost)
+        like = M.x
+    else:
+        numpy = not isinstance(M, Tensor)
+        if numpy:
+            a, b, M = (None if w is None else np.asarray(w) for w in (a, b, M))
+            widest = np.result_type(np.float32, *(w.dtype for w in (a, b, M) if w is not None))
+            a, b, M = (None if w is None else w.astype(widest) for w in (a, b, M))
+            M = as_tensor(owner, "M", M)
+        like = M
+    # A list takes the type of a tensor M.
+    made = (like.new_tensor(w) if isinstance(w, (list, tuple)) else w for w in (a, b))
+    a, b = (None if w is None else as_tensor(owner, name, w) for name, w in zip("ab", made))
+    many = b is not None and b.dim() == 2
+    if b is not None and many:
+        b, count = b.mT, b.shape[1]
+        if isinstance(M, PointCloud):
+            x, y = (t.expand(count, *t.shape) for t in M._tensors)
+            M = PointCloud(x, y, M.cost)
+        else:
+            M = M.expand(count, *M.shape)
+    return _Given(a, b, M, like, numpy, many)
 
 
 def _solved(
@@ -114,30 +194,86 @@ def _solved(
     verbose: bool,
     warn: bool,
     warmstart: Any,
-) -> tuple[Transport, bool]:
+) -> tuple[_Given, Transport]:
+    method = method.lower()
     one_of(owner, "method", method, (*POT_METHODS, *METHODS))
-    m, a, b = (np.asarray(v, dtype=np.float64) if isinstance(v, (list, tuple)) else v for v in (m, a, b))
-    many = b is not None and b.ndim == 2
-    a, b = (None if w is None or 0 in w.shape else w for w in (a, b))
-    if many:
-        count = b.shape[1]
-        b = b.T
-        stack = torch.stack if isinstance(m, torch.Tensor) else np.stack
-        m = m.expand(count, *m.shape) if isinstance(m, torch.Tensor) else np.broadcast_to(m, (count, *m.shape))
-        if warmstart is not None:
-            warmstart = tuple(stack([w[side] for w in warmstart]) for side in (0, 1))
-    result = solve(a, b, m, reg, "auto" if method in POT_METHODS else method, max(tol, 0.0), most, warmstart, warn)
+    given = _given(owner, a, b, m)
+    method = "auto" if method in POT_METHODS else method
+    result = solve(given.a, given.b, given.M, reg, method, max(tol, 0.0), most, given.start(warmstart), warn)
+    _tell(owner, result, verbose)
+    return given, result
+
+
+def _tell(owner: str, result: Transport, verbose: bool) -> None:
     if verbose:
         print(f"{owner}: {result.status}, {result.iterations} iterations, error {result.error}")
-    return result, many
 
 
-def _log(result: Transport, many: bool) -> dict[str, Any]:
-    f, g = result.potentials
-    exp = np.exp if isinstance(f, np.ndarray) else torch.exp
-    if many:
-        f, g = f.T, g.T
-    history = result.history if many else result.history[0]
-    warm = [(f[:, k], g[:, k]) for k in range(f.shape[1])] if many else (f, g)
-    count = int(np.max(np.asarray(result.iterations)))
-    return {"err": history, "niter": count, "u": exp(f), "v": exp(g), "log_u": f, "log_v": g, "warmstart": warm}
+def _log(given: _Given, result: Transport, reg: float, method: str) -> dict[str, Any]:
+    exact = given.sides(result.potentials)
+    f, g = (given.out(p) for p in exact)
+    u, v = (given.out(p.exp()) for p in exact)
+    warm = tuple(p.numpy() for p in exact) if given.numpy else exact
+    count = int(torch.as_tensor(result.iterations).max())
+    found = {"err": result.history if given.many else result.history[0], "niter": count, "u": u, "v": v, "log_u": f, "log_v": g}
+    if method.lower() in _SCALED:
+        found |= {"n_iter": count, "logu": f, "logv": g, "alpha": reg * f, "beta": reg * g}
+    return found | {"warmstart": [(warm[0][:, k], warm[1][:, k]) for k in range(f.shape[1])] if given.many else warm}
+
+
+def _relaxed(
+    owner: str,
+    a: Any,
+    b: Any,
+    m: Any,
+    reg: float,
+    reg_m: Any,
+    method: str,
+    reg_type: str,
+    c: Any,
+    warmstart: Any,
+    most: int,
+    tol: float,
+    verbose: bool,
+    total: bool,
+) -> tuple[_Given, Transport, dict[str, Any]]:
+    """What was given, what was found, and of it potentials and costs, the total if it is asked for."""
+    one_of(owner, "method", method.lower(), UNBALANCED_METHODS)
+    one_of(owner, "reg_type", reg_type.lower(), ("kl", "entropy"))
+    given = _given(owner, a, b, m)
+    rho = tuple(np.atleast_1d(reg_m).tolist())
+    rho = rho * 2 if len(rho) == 1 else rho
+    n, width = given.M.shape[-2:]
+    wa, wb = (given.like.new_full((size,), 1 / size) if w is None else w for w, size in ((given.a, n), (given.b, width)))
+    logs = [torch.where(w > 0, torch.where(w > 0, w, 1).log(), 0) for w in (wa, wb)]
+    kl, costs = reg_type.lower() == "kl" and not given.many, given.M
+    if shifted := not kl or c is not None:  # KL(P | c) is KL(P | a b^T) + <P, ln(a b^T / c)>
+        own = costs.matrix() if isinstance(costs, PointCloud) else costs
+        costs = own + reg * (logs[0].unsqueeze(-1) + logs[1].unsqueeze(-2))
+        if kl:
+            c = as_tensor(owner, "c", c if isinstance(c, Tensor) else np.asarray(c, dtype=np.float64)).to(own)
+            if c.shape != own.shape:
+                raise ValueError(f"{owner}: c has shape {list(c.shape)}, expected {list(own.shape)}")
+            if not bool((c >= 0).all()):
+                raise ValueError(f"{owner}: c contains {float(c.min())}, expected nothing negative")
+            costs = costs - reg * c.log()
+    start = given.start(warmstart)
+    if start is not None:
+        start = [(p + log_w).masked_fill(w <= 0, -torch.inf) for p, log_w, w in zip(start, logs, (wa, wb))]
+    result = solve(given.a, given.b, costs, reg, "auto", max(tol, 0.0), most, start, unbalanced=rho)  # type: ignore[arg-type]
+    _tell(owner, result, verbose)
+    cost = result.value_linear
+    if shifted:
+        cost = (result.plan * own.masked_fill(own == torch.inf, 0)).sum((-2, -1))
+    found = {"cost": cost, "logu": result.potentials[0] - logs[0], "logv": result.potentials[1] - logs[1]}
+    if total and not given.many:
+        mass, wanted = result.plan.sum(), (wa.sum(), wb.sum())
+        surplus = [held * (mass - w) for held, w in zip(rho, wanted) if held < math.inf]
+        found["total_cost"] = result.value + sum(surplus) + (reg * (mass - wanted[0] * wanted[1]) if surplus else 0)
+    return given, result, found
+
+
+def _unbalanced_log(given: _Given, result: Transport, found: dict[str, Any]) -> dict[str, Any]:
+    f, g = given.sides((found["logu"], found["logv"]))
+    log = {"err": result.history if given.many else result.history[0], "logu": given.out(f), "logv": given.out(g)}
+    return log | ({} if given.many else {name: given.out(found[name]) for name in ("cost", "total_cost")})
