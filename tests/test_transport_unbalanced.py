@@ -189,6 +189,15 @@ def test_partial_batches_and_clouds():
         torch.testing.assert_close(plan[i], one, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("reg", [5e-4, 1e-5])
+def test_partial_moves_its_mass_where_reg_is_small(reg):
+    """Sums of exp(-M / reg) underflow: nothing was moved, and the rest thought to be converged."""
+    a, b, m = instance()
+    with pytest.warns(UserWarning, match="partial: not converged"):
+        plan = partial(a, b, 50 * m, reg, 0.4, max_iterations=50)
+    assert plan.sum() == pytest.approx(0.4, abs=1e-9) and (plan.sum(0) <= b + 1e-10).all()
+
+
 def test_partial_refuses():
     a, b, m = instance()
     with pytest.raises(ValueError, match=r"partial: m is 0\.9, expected 0 < m <= 0\.7"):

@@ -193,7 +193,7 @@ def bures_wasserstein_barycenter(
     elif not (bool((weights >= 0).all()) and bool(weights.sum() > 0)):
         raise ValueError(f"{owner}: weights is {weights.tolist()}, expected weights >= 0 of positive sum")
     num_iter = integer(owner, "num_iter", num_iter, 1)
-    share = weights / weights.sum()
+    share = (weights / weights.sum()).to(C)
     mean_of = lambda c: torch.einsum("k,kij->ij", share, c)
     S = mean_of(C)
     for _ in range(num_iter):

@@ -36,11 +36,11 @@ def partial(
     mass = most if m is None else number(owner, "m", m, above=0, most=most * (1 + 1e-9))
     across = costs.transposed()
     f, g = (torch.zeros_like(w).masked_fill(w <= 0, -torch.inf) for w in (wa, wb))
-    for _ in range(max_iterations):
+    for step in range(max_iterations):
         free = _core.soft_minimum(costs, reg, g)
         before, f = f, torch.where(wa > 0, (wa.log() + free).clamp(max=0), -torch.inf)
         error = float(((f - free).exp() - (before - free).exp()).abs().sum(1).max())
-        if error <= tol * mass:
+        if step and error <= tol * mass:  # before, the mass is not m
             break
         g = _filled(wb, -_core.soft_minimum(across, reg, f), mass)
     else:
@@ -54,13 +54,11 @@ def partial(
 def _filled(b: Tensor, free: Tensor, mass: float) -> Tensor:
     """g by which columns that would get exp(free) take min(b, scale exp(free)), in sum `mass`."""
     low = torch.where(b > 0, b.log() - free, -torch.inf)
-    most = free.masked_fill(b <= 0, -torch.inf).amax(1, keepdim=True)
-    sums = torch.where(b > 0, (free - most).exp(), 0)
     order = low.argsort(1)
-    low_first, b_first, s_first = (t.gather(1, order) for t in (low, b, sums))
+    low_first, b_first, free_first = (t.gather(1, order) for t in (low, b, free.masked_fill(b <= 0, -torch.inf)))
     full = b_first.cumsum(1) - b_first  # of those with a smaller ratio
-    rest = s_first.flip(1).cumsum(1).flip(1)
-    scale = ((mass - full).clamp(min=0) / rest).log() - most
+    rest = free_first.flip(1).logcumsumexp(1).flip(1)
+    scale = (mass - full).clamp(min=0).log() - rest
     fits = scale <= low_first
     at = torch.where(fits.any(1), fits.to(torch.int8).argmax(1), b.shape[1] - 1).unsqueeze(1)
     scale = torch.where(fits.any(1, keepdim=True), scale.gather(1, at), torch.inf)
