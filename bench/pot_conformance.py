@@ -404,15 +404,18 @@ def main():
     text, differ = report(runs[0]["outcomes"], runs[1]["outcomes"], runs[1]["calls"])
     print(text)
     if args.out:
+        import torch
+
         from dither.bench.report import device_name
+        from dither.ops import build_info
 
         about = {
             "date": datetime.date.today(),
-            "device": device_name("cpu"),
+            "device": device_name(torch.device("cpu")),
             "command": " ".join(["python", *sys.argv]),
             "POT": version,
             "tests of older versions": OLDER,
-            "dither": importlib.metadata.version("dither") if "dither" in sys.modules else "",
+            **build_info(),
         }
         args.out.write_text(
             "# POT's own tests on dither\n\n" + "".join(f"- {k}: {v}\n" for k, v in about.items()) + "\n" + text
