@@ -35,6 +35,7 @@ UNBALANCED = "knopp_unbalanced", "stabilized_unbalanced", "unbalanced_translatio
 NOT_FETCHED = 3
 REASONS = {
     "test_nan_warning": "reg = 0 is an error, not a warning and a plan of NaN",
+    "bregman.py::test_implemented_methods": "sinkhorn2 takes greenkhorn and epsilon scaling too",
     r"relaxation_parameters.*-inf": "Marginals that must be met and have other sums are an error: there is no plan",
     "numerical_error_warning": "Where POT's inverse breaks down, the map is finite",
     r"bures_wasserstein_distance_batch": "Leading dimensions broadcast, where POT wants the same number of them",
