@@ -32,17 +32,17 @@ def partial(
     integer(owner, "max_iterations", max_iterations, 1)
     costs, batched = prepared(owner, M)
     wa, wb = (w.detach() for w in weights_of(owner, a, b, M, costs, batched, equal=False))
-    most = float(torch.minimum(wa.sum(1), wb.sum(1)).min())
+    most = float(torch.minimum(wa.sum(1), wb.sum(1)).min()) if len(wa) else 0.0
     mass = most if m is None else number(owner, "m", m, above=0, most=most * (1 + 1e-9))
     across = costs.transposed()
-    f, g = (torch.zeros_like(w).masked_fill(w <= 0, -torch.inf) for w in (wa, wb))
-    for step in range(max_iterations):
+    f = torch.zeros_like(wa).masked_fill(wa <= 0, -torch.inf)
+    for _ in range(max_iterations):
+        g = _filled(wb, -_core.soft_minimum(across, reg, f), mass)
         free = _core.soft_minimum(costs, reg, g)
         before, f = f, torch.where(wa > 0, (wa.log() + free).clamp(max=0), -torch.inf)
-        error = float(((f - free).exp() - (before - free).exp()).abs().sum(1).max())
-        if step and error <= tol * mass:  # before, the mass is not m
+        error = max(((f - free).exp() - (before - free).exp()).abs().sum(1).tolist(), default=0.0)
+        if error <= tol * mass:
             break
-        g = _filled(wb, -_core.soft_minimum(across, reg, f), mass)
     else:
         if warn:
             warnings.warn(f"{owner}: not converged: rows move by {error:.1e} after {max_iterations} iterations", stacklevel=2)
