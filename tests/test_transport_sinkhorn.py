@@ -671,7 +671,7 @@ BAD = [
     ({"a": A.float()}, ValueError, "solve: a is torch.float32 on cpu, expected torch.float64 on cpu like M"),
     ({"a": -A}, ValueError, f"solve: a contains {-float(A[0])}, expected finite weights that are not negative"),
     ({"b": B * math.nan}, ValueError, "solve: b contains nan, expected finite weights that are not negative"),
-    ({"a": 0 * A, "b": 0 * B}, ValueError, "solve: a has a sum of 0, expected some mass"),
+    ({"a": 0 * A, "b": 0 * B}, ValueError, "solve: a has a sum of 0, expected a finite one above 0"),
     ({"b": 2 * B}, ValueError, "solve: b has a sum of 2, expected 1 like a"),
     ({"reg": 0}, ValueError, "solve: reg is 0, expected 0 < reg < inf"),
     ({"method": "exact"}, ValueError, "solve: method is 'exact', expected 'auto', 'sinkhorn', 'newton', 'sns'"),

@@ -102,6 +102,10 @@ def costs_of(owner: str, cost: Cost, x: Any, y: Any) -> PointCloud | Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """Vectors of length 1; the origin stays."""
+    if x.shape[-1]:  # by a power of 2, so that squares neither overflow nor vanish
+        most = 1022 if x.dtype == torch.float64 else 126
+        size = x.detach().abs().amax(-1, keepdim=True)
+        x = x * torch.ldexp(torch.ones_like(size), -size.frexp().exponent.clamp(-most, most))
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
@@ -119,6 +123,16 @@ def between(x: Tensor, y: Tensor, cost: str) -> Tensor:
     squares = d.square().sum(3)
     apart = squares > 0
     return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
+
+
+def _directions(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors of either side; points at the origin become some that are orthogonal to all of the other side."""
+    lost = [(t == 0).all(-1, keepdim=True) for t in (x, y)]
+    x, y = unit(x), unit(y)
+    if not any(bool(each.any()) for each in lost):
+        return x, y
+    own, other = (each.to(x) for each in lost)
+    return torch.cat([x, own, 0 * own], -1), torch.cat([y, 0 * other, other], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +209,7 @@ def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
         batched = x.dim() == 3
         x, y = (t if batched else t.unsqueeze(0) for t in (x, y))
         if m.cost == "cosine":  # |u - v|^2 / 2 of unit vectors
-            x, y = (unit(t) * 0.5**0.5 for t in (x, y))
+            x, y = (t * 0.5**0.5 for t in _directions(x, y))
         every = torch.cat([x, y], 1) if 0 not in (x.shape[1], y.shape[1]) else x.new_zeros(1, 1, 1)
         sides = (every.amax(1) - every.amin(1)).double()
         far = sides.sum(-1) if m.cost == "l1" else sides.square().sum(-1)
