@@ -24,6 +24,8 @@ METHODS = ("auto", "sinkhorn", "newton", "sns")
 _SPENT = 100  # Sinkhorn iterations that take as long as Newton's path
 _LOOK = 25  # iterations before a first look at their rate
 _FLOOR = 1e-5  # error that sweeps in float32 reach
+_DIGITS = 1e14  # costs over reg from which on rounding them may change a plan by a percent
+_LEAST = 1e-30  # weight, of a mass of 1, by which a sweep's sums of 2^900 can divide
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +219,14 @@ def solve(
     batch = wa.shape[0]
     done = wa.new_zeros(batch, dtype=torch.int64), wa.new_zeros(batch, dtype=torch.int64)
     history: list[list[float]] = [[] for _ in range(batch)]
-    goal = tol * float(wa.sum(1).max())
+    goal = tol * float(wa.sum(1).max()) if free and batch else tol
+    given, unit = (wa, wb), wa.new_ones(batch, 1)
+    moved: tuple[Tensor, ...] = ()
+    if not free:
+        wa, wb, unit, moved = _scaled(wa, wb)
+        if warmstart is not None:
+            for potential, by in zip((f, g), moved):
+                potential -= by
     errors = wa.new_full((batch,), torch.inf)
 
     def one(i: int) -> Problem:
@@ -238,15 +247,23 @@ def solve(
             counts = Counts()
             errors[i] = follow_path(one(i), reg, goal, min(STEPS, max_iterations), counts)
             _note(counts, i, done, history)
+    if not free and costs.largest / reg > _DIGITS:
+        errors = torch.maximum(errors, _plan_errors(costs, reg, wa, wb, f, g))
     worst = float(errors.max()) if batch else 0.0
+    wa, wb = given
+    for potential, by in zip((f, g), moved):
+        potential += by
     converged = worst <= goal
     status = "converged"
     if not converged:
         late = int((errors > goal).sum())
         which = f"{late} of {batch} problems have" if batch > 1 else "the marginals have"
-        status = f"not converged: {which} an error of {worst:.1e}, tol is {tol:.1e}, after {int(done[0].max())} iterations"
+        share = worst * (tol / goal if goal else 1)  # of the sum, as tol is
+        status = f"not converged: {which} an error of {share:.1e}, tol is {tol:.1e}, after {int(done[0].max())} iterations"
         if warn:
             warnings.warn(f"solve: {status}", stacklevel=3)  # torch.compiler.disable is between
+    errors = errors * unit.squeeze(1)
+    history = [[float(u) * e for e in trace] for u, trace in zip(unit, history)]
     solution = Solution(costs, points_of(M), reg, wa, wb, f, g, M.cost if isinstance(M, PointCloud) else None, rho)
     return Transport(reg, status, converged, history, errors, *done, batched, is_numpy(M), solution, inputs)
 
@@ -276,8 +293,9 @@ def weights_of(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool, 
     wa, wb = found
     masses = wa.sum(1), wb.sum(1)
     for name, mass in zip("ab", masses):
-        if bool((mass <= 0).any()):
-            raise ValueError(f"{owner}: {name} has a sum of 0, expected some mass")
+        if not bool((mass > 0).all() and (mass < torch.inf).all()):
+            i = int((~((mass > 0) & (mass < torch.inf))).nonzero()[0])
+            raise ValueError(f"{owner}: {name} has a sum of {float(mass[i]):g}, expected a finite one above 0")
     if not equal:
         return wa, wb
     slack = 1e-5 if costs.x.dtype == torch.float32 else 1e-8
@@ -286,6 +304,27 @@ def weights_of(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool, 
         i = int(apart.nonzero()[0])
         raise ValueError(f"{owner}: b has a sum of {float(masses[1][i]):g}, expected {float(masses[0][i]):g} like a")
     return wa, wb * (masses[0] / masses[1]).unsqueeze(1)
+
+
+def _scaled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Weights of sum 1, those above 0 at least _LEAST, as solvers take them; their unit [B, 1]; what is added to potentials.
+
+    A weight and its potential go together: u = f - ln a depends on a_i by as little as the plan does.
+    """
+    unit = a.sum(1, keepdim=True)
+    unit = torch.where((unit - 1).abs() > 1e-5, unit, 1)
+    scaled = [torch.where(w > 0, (w / unit).clamp(min=_LEAST), 0) for w in (a, b)]
+    if bool((unit == 1).all()) and all(torch.equal(w, s) for w, s in zip((a, b), scaled)):
+        return a, b, unit, ()
+    by = [torch.where(w > 0, w.log() - s.log(), 0) for w, s in zip((a, b), scaled)]
+    return scaled[0], scaled[1], unit, (by[0], by[1] - unit.log())
+
+
+def _plan_errors(costs: Costs, reg: float, a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    """L1 errors [B] of the plan that f and g give, where what a sweep says of them is lost in rounding."""
+    plan = costs.plan(reg, f, g)
+    errors = (plan.sum(2) - a).abs().sum(1) + (plan.sum(1) - b).abs().sum(1)
+    return errors.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _has_pairs(owner: str, costs: Costs, a: Tensor, b: Tensor) -> None:
