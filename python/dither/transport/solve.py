@@ -393,7 +393,7 @@ def _iterate(
         if narrow:
             # float32 has done what it can for those that are there, or no longer come closer
             narrow = not bool(over.all()) and bool((found.last < 0.5 * found.errors[:, 0]).any())
-            over = found.last <= tol
+            over = (found.last <= tol) & (goal == tol)  # what it says below its floor is rounding
         spent = int(done.max()) >= most
         if look and not spent:
             going = [(i, *_forecast(history[i], tol, omega)) for i, o in zip(live.tolist(), over.tolist()) if not o]
@@ -430,4 +430,4 @@ def _forecast(trace: list[float], tol: float, omega: float) -> tuple[float, floa
         return math.inf, 1.0
     best = 2 / (1 + math.sqrt(1 - r))
     rate = max(best - 1, 1e-3)
-    return math.log(max(tol, 1e-300) / trace[-1]) / math.log(rate), best
+    return math.log(max(tol, 1e-300) / max(trace[-1], 1e-300)) / math.log(rate), best
