@@ -33,12 +33,14 @@ def barycenter(
     """
     owner = "barycenter"
     a, m = as_tensor(owner, "A", A), as_tensor(owner, "M", M)
-    if a.dim() != 2:
-        raise ValueError(f"{owner}: A has shape {list(a.shape)}, expected [n, S]")
+    if a.dim() != 2 or not a.numel():
+        raise ValueError(f"{owner}: A has shape {list(a.shape)}, expected [n, S] with at least one histogram")
     n = a.shape[0]
     if m.shape != (n, n) or m.dtype != a.dtype or m.device != a.device:
         got, expected = (f"{t.dtype} of shape {list(shape)} on {t.device}" for t, shape in ((m, m.shape), (a, (n, n))))
         raise ValueError(f"{owner}: M is {got}, expected {expected}")
+    if not bool(m.isfinite().all()):
+        raise ValueError(f"{owner}: M has costs that are not finite, expected finite ones")
     reg = number(owner, "reg", reg, above=0)
     logits = -m.double() / reg
     found = _projections(
@@ -63,8 +65,8 @@ def convolutional_barycenter(
     """
     owner = "convolutional_barycenter"
     a = as_tensor(owner, "A", A)
-    if a.dim() < 2:
-        raise ValueError(f"{owner}: A has shape {list(a.shape)}, expected [S, height, width]")
+    if a.dim() < 2 or not a.numel():
+        raise ValueError(f"{owner}: A has shape {list(a.shape)}, expected [S, height, width] with at least one histogram")
     reg = number(owner, "reg", reg, above=0)
     sides = [torch.linspace(0, 1, size, dtype=torch.float64, device=a.device) for size in a.shape[1:]]
     logits = [-(s.unsqueeze(1) - s).square() / reg for s in sides]

@@ -33,8 +33,8 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def _scores(owner: str, name: str, x: Tensor) -> Tensor:
-    if not tensor(owner, name, x).numel():
-        raise ValueError(f"{owner}: {name} has shape {list(x.shape)}, expected at least one score")
+    if not tensor(owner, name, x).numel() or not x.is_floating_point():
+        raise ValueError(f"{owner}: {name} is {x.dtype} of shape {list(x.shape)}, expected floating point, at least one score")
     return x
 
 
@@ -56,11 +56,13 @@ def gradient_norms(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     The largest over many x is a lower bound of the critic's Lipschitz constant. The critic must treat samples one by one: no
     batch normalisation.
     """
+    if not tensor("gradient_norms", "x", x).is_floating_point():
+        raise TypeError(f"gradient_norms: x is {x.dtype}, expected floating point")
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
     squares = g.flatten(1).square().sum(1)
-    return torch.where(squares > 0, torch.where(squares > 0, squares, 1).sqrt(), 0)
+    return torch.where(squares != 0, torch.where(squares != 0, squares, 1).sqrt(), 0)
 
 
 def gradient_penalty(
@@ -87,8 +89,9 @@ def gradient_penalty(
     op = "gradient_penalty"
     if not tensor(op, "real", real).is_floating_point() or real.dim() < 2 or not len(real):
         raise ValueError(f"{op}: real is {real.dtype} of shape {list(real.shape)}, expected floating point [at least 1, ...]")
-    if tensor(op, "fake", fake).shape != real.shape:
-        raise ValueError(f"{op}: fake has shape {list(fake.shape)}, expected {list(real.shape)} like real")
+    if tensor(op, "fake", fake).shape != real.shape or fake.dtype != real.dtype or fake.device != real.device:
+        got, expected = (f"{t.dtype} of shape {list(t.shape)} on {t.device}" for t in (fake, real))
+        raise ValueError(f"{op}: fake is {got}, expected {expected} like real")
     weight = number(op, "weight", weight, least=0)
     one_of(op, "sides", sides, SIDES)
     if seed is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import instance, number, one_of
+from .._checks import instance, number, one_of, tensor
 from . import _core, gradients
 from .costs import Cost, PointCloud, costs_of, points_of, prepared
 from .gradients import Solution, inputs_of
@@ -124,6 +124,7 @@ class SinkhornDivergence(nn.Module):
         if len(given) not in (2, 4):
             raise TypeError(f"SinkhornDivergence: called with {len(given)} arguments, expected (x, y) or (a, x, b, y)")
         a, x, b, y = given if len(given) == 4 else (None, given[0], None, given[1])
+        tensor("SinkhornDivergence", "x", x)
         rho = None if self.reach is None else self.p * self.reach**self.p  # of p times the cost
         cost = "sqeuclidean" if self.p == 2 else "euclidean"
         loss: Tensor = sinkhorn_divergence(x, y, self.p * self.blur**self.p, a, b, cost, rho, self.debias, self.tol)

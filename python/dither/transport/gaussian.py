@@ -86,8 +86,8 @@ def matrix_sqrt(c: Tensor) -> Tensor:
 
 
 def _covariance(owner: str, name: str, c: Any) -> Tensor:
-    if not tensor(owner, name, c).is_floating_point():
-        raise TypeError(f"{owner}: {name} is {c.dtype}, expected floating point")
+    if tensor(owner, name, c).dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{owner}: {name} is {c.dtype}, expected torch.float32 or torch.float64")
     if c.dim() < 2 or c.shape[-1] != c.shape[-2] or not c.shape[-1]:
         raise ValueError(f"{owner}: {name} has shape {list(c.shape)}, expected [..., d, d]")
     return c  # type: ignore[no-any-return]
@@ -98,6 +98,8 @@ def _gaussians(owner: str, ms: Any, mt: Any, Cs: Any, Ct: Any) -> None:
     for name, m, size in (("Ct", _covariance(owner, "Ct", Ct), 2), ("ms", ms, 1), ("mt", mt, 1)):
         if tensor(owner, name, m).shape[-size:] != (d,) * size:
             raise ValueError(f"{owner}: {name} has shape {list(m.shape)}, expected [..., {', '.join([str(d)] * size)}] like Cs")
+        if m.dtype != Cs.dtype or m.device != Cs.device:
+            raise TypeError(f"{owner}: {name} is {m.dtype} on {m.device}, expected {Cs.dtype} on {Cs.device} like Cs")
 
 
 def _bures_squared(Cs: Tensor, Ct: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def bures_wasserstein_distance(ms: Tensor, mt: Tensor, Cs: Tensor, Ct: Tensor) -
     """
     _gaussians("bures_wasserstein_distance", ms, mt, Cs, Ct)
     squared = bures_wasserstein_loss(ms, mt, Cs, Ct)
-    return torch.where(squared > 0, torch.where(squared > 0, squared, 1).sqrt(), 0)
+    return torch.where(squared != 0, torch.where(squared != 0, squared, 1).sqrt(), 0)
 
 
 def _inverse_root(c: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ def bures_wasserstein_barycenter(
         raise ValueError(f"{owner}: weights has shape {list(weights.shape)}, expected [{len(C)}]")
     elif not (bool((weights >= 0).all()) and bool(weights.sum() > 0)):
         raise ValueError(f"{owner}: weights is {weights.tolist()}, expected weights >= 0 of positive sum")
-    num_iter = integer(owner, "num_iter", num_iter, 1)
+    num_iter, eps = integer(owner, "num_iter", num_iter, 1), number(owner, "eps", eps, least=0)
     share = (weights / weights.sum()).to(C)
     mean_of = lambda c: torch.einsum("k,kij->ij", share, c)
     S = mean_of(C)
@@ -221,7 +223,12 @@ def forward_backward_step(
         gradient, hessian: g = E grad V, H = E Hessian V under N(mean, cov), or estimates of them.
         step_size: 0 < h <= 1 / L.
     """
-    h = number("forward_backward_step", "step_size", step_size, above=0)
+    owner = "forward_backward_step"
+    h = number(owner, "step_size", step_size, above=0)
+    d = _covariance(owner, "cov", cov).shape[-1]
+    for name, t, shape in (("mean", mean, (d,)), ("gradient", gradient, (d,)), ("hessian", hessian, (d, d))):
+        if tensor(owner, name, t).shape != shape or t.dtype != cov.dtype:
+            raise ValueError(f"{owner}: {name} is {t.dtype} of shape {list(t.shape)}, expected {cov.dtype} of {list(shape)}")
     move = torch.eye(len(mean), dtype=cov.dtype, device=cov.device) - h * _symmetric(hessian)
     values, vectors = torch.linalg.eigh(_symmetric(move @ cov @ move))
     values = values.clamp(min=0)

@@ -49,8 +49,8 @@ def minkowski_emd_loss(logits: Tensor, target: Tensor, p: float = 2, alpha: floa
             f"or floating point of shape {list(logits.shape)}"
         )
     gap = (logits.softmax(1).cumsum(1) - cumulative)[:, :-1].abs()  # the last is 0
-    total = (torch.where(gap > 0, gap, 1) ** p * (gap > 0)).sum(1)
-    loss = torch.where(total > 0, torch.where(total > 0, total, 1) ** (alpha / p), 0)
+    total = (torch.where(gap != 0, gap, 1) ** p * (gap != 0)).sum(1)
+    loss = torch.where(total != 0, torch.where(total != 0, total, 1) ** (alpha / p), 0)
     return loss if reduction == "none" else getattr(loss, reduction)()  # type: ignore[no-any-return]
 
 

@@ -145,8 +145,7 @@ def random_projections(
     op = "random_projections"
     d, n = integer(op, "d", d, 1), integer(op, "n_projections", n_projections, 1)
     one_of(op, "sampling", sampling, SAMPLINGS)
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
+    seed, step = int(torch.randint(2**63 - 1, ())) if seed is None else seed, integer(op, "step", step, 0)
     if sampling == "normal":
         z = noise.normal((n, d), dtype=dtype, device=device, seed=seed, step=step)
     else:
@@ -189,7 +188,7 @@ def _projected(
 
 def _root(x: Tensor, p: float) -> Tensor:
     """x^(1/p); at 0 its derivative is taken as 0."""
-    return torch.where(x > 0, torch.where(x > 0, x, 1) ** (1 / p), 0)
+    return torch.where(x != 0, torch.where(x != 0, x, 1) ** (1 / p), 0)
 
 
 def sliced_wasserstein_distance(

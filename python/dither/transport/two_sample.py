@@ -58,8 +58,8 @@ def two_sample_test(
     owner = "two_sample_test"
     if not callable(statistic):
         one_of(owner, "statistic", statistic, STATISTICS, " or a function")
-    integer(owner, "permutations", permutations, 1)
-    integer(owner, "n_projections", n_projections, 1)
+    permutations = integer(owner, "permutations", permutations, 1)
+    n_projections = integer(owner, "n_projections", n_projections, 1)
     reg = number(owner, "reg", reg, above=0)
     for name, t in (("x", x), ("y", y)):
         if tensor(owner, name, t).dim() != 2 or len(t) < 2 or not t.is_floating_point() or t.shape[1] == 0:

@@ -44,6 +44,8 @@ def iterate(
     A translation f + t, g - t leaves the plan as it is and is chosen to maximise the dual, so that a large rho does not slow
     convergence down.
     """
+    if not len(a):
+        return a.new_zeros(0)
     damp, kappa = exponents(rho, reg), (reg / rho[0], reg / rho[1])
     wa, wb = (raised(owner, *given) for given in zip((a, b), "ab", damp, rho))
     while True:
@@ -67,9 +69,9 @@ def exponents(rho: tuple[float, float], reg: float) -> tuple[float, float]:
 
 def raised(owner: str, w: Tensor, name: str, damp: float, rho: float) -> Tensor:
     """w^(1 / damp), weights as a damped sweep is given them."""
-    found = torch.where(w > 0, w.pow(1 / damp), 0)
-    if bool(((w > 0) & (found < _LEAST)).any()):
-        raise ValueError(f"{owner}: rho is {rho:g}, expected more: {name}^(1 + reg / rho) underflows")
+    found = torch.where(w > 0, w.pow(1 / damp), 0) if damp > 0 else w
+    if not damp > 0 or bool(((w > 0) & ~((found >= _LEAST) & (found <= 1 / _LEAST))).any()):
+        raise ValueError(f"{owner}: rho is {rho:g}, expected more: {name}^(1 + reg / rho) leaves the range of numbers")
     return found
 
 
