@@ -305,7 +305,7 @@ def test_log_concave_target():
 M, C = torch.zeros(3), torch.eye(3)
 BAD = [
     (lambda: transport.matrix_sqrt(M), ValueError, "matrix_sqrt: c has shape [3], expected [..., d, d]"),
-    (lambda: transport.matrix_sqrt(C.int()), TypeError, "matrix_sqrt: c is torch.int32, expected torch.float32 or torch.float64"),
+    (lambda: transport.matrix_sqrt(C.int()), TypeError, "matrix_sqrt: c is torch.int32, expected torch.float32 or"),
     (lambda: transport.bures_wasserstein_distance(M, M[:2], C, C), ValueError, "mt has shape [2], expected [..., 3] like Cs"),
     (lambda: transport.bures_wasserstein_distance(M, M, C, C[:2, :2]), ValueError, "Ct has shape [2, 2], expected [..., 3, 3]"),
     (lambda: transport.bures_wasserstein_distance(M, M, C, None), TypeError, "Ct is NoneType, expected a tensor"),
