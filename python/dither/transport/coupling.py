@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from .._checks import number, one_of, tensor
+from .._checks import integer, number, one_of, tensor
 from .assignment import assign
 from .costs import PointCloud, as_rows
 from .solve import solve
@@ -104,6 +104,6 @@ def geodesic_variation(model: Callable[[Tensor], Tensor], x0: Tensor, x1: Tensor
     The integral over t of |d/dt E f(x_t)| by `steps` differences (Zhu et al. 2023; Chuang and Mroueh 2021, Fair Mixup), norms
     over the outputs. x0, x1 as in `worst_on_geodesic`. Differentiable in the model's parameters and in the samples.
     """
-    number("geodesic_variation", "steps", steps, least=1)
+    steps = integer("geodesic_variation", "steps", steps, 1)
     means = torch.stack([model(interpolate(x0, x1, k / steps)).mean(0) for k in range(steps + 1)])
     return means.diff(dim=0).flatten(1).norm(dim=1).sum()
