@@ -210,6 +210,18 @@ def test_a_cloud_is_its_matrix(n, m, d, seed, cost, method):
         assert (found.plan - other.plan).abs().sum() <= 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e-20, 1.0, 1e20, 1e200])
+def test_cosine_costs_of_any_length(size):
+    rng = rng_of(0)
+    x, y = tensor(rng.standard_normal((4, 3))), tensor(rng.standard_normal((5, 3)))
+    slopes = []
+    for scale in (1.0, size):
+        z = (scale * x).requires_grad_()
+        value = solve(None, None, PointCloud(z, y / scale, "cosine"), 0.1).value
+        slopes.append(scale * torch.autograd.grad(value, z)[0])
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-7, atol=1e-9)
+
+
 @drawing(40)
 @given(sizes, sizes, seeds, st.floats(-2, 0.5), st.sampled_from([1.0, 0.999, 0.5, 0.01, 1e-6]))
 def test_a_part_is_of_the_mass_that_was_asked_for(n, m, seed, exponent, share):
@@ -427,6 +439,8 @@ def test_nan_stays_nan(call):
         (lambda: transport.bures_wasserstein_barycenter(X, X.expand(3, 3, 3), eps="x"), "eps is 'x', expected 0 <= eps"),
         (lambda: transport.forward_backward_step(X[0, :2], X, X[0], X, 0.1), r"mean is .* of shape \[2\], expected"),
         (lambda: transport.forward_backward_step(X[0], X, X[0], None, 0.1), "hessian is NoneType, expected a tensor"),
+        (lambda: transport.geodesic_variation(torch.sin, X, X, steps=2.5), "steps is 2.5, expected an integer"),
+        (lambda: transport.monge_map_loss(None, X, X, 0), "monge_map_loss: x is NoneType, expected a tensor"),
         (lambda: transport.critic_loss(torch.arange(3), X), "critic_loss: real is torch.int64 .* expected floating point"),
         (lambda: transport.gradient_norms(None, None), "gradient_norms: x is NoneType, expected a tensor"),
         (lambda: transport.gradient_penalty(None, X, X.float()), "fake is torch.float32 .*, expected .* like real"),
