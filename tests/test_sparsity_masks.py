@@ -29,7 +29,7 @@ DTYPES = (F32, F64, BF16, F16)
 HALVES = (BF16, F16)
 WORDS = {F32: torch.int32, F64: torch.int64, BF16: torch.int16, F16: torch.int16}
 CPU = Backend("cpu", torch.ops.dither, "cpu")
-OPERATORS = ("nm_select_", "masked_blend_", "transposable_", "pack24_", "unpack24_")
+OPERATORS = ("nm_select_", "masked_blend_", "transposable_", "transposable_nm_", "pack24_", "unpack24_")
 REFERENCE = Backend("reference", SimpleNamespace(**{op: getattr(reference.sparsity, op) for op in OPERATORS}), "cpu")
 VECTORS = (4, 8, 16, 32)  # sizes of groups with kernels of their own; others, up to 256, have one in common
 each_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -862,6 +862,7 @@ def arguments(operator, device="cpu"):
         "masked_blend_": {"out": filled(F32, 8, 12), "a": w, "b": -w, "bits": bits}
         | {"scale": 0.5, "scale_tensor": torch.tensor(0.25), "lamb": 0.1},
         "transposable_": {"w": w, "exact": True, "bits": bits, "keep": keep},
+        "transposable_nm_": {"w": w, "n": 3, "m": 4, "iterations": 9, "keep": keep},
         "pack24_": {"dense": dense, "bits": torch.full((256,), 0x33, dtype=torch.uint8), **packs},
         "unpack24_": {"dense": filled(BF16, 32, 64), **packs},
     }[operator]
@@ -872,6 +873,7 @@ WRITTEN = {
     "nm_select_": ("out", "bits", "keep"),
     "masked_blend_": ("out",),
     "transposable_": ("bits", "keep"),
+    "transposable_nm_": ("keep",),
     "pack24_": ("values", "indices"),
     "unpack24_": ("dense",),
 }
@@ -1189,6 +1191,15 @@ MISUSED = [  # operator, argument, what it becomes, message
     ("transposable_", "w", across, "w has shape [8, 12] and is not contiguous, expected a contiguous matrix"),
     ("transposable_", "bits", lambda t: t[1:], "bits is uint8 with 11 elements, expected 12 contiguous uint8"),
     ("transposable_", "keep", across, "keep has other strides than w, expected the same"),
+    ("transposable_nm_", "w", torch.Tensor.long, f"w is int64, expected {KERNELS}"),
+    ("transposable_nm_", "w", lambda t: t[:6], "w has shape [6, 12], expected a contiguous matrix of multiples of 4"),
+    ("transposable_nm_", "w", across, "w has shape [8, 12] and is not contiguous, expected a contiguous matrix"),
+    ("transposable_nm_", "n", 5, "n:m is 5:4, expected 1 <= n <= m <= 32"),
+    ("transposable_nm_", "n", 0, "n:m is 0:4, expected 1 <= n <= m <= 32"),
+    ("transposable_nm_", "m", 33, "n:m is 3:33, expected 1 <= n <= m <= 32"),
+    ("transposable_nm_", "iterations", -1, "iterations is -1, expected 0 or more"),
+    ("transposable_nm_", "keep", torch.Tensor.byte, "keep is uint8, expected bool"),
+    ("transposable_nm_", "keep", lambda t: t[:4], "keep has shape [4, 12], expected [8, 12] like w"),
     ("pack24_", "dense", torch.Tensor.float, "dense is float32, expected bfloat16 or float16"),
     ("pack24_", "dense", lambda t: t[:16], "dense has shape [16, 64], expected a contiguous matrix, sizes multiples of 32"),
     ("pack24_", "dense", across, "dense has shape [32, 64] and is not contiguous, expected a contiguous matrix"),

@@ -7,10 +7,15 @@ from scipy import sparse
 from scipy.optimize import linprog
 from torch import nn
 
-from dither import noise, sparsity
+import dither
+from conftest import Backend
+from dither import noise, reference, sparsity
 from dither.sparsity import transposable_nm_mask
+from machines import machine
 
 PATTERNS = [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (1, 8), (2, 5), (8, 16), (16, 32), (4, 32), (3, 3)]
+CPU = Backend("cpu", torch.ops.dither, "cpu")
+CAPABILITIES = [{"capability": c, "threads": t} for c in dither.build_info()["cpu_usable"] for t in (1, 2)]
 
 
 def tiles_of(x, m):
@@ -49,6 +54,46 @@ def learnt():
     return net[2].weight.detach()
 
 
+def kernel(backend, w, n, m, iterations):
+    keep = torch.zeros(w.shape, dtype=torch.bool, device=backend.device)
+    backend.ops.transposable_nm_(w.to(backend.device), n, m, iterations, keep)
+    return keep.cpu()
+
+
+def awkward(w):
+    """Ties, zeros, structure, and numbers that are not finite."""
+    wild = w.clone()
+    wild[0, 0], wild[-1, -1], wild[-1, 0] = torch.nan, torch.inf, -torch.inf
+    return wild, w.sign(), 0 * w, (4 * w).exp(), (2 * w).round(), torch.where(w > 1, w, 0)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 20])
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (1, 1), (9, 17)])
+def test_kernels_agree_to_the_bit(backend, n, m, iterations):
+    """Devices, instruction sets, threads; odd numbers of tiles."""
+    w = noise.normal((m, 3 * m) if backend.name == "emulated_cuda" else (3 * m, 7 * m), seed=m)
+    for x in (w, w.double(), w.half(), w.bfloat16(), *awkward(w)):
+        with machine(threads=1, capability="default"):
+            keep = kernel(CPU, x, n, m, iterations)
+        assert is_valid(keep, n, m)
+        for settings in CAPABILITIES if backend.name == "cpu" else [{}]:
+            with machine(**settings):
+                assert torch.equal(kernel(backend, x, n, m, iterations), keep)
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 8), (8, 16), (16, 32), (2, 5), (3, 20)])
+def test_kernels_follow_the_definition(n, m):
+    """In float32 all masks of thousands of tiles were the definition's; in float64 a plan may round otherwise."""
+    w = noise.normal((8 * m, 8 * m), seed=7)
+    for iterations in (0, 100):
+        keep = kernel(CPU, w, n, m, iterations)
+        want = reference.sparsity.transposable_nm_keep(w.double(), n, m, iterations)
+        assert (tiles_of(keep == want, m).all(2).all(1)).float().mean() > 0.9
+        ratio = (w.abs() * keep).sum(dtype=torch.float64) / (w.abs() * want).sum(dtype=torch.float64)
+        assert abs(float(ratio) - 1) < 1e-4
+    assert torch.equal(reference.sparsity.transposable_nm_keep(0 * w, n, m, 1), kernel(CPU, 0 * w, n, m, 1))
+
+
 @pytest.mark.parametrize("method", ["entropic", "greedy"])
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_masks_are_valid(n, m, method):
@@ -57,7 +102,7 @@ def test_masks_are_valid(n, m, method):
     rows = torch.arange(4.0 * m).unsqueeze(1).expand_as(w)
     rare = torch.where(noise.uniform(w.shape, seed=1) < 0.2, w, 0)
     wild = w.clone()
-    wild[0, 0], wild[1, 1], wild[2, 0] = torch.nan, torch.inf, -torch.inf
+    wild[0, 0], wild[-1, -1], wild[-1, 0] = torch.nan, torch.inf, -torch.inf
     graded = [rows, rows + torch.arange(3.0 * m), w.sign(), w * 0, w * 0 + 1]
     for x in (w, (4 * w).exp(), rare, wild, 1e-30 * w, 1e38 * w, *graded):
         assert is_valid(transposable_nm_mask(x, n, m, method), n, m)
@@ -98,13 +143,21 @@ def test_tiles_do_not_see_each_other(monkeypatch):
     w = noise.normal((64, 64), seed=5)
     keep = transposable_nm_mask(w, 8, 16)
     assert torch.equal(transposable_nm_mask(w[16:32, 32:48], 8, 16), keep[16:32, 32:48])
-    monkeypatch.setattr("dither.sparsity.transposable._AT_ONCE", 1)
-    assert torch.equal(transposable_nm_mask(w, 8, 16), keep)
+    defined = reference.sparsity.transposable_nm_keep(w, 8, 16, 100)
+    monkeypatch.setattr("dither.reference.sparsity._AT_ONCE", 1)
+    assert torch.equal(reference.sparsity.transposable_nm_keep(w, 8, 16, 100), defined)
 
 
 def test_scale_does_not_matter():
     w = noise.normal((32, 32), seed=5)
     assert torch.equal(transposable_nm_mask(w * 2.0**-60, 4, 8), transposable_nm_mask(w, 4, 8))
+
+
+def test_large_tiles_have_no_kernel():
+    w = noise.normal((40, 80), seed=0)
+    keep = transposable_nm_mask(w, 10, 40)
+    assert is_valid(keep, 10, 40) and torch.equal(transposable_nm_mask(w.mT.contiguous().mT, 10, 40), keep)
+    assert torch.equal(keep, reference.sparsity.transposable_nm_keep(w, 10, 40, 100))
 
 
 W = torch.zeros(8, 8)

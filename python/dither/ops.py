@@ -29,6 +29,7 @@ _OPS = {
     "nm_select_": reference.sparsity.nm_select_,
     "masked_blend_": reference.sparsity.masked_blend_,
     "transposable_": reference.sparsity.transposable_,
+    "transposable_nm_": reference.sparsity.transposable_nm_,
     "pack24_": reference.sparsity.pack24_,
     "unpack24_": reference.sparsity.unpack24_,
     "ghost_norm_": reference.privacy.ghost_norm_,
