@@ -14,7 +14,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from .. import ops, optim, sparsity
+from .. import ops, optim, reference, sparsity
 from .measure import Case, Contest, Setting
 from .models import Block
 
@@ -90,6 +90,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield Case("sparsity", "AdamW with frozen weights", size, partial(_step, setting, side, 0.0))
     yield Case("sparsity", "transposable 2:4, best of 90", size, partial(_transposable, setting, side, "exact"))
     yield Case("sparsity", "transposable 2:4, greedy", size, partial(_transposable, setting, side, "greedy"))
+    for n, m in ((4, 8), (8, 16), (16, 32)):
+        yield Case("sparsity", f"transposable {n}:{m}, entropic", size, partial(_transposable_nm, setting, side, n, m))
     yield Case("sparsity", "pack 2:4, bf16", size, partial(_pack, setting, side))
     yield Case("sparsity", "unpack 2:4, bf16", size, partial(_unpack, setting, side))
     batch, width = (4, 64) if setting.quick else (64, 192)
@@ -219,6 +221,18 @@ def _transposable(setting: Setting, side: int, method: str) -> Contest:
         lambda: sparsity.transposable_mask(w, method, packed=True),  # type: ignore[arg-type]
         peers,
         bytes=w.nbytes + w.numel() // 8,
+        elements=w.numel(),
+        roof=lambda: ops.native.triad_([], [w], 0, 1),
+    )
+
+
+def _transposable_nm(setting: Setting, side: int, n: int, m: int) -> Contest:
+    """100 iterations of Dykstra's algorithm, of six operations a weight each, and rounding."""
+    w, keep = _weights(setting, side, side), torch.empty(side, side, dtype=torch.bool, device=setting.device)
+    return Contest(
+        lambda: sparsity.transposable_nm_mask(w, n, m),
+        {"the same in torch": lambda: reference.sparsity.transposable_nm_(w, n, m, 100, keep)},
+        bytes=w.nbytes + w.numel(),
         elements=w.numel(),
         roof=lambda: ops.native.triad_([], [w], 0, 1),
     )
