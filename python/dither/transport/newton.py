@@ -20,10 +20,12 @@ from . import _core
 from .costs import Costs
 
 STEPS, _SWEEPS = 200, 20_000  # on all levels together
-LEVEL = 0.05  # the error at which reg shrinks
+LEVEL = 0.01  # the error at which reg shrinks: at more, groups of points that hardly share mass are not in place
 _DROPPED = 0.02  # share of the plan that the first Hessian may lack
 DIRECT = 4000  # columns of a Schur complement that is factorised
 PRODUCTS = 200, 20_000  # of conjugate gradients, where a factorisation can follow and where not
+BATCH = 3, 80  # sweeps between steps, first and at most
+FAR = 50  # no step: without what was dropped, groups of points share no mass
 _SPARSE = 0.008  # of its entries, up to which scipy's factors are smaller
 
 
@@ -55,20 +57,26 @@ class Problem:
 
 
 def follow_path(p: Problem, reg: float, tol: float, steps: int, counts: Counts, factor: float = 2.0) -> float:
-    """From reg of a quarter of the costs' spread down to `reg`, a few Newton steps at each level. The error that is left."""
+    """From reg of a quarter of the costs' spread down to `reg`, a few Newton steps at each level. The error that is left.
+
+    reg f and reg g are nearly linear in reg, and go on from the last two levels along a line.
+    """
     levels = [reg]
     while levels[-1] * factor < p.costs.spread / 4:
         levels.append(levels[-1] * factor)
     p.f.zero_()
     p.g.zero_()
-    p.sweep(levels[-1], 6, 0.0, False, counts)
+    p.sweep(levels[-1], 3, 0.0, False, counts)
+    before = None
     for level in reversed(levels):
         last = level == reg
         narrow = p.costs.coarse(level)
         error = semidual(p, level, tol if last else LEVEL, steps, counts, narrow and not (last and tol < 1e-5))
         if not last:
-            p.f *= factor
-            p.g *= factor
+            now = p.f.clone(), p.g.clone()
+            for x, old, new in zip((p.f, p.g), before or now, now):
+                x.copy_(torch.where(new > -torch.inf, (1 + factor) * new - factor * old, new))
+            before = now
     return error
 
 
@@ -76,11 +84,11 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
     """Newton steps from p.g on, until the error is at most tol or `counts.newton` is `steps`. Returns the error.
 
     Far from the solution, where a step had to be cut, helped too little or columns miss their weight by e^2, Sinkhorn
-    iterations come between, ever more of them.
+    iterations come between, ever more of them. Once conjugate gradients have failed, steps are solved for by a factorisation.
     """
     a, b = p.a, p.b
     error, columns = p.sweep(reg, 1, math.inf, narrow, counts)
-    before, cut, batch, delta = math.inf, False, 10, _DROPPED
+    before, cut, batch, delta, stiff = math.inf, False, BATCH[0], _DROPPED, False
     alive = b > 0
     while error > tol and counts.newton < steps and counts.iterations < _SWEEPS:
         counts.history.append(error)
@@ -89,7 +97,7 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
             error, columns = p.sweep(reg, batch, tol, narrow, counts)
             if error > tol:
                 error, columns = p.sweep(reg, 1, math.inf, narrow, counts)
-            before, cut, batch, delta = math.inf, False, min(2 * batch, 640), max(delta / 2, 1e-12)
+            before, cut, batch, delta = math.inf, False, min(2 * batch, BATCH[1]), max(delta / 2, 1e-12)
             continue
         before = error
         counts.newton += 1
@@ -97,17 +105,19 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
         given = (p.costs, reg, a, b, p.f, p.g, columns)
         dropped = min(delta, _DROPPED * error)
         direct = b.shape[1] <= DIRECT
-        most = PRODUCTS[0 if direct else 1]
-        solved = _core.schur_solve(*given, residual, dropped, min(0.1, math.sqrt(error)), most, narrow=narrow)
-        counts.products += solved.iterations
-        y = solved.direction
-        if direct and not solved.converged:
+        if not stiff:
+            most = PRODUCTS[0 if direct else 1]
+            solved = _core.schur_solve(*given, residual, dropped, min(0.1, math.sqrt(error)), most, narrow=narrow)
+            counts.products += solved.iterations
+            y = solved.direction
+            stiff = direct and not (solved.converged and float(y.abs().max()) < FAR)
+        if stiff:
             y = direct_solve(_core.schur_matrix(*given, dropped, min(1e-6, 1e-3 * error), narrow), residual)
             counts.direct += 1
         y = torch.where(alive, y - (y * b).sum() / b.sum(), 0)
         error, columns, cut = _line_search(p, reg, narrow, counts, y, residual, error, columns)
         if not cut:
-            batch = 10
+            batch = BATCH[0]
     counts.history.append(error)
     return error
 
