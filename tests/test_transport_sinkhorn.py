@@ -527,10 +527,48 @@ def test_warm_start():
     assert cold.history[0][-1] == cold.error and len(cold.history[0]) == cold.iterations
 
 
+@pytest.mark.parametrize("reg", (1e-2, 1e-3))
+@pytest.mark.parametrize("kind", ("U", "P2", "P64"))
+def test_warm_starts_of_newton(kind, reg):
+    """From the solution of slightly other costs; one that is far off does no harm."""
+    c = instance(kind, 200)
+    near = c + 0.01 * reg * np.random.default_rng(1).standard_normal(c.shape)
+    cold, old = solve(None, None, c, reg, method="newton"), solve(None, None, near, reg, method="newton").potentials
+    warm = solve(None, None, c, reg, method="newton", warmstart=old)
+    assert warm.converged and warm.newton_steps <= 5 < cold.newton_steps and warm.iterations <= 10  # 3 and 6 were found
+    far = solve(None, None, c, reg, method="newton", warmstart=(old[0], 30 * old[1][::-1].copy()))
+    assert far.converged and far.value == pytest.approx(cold.value, rel=1e-8)
+
+
+def test_grids_and_clusters():
+    """Few distinct costs, and groups of points that hardly share mass."""
+    r, worst = np.random.default_rng(0), [0, 0]
+    at = torch.cartesian_prod(torch.arange(16.0), torch.arange(16.0)).double()
+    for _ in range(3):
+        w = [torch.exp(-torch.cdist(at, torch.from_numpy(r.uniform(0, 16, (4, 2)))).square() / 4).sum(1) + 0.01 for _ in "ab"]
+        x, y = (torch.from_numpy(r.random((150, 2))) for _ in "xy")
+        x[:75] += 5
+        y[:72] += 5
+        clouds = torch.cdist(x, y).square()
+        for a, b, c, reg in (
+            (w[0] / w[0].sum(), w[1] / w[1].sum(), torch.cdist(at, at, p=1) / 30, 1 / 1200),
+            (None, None, clouds / clouds.max(), 1e-3),
+        ):
+            found = solve(a, b, c, reg, method="newton")
+            assert found.converged
+            worst = [max(worst[0], found.iterations), max(worst[1], found.newton_steps)]
+    assert worst[0] <= 300 and worst[1] <= 50, worst  # 236 and 21 were found
+
+
 def test_masses_other_than_one():
     c, a, b = uniform(30, 20), 7 * weights(30), 7 * weights(20, seed=1)
     r = solve(a, b, c, 0.05)
     assert l1_error(r.plan, a, b) <= 7e-9
+    one = solve(a / 7, b / 7, c, 1e-3, method="newton")
+    for mass in (1e-6, 1e5):
+        r = solve(mass * a, mass * b, c, 1e-3, method="newton", tol=1e-10)
+        assert r.newton_steps <= one.newton_steps + 5 and l1_error(r.plan, mass * a, mass * b) <= 1e-9 * mass
+        assert r.value_linear == pytest.approx(7 * mass * one.value_linear, rel=1e-6)
 
 
 @pytest.mark.parametrize("offset", (10, 1000))

@@ -86,7 +86,7 @@ def monge_map_loss(
     owner = "monge_map_loss"
     weight = number(owner, "weight", weight, least=0)
     tol = number(owner, "tol", tol, above=0)
-    as_points(owner, ("x", x))
+    as_points(owner, ("x", x), ("mapped", mapped))
     as_points(owner, ("mapped", mapped), ("target", target))
     c = _costs(owner, "sqeuclidean", mapped, target)
     loss = _sinkhorn_divergence(owner, "sqeuclidean", mapped, target, c, _reg(owner, reg, c), tol).to(x.dtype)

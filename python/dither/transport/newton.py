@@ -25,6 +25,7 @@ _DROPPED = 0.02  # share of the plan that the first Hessian may lack
 DIRECT = 4000  # columns of a Schur complement that is factorised
 PRODUCTS = 200, 20_000  # of conjugate gradients, where a factorisation can follow and where not
 BATCH = 3, 80  # sweeps between steps, first and at most
+NEAR, WARM = 0.003, 20  # an error from which Newton needs no path, and the steps in which it should be there
 FAR = 50  # no step: without what was dropped, groups of points share no mass
 _SPARSE = 0.008  # of its entries, up to which scipy's factors are smaller
 
@@ -52,8 +53,27 @@ class Problem:
 
     def sweep(self, reg: float, iterations: int, tol: float, narrow: bool, counts: Counts) -> tuple[float, Tensor]:
         found = _core.sweep(self.costs, reg, self.a, self.b, self.f, self.g, iterations, tol, narrow)
-        counts.iterations += int(found.done)
-        return float(found.last), found.columns
+        done = int(found.done)
+        counts.iterations += done
+        return float(found.errors[0, done - 1]), found.columns
+
+
+def solve_newton(p: Problem, reg: float, tol: float, steps: int, counts: Counts, warm: int = 0) -> float:
+    """Newton's method on weights of any sum. The error that is left.
+
+    warm: from p.f and p.g, where these are near after as many Sinkhorn iterations.
+    """
+    mass = float(p.a.sum())
+    one = Problem(p.costs, p.a / mass, p.b / mass, p.f.sub_(math.log(mass)), p.g)
+    error = math.inf
+    narrow = p.costs.coarse(reg)
+    if warm and one.sweep(reg, warm, NEAR, narrow, counts)[0] <= NEAR:
+        error = semidual(one, reg, tol / mass, min(steps, WARM), counts, narrow and tol / mass >= 1e-5)
+    if error > tol / mass:
+        error = follow_path(one, reg, tol / mass, steps, counts)
+    p.f.add_(math.log(mass))
+    counts.history = [mass * e for e in counts.history]
+    return mass * error
 
 
 def follow_path(p: Problem, reg: float, tol: float, steps: int, counts: Counts, factor: float = 2.0) -> float:

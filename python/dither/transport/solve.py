@@ -16,7 +16,7 @@ from .._checks import instance, integer, number, one_of
 from . import _core, gradients
 from .costs import Costs, PointCloud, as_points, as_tensor, is_numpy, points_of, prepared
 from .gradients import Inputs, Solution, inputs_of
-from .newton import STEPS, Counts, Problem, follow_path
+from .newton import STEPS, Counts, Problem, solve_newton
 from .sns import sparse_newton
 from .unbalanced import iterate, penalties
 
@@ -186,7 +186,8 @@ def solve(
     iterations foretells more of them than Newton takes; "sns", the algorithm of Tang et al. 2024 as published, dense and to
     compare with.
     tol: for the L1 error of both marginals together, in units of their sum. max_iterations: of Sinkhorn; and of Newton's steps,
-    which end with the 200th or after 20 000 sweeps anyway. warmstart: potentials (f, g) of an earlier result, for Sinkhorn.
+    which end with the 200th or after 20 000 sweeps anyway. warmstart: potentials (f, g) of an earlier result;
+    Newton starts there where 20 iterations bring the error to 0.003 of the mass, and on its path where they do not.
     warn: warn where tol was not reached.
 
     unbalanced: rho or (rho_a, rho_b), for min <P, M> + reg KL(P | a b^T) + rho_a KL(P 1 | a) + rho_b KL(P^T 1 | b) with
@@ -245,7 +246,8 @@ def solve(
     if method in ("auto", "newton"):
         for i in slow.nonzero().flatten().tolist():
             counts = Counts()
-            errors[i] = follow_path(one(i), reg, goal, min(STEPS, max_iterations), counts)
+            warm = 1 if method == "auto" else 20 if warmstart is not None else 0
+            errors[i] = solve_newton(one(i), reg, goal, min(STEPS, max_iterations), counts, warm)
             _note(counts, i, done, history)
     if not free and costs.largest / reg > _DIGITS:
         errors = torch.maximum(errors, _plan_errors(costs, reg, wa, wb, f, g))
@@ -398,14 +400,16 @@ def _iterate(
         if look and not spent:
             going = [(i, *_forecast(history[i], tol, omega)) for i, o in zip(live.tolist(), over.tolist()) if not o]
             # Rates rise as iterations go on, and a forecast says too little: what was spent counts against the next, and one
-            # that says much more than the last is not believed.
+            # that says more than the last is not believed.
             most_left = max(_SPENT + _LOOK - int(done.max()), _SPENT // 2)
-            late = [i for i, left, _ in going if left > min(most_left, 1.25 * foretold.get(i, math.inf))]
+            late = []
+            for i, left, _ in going:
+                if left * _slowing(history[i]) > most_left or left > max(_LOOK, foretold.get(i, math.inf)):
+                    late.append(i)
             slow[late] = True
             foretold = {i: left for i, left, _ in going}
             over = over | torch.isin(live, live.new_tensor(late))
             omega = min((best for i, _, best in going if i not in late), default=1.0)
-            step = max(_LOOK, min(2 * _LOOK, int(1.5 * max((left for i, left, _ in going if i not in late), default=0))))
         live = live[~over]
         if spent:
             break
@@ -431,3 +435,12 @@ def _forecast(trace: list[float], tol: float, omega: float) -> tuple[float, floa
     best = 2 / (1 + math.sqrt(1 - r))
     rate = max(best - 1, 1e-3)
     return math.log(max(tol, 1e-300) / max(trace[-1], 1e-300)) / math.log(rate), best
+
+
+def _slowing(trace: list[float]) -> float:
+    """How many times too low a forecast from the first iterations is, which saw the rate fall; on the plane it does not."""
+    third = _LOOK // 4
+    if len(trace) != _LOOK:
+        return 1.0
+    early, late = (math.log(trace[-k] / trace[-k - third]) for k in (1 + 2 * third, 1))
+    return float(max(1.0, early / late) ** 4) if late < 0 else math.inf
