@@ -527,6 +527,15 @@ def test_warm_start():
     assert cold.history[0][-1] == cold.error and len(cold.history[0]) == cold.iterations
 
 
+def test_reg_of_rounding():
+    c = instance("P2", 100)
+    small = solve(None, None, c, 1e-7, method="newton")
+    assert small.converged and l1_error(small.plan, 0.01, 0.01) <= 1e-8
+    r = solve(None, None, c, 1e-9, method="newton", max_iterations=1, warn=False)
+    assert not r.converged and r.status.endswith("; rounding alone, of costs over reg, leaves up to 2.2e-07")
+    assert "rounding" not in solve(None, None, c, 1e-3, method="newton", max_iterations=1, warn=False).status
+
+
 @pytest.mark.parametrize("reg", (1e-2, 1e-3))
 @pytest.mark.parametrize("kind", ("U", "P2", "P64"))
 def test_warm_starts_of_newton(kind, reg):

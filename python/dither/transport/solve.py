@@ -262,6 +262,9 @@ def solve(
         which = f"{late} of {batch} problems have" if batch > 1 else "the marginals have"
         share = worst * (tol / goal if goal else 1)  # of the sum, as tol is
         status = f"not converged: {which} an error of {share:.1e}, tol is {tol:.1e}, after {int(done[0].max())} iterations"
+        rounding = torch.finfo(torch.float64).eps * costs.largest / reg
+        if rounding > tol:
+            status += f"; rounding alone, of costs over reg, leaves up to {rounding:.1e}"
         if warn:
             warnings.warn(f"solve: {status}", stacklevel=3)  # torch.compiler.disable is between
     errors = errors * unit.squeeze(1)
