@@ -8,6 +8,7 @@
 
 namespace dither {
 constexpr int64_t kWorthThreads = 1 << 15;  // elements of the cost matrix
+constexpr int64_t kMostTerms = 64 << 20;    // bytes of a problem's terms that are kept
 
 class Room {  // whole cache lines
  public:
@@ -88,6 +89,7 @@ struct RoundedColumns {
   explicit RoundedColumns(const Costs& c)
       : room(2 * whole_lines(c.m, 8) * 8), columns{room.get(), room.get() + whole_lines(c.m, 8) * 8} {}
   void round(const Costs& c, const double* g) const { DITHER_PICK_ISA(round_columns)(c, g, columns); }
+  bool change(const Costs& c, const double* g) const { return DITHER_PICK_ISA(change_columns)(c, g, columns); }
 };
 
 // All iterations of a problem. par(count, work, body): body(lo, hi) for parts of 0 .. count.
@@ -100,6 +102,11 @@ static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, doub
   const double *b = s.b + problem * c.m, least = c.narrow ? kLeastColumn<float> : kLeastColumn<double>;
   const RoundedColumns rounded(c);
   const Room sums(chunks.count * pitch);
+  const int64_t room = (c.n + kRowBlock - 1) / kRowBlock * kRowBlock * pitch;
+  const bool keeps = iterations > 1 && room <= kMostTerms;
+  const Room terms(keeps ? room : 0);
+  std::vector<double> base(c.n);
+  Terms kept{keeps ? terms.get() : nullptr, base.data(), false};
   std::vector<double> row_error(chunks.count), logs;
   std::vector<int64_t> faint;
   const auto rows = DITHER_PICK_ISA(sinkhorn_rows);
@@ -110,11 +117,12 @@ static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, doub
   for (int64_t i = 0; i < c.n; ++i) f[i] = a[i] > 0.0 ? f[i] * kLog2e : -INFINITY;
   for (int64_t j = 0; j < c.m; ++j) g[j] = b[j] > 0.0 ? g[j] * kLog2e : -INFINITY;
   for (*done = 0; *done < iterations;) {
-    rounded.round(c, g);
-    par(chunks.count, chunks.size * c.m, [&](int64_t lo, int64_t hi) {
+    kept.made = keeps && *done > 0 && rounded.change(c, g);
+    if (!kept.made) rounded.round(c, g);
+    par(chunks.count, chunks.size * c.m / (kept.made ? 4 : 1), [&](int64_t lo, int64_t hi) {
       const Room scratch(row_scratch(c));
       for (int64_t k = lo; k < hi; ++k)
-        row_error[k] = rows(s, problem, k * chunks.size, std::min(c.n, (k + 1) * chunks.size), rounded.columns, f,
+        row_error[k] = rows(s, problem, k * chunks.size, std::min(c.n, (k + 1) * chunks.size), rounded.columns, kept, f,
                             scratch.get(), sums.get() + k * pitch);
     });
     join(c, chunks.count, sums.get(), columns);

@@ -5,6 +5,9 @@
 // sum leaves the safe range are computed again with their maximum as the shift, and columns that underflow by themselves. The
 // column sums, and with them the L1 error of the marginals, come before g is updated, for nothing.
 //
+// The terms of an iteration are kept where memory allows: while g stays near what it was then, the next iterations multiply
+// them by the change, 2^(g_j - what it was), and spend no exponential (Schmitzer 2019). The fallbacks are the same.
+//
 // Potentials are doubles, divided by reg, here in powers of 2. A row or column of weight 0 has the potential -inf and an empty
 // plan; a cost of +inf forbids a pair. Sums are taken in an order that depends on the shape alone: by lanes within a row, over
 // the rows of a chunk, then over chunks. So results do not depend on the number of threads, but do on the instruction set, in
@@ -66,6 +69,12 @@ constexpr double kMostRow = sizeof(T) == 8 ? 0x1p900 : 0x1p100;
 template <class T>
 constexpr double kLeastColumn = sizeof(T) == 8 ? 0x1p-450 : 0x1p-60;
 
+// Of kept terms, which are multiplied by up to 2^kMostChange: as much is lost of a column as with terms of now.
+template <class T>
+constexpr double kMostChange = sizeof(T) == 8 ? 200 : 15;
+template <class T>
+constexpr double kLeastKeptRow = sizeof(T) == 8 ? 0x1p-300 : 0x1p-25;
+
 // ---- CPU
 
 constexpr int64_t kLine = 64;  // bytes
@@ -78,19 +87,28 @@ inline Chunks row_chunks(int64_t n) {
   return {size, (n + size - 1) / size};
 }
 
-// Columns as the rows see them, in whole lines: potentials rounded to the type, and 2^ of what was rounded off.
+// Columns as the rows see them, in whole lines of the plan's type: potentials, now or when terms were kept, and 2^ of what the
+// exact ones of now are more.
 struct Columns {
-  void *g, *rest;  // rest: float alone
+  void *g, *rest;
 };
 constexpr int kRowBlock = 4;
 // Bytes of room for rows of terms, and of costs where these are distances.
 inline int64_t row_scratch(const Costs& c) { return 2 * kRowBlock * whole_lines(c.m, 8) * 8; }
+// Terms 2^(base_i + g_j - C_ij) of a problem.
+struct Terms {
+  void* rows;    // [whole blocks][whole lines] of the plan's type; nullptr: not kept
+  double* base;  // [n]
+  bool made;     // by an earlier iteration
+};
 
 DITHER_PER_ISA(void round_columns(const Costs&, const double* g, const Columns&))
+// rest alone, of g beside what was rounded; whether that is near enough for kept terms.
+DITHER_PER_ISA(bool change_columns(const Costs&, const double* g, const Columns&))
 // Rows lo .. hi of a problem: f is updated, sums[whole lines], of the type of the plan, get the columns' shares, and the L1
 // error of the rows is returned.
-DITHER_PER_ISA(double sinkhorn_rows(const Sinkhorn&, int64_t problem, int64_t lo, int64_t hi, const Columns&, double* f,
-                                    void* scratch, void* sums))
+DITHER_PER_ISA(double sinkhorn_rows(const Sinkhorn&, int64_t problem, int64_t lo, int64_t hi, const Columns&, const Terms&,
+                                    double* f, void* scratch, void* sums))
 // sums[chunks][whole lines] -> columns[m].
 DITHER_PER_ISA(void join_columns(const Costs&, int64_t chunks, const void* sums, double* columns))
 // g after columns; L1 error before it. Columns that underflowed have been replaced. move: update g.

@@ -1,19 +1,32 @@
 #include "vector.h"
 
 namespace dither::DITHER_ISA {
-void round_columns(const Costs& c, const double* g, const Columns& to) {
+template <class T>
+static bool change(const Costs& c, const double* g, const Columns& to) {
   constexpr double none = -__builtin_inf();
-  if (!c.narrow) {
-    double* out = static_cast<double*>(to.g);
-    for (int64_t j = 0; j < whole_lines(c.m, 8); ++j) out[j] = j < c.m ? g[j] : none;
-    return;
+  const T* from = static_cast<const T*>(to.g);
+  T* rest = static_cast<T*>(to.rest);
+  double most = 0;
+  for (int64_t j = 0; j < c.m; ++j) {
+    const double off = g[j] > none ? g[j] - double(from[j]) : 0.0;
+    most = larger(most, absolute(off));
+    rest[j] = T(exp2_of_double(off));
   }
-  float *out = static_cast<float*>(to.g), *rest = static_cast<float*>(to.rest);
-  for (int64_t j = 0; j < whole_lines(c.m, 4); ++j) {
-    out[j] = float(j < c.m ? g[j] : none);
-    const double off = j < c.m && g[j] > none ? g[j] - double(out[j]) : 0.0;
-    rest[j] = float(1.0 + off * (kLn2 + off * (0.5 * kLn2 * kLn2)));
-  }
+  for (int64_t j = c.m; j < whole_lines(c.m, sizeof(T)); ++j) rest[j] = 1;
+  return most <= kMostChange<T>;
+}
+
+bool change_columns(const Costs& c, const double* g, const Columns& to) {
+  return c.narrow ? change<float>(c, g, to) : change<double>(c, g, to);
+}
+
+void round_columns(const Costs& c, const double* g, const Columns& to) {
+  const auto round = [&]<class T>(T* out) {
+    for (int64_t j = 0; j < whole_lines(c.m, sizeof(T)); ++j) out[j] = T(j < c.m ? g[j] : -__builtin_inf());
+  };
+  if (c.narrow) round(static_cast<float*>(to.g));
+  else round(static_cast<double*>(to.g));
+  change_columns(c, g, to);
 }
 
 // Terms 2^(shift + g - C) of a row, and their sum.
@@ -26,8 +39,7 @@ static INLINE double row_terms(const Costs& c, const S* row, double shift, const
   for_columns<T, S>(c.m, [&](int64_t j, auto&& at) FLAT {
     const Vector<T> e = power<T>(scale(at(row), load(g + j)) + shifts);
     store(terms + j, e);
-    if constexpr (sizeof(T) == 8) sum += e;
-    else sum = fused<T>(e, load(rest + j), sum);
+    sum = fused<T>(e, load(rest + j), sum);
   });
   return double(sum_of<T>(sum));
 }
@@ -48,46 +60,55 @@ static double row_maximum(const Costs& c, const S* row, const T* g) {
 }
 
 template <class T, class S>
-static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, const Columns& columns, double* f, void* scratch,
-                   T* sums) {
+static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, const Columns& columns, const Terms& kept,
+                   double* f, void* scratch, T* sums) {
   const Costs& c = s.c;
   const int64_t pitch = whole_lines(c.m, sizeof(T));
   const T *g = static_cast<const T*>(columns.g), *rest = static_cast<const T*>(columns.rest);
-  T* terms = static_cast<T*>(scratch);
   S* room = reinterpret_cast<S*>(static_cast<char*>(scratch) + kRowBlock * whole_lines(c.m, 8) * 8);
   const double* a = s.a + problem * c.n;
   const Scale<T> scale(c.scale);
   constexpr double none = -__builtin_inf();
+  constexpr int L = Lanes<T>::count;
+  const double least = kept.made ? kLeastKeptRow<T> : kLeastRow<T>;
   double error = 0;
   for (int64_t j = 0; j < pitch; ++j) sums[j] = 0;
   for (int64_t i = lo; i < hi; i += kRowBlock) {
     const int64_t count = smaller<int64_t>(kRowBlock, hi - i);
+    T* terms = kept.rows ? static_cast<T*>(kept.rows) + i * pitch : static_cast<T*>(scratch);
     const S* row[kRowBlock];
-    cost_rows<T, S>(c, problem, i, count, room, row);
-    Vector<T> shift[kRowBlock], sum[kRowBlock] = {};
+    Vector<T> sum[kRowBlock] = {};
     double base[kRowBlock], total[kRowBlock];
-    for (int r = 0; r < kRowBlock; ++r) {
-      const bool alive = r < count && a[i + r] > 0.0;
-      base[r] = !alive ? none : f[i + r] > none ? double(T(f[i + r])) : 0.0;
-      shift[r] = T(base[r]) - Vector<T>{};
-    }
-    for_columns<T, S>(c.m, [&](int64_t j, auto&& at) FLAT {
-      const Vector<T> column = load(g + j);
-      Vector<T> remainder = {};
-      if constexpr (sizeof(T) == 4) remainder = load(rest + j);
+    if (kept.made) {
+      for (int r = 0; r < kRowBlock; ++r) base[r] = r < count ? kept.base[i + r] : none;
+      for (int64_t j = 0; j < c.m; j += L) {
+        const Vector<T> column = load(rest + j);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRowBlock; ++r) {
-        const Vector<T> e = power<T>(scale(at(row[r]), column) + shift[r]);
-        store(terms + r * pitch + j, e);
-        if constexpr (sizeof(T) == 8) sum[r] += e;
-        else sum[r] = fused<T>(e, remainder, sum[r]);
+        for (int r = 0; r < kRowBlock; ++r) sum[r] = fused<T>(load(terms + r * pitch + j), column, sum[r]);
       }
-    });
+    } else {
+      cost_rows<T, S>(c, problem, i, count, room, row);
+      Vector<T> shift[kRowBlock];
+      for (int r = 0; r < kRowBlock; ++r) {
+        const bool alive = r < count && a[i + r] > 0.0;
+        base[r] = !alive ? none : f[i + r] > none ? double(T(f[i + r])) : 0.0;
+        shift[r] = T(base[r]) - Vector<T>{};
+      }
+      for_columns<T, S>(c.m, [&](int64_t j, auto&& at) FLAT {
+        const Vector<T> column = load(g + j), remainder = load(rest + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRowBlock; ++r) {
+          const Vector<T> e = power<T>(scale(at(row[r]), column) + shift[r]);
+          store(terms + r * pitch + j, e);
+          sum[r] = fused<T>(e, remainder, sum[r]);
+        }
+      });
+    }
     T factor[kRowBlock];
     bool usual = count == kRowBlock && s.exact();
     for (int r = 0; r < kRowBlock; ++r) {
       total[r] = double(sum_of<T>(sum[r]));
-      usual &= total[r] > kLeastRow<T> && total[r] < kMostRow<T>;  // so that a is not 0
+      usual &= total[r] > least && total[r] < kMostRow<T>;  // so that a is not 0
     }
     if (usual) {
       double ratio[kRowBlock];
@@ -102,7 +123,8 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
         f[i + r] = none;
         continue;
       }
-      if (!(total[r] > kLeastRow<T> && total[r] < kMostRow<T>)) {
+      if (!(total[r] > least && total[r] < kMostRow<T>)) {
+        if (kept.made) cost_rows<T, S>(c, problem, i, count, room, row);
         const double most = row_maximum<T, S>(c, row[r], g);
         if (!(most > none)) {  // nowhere to go
           error += a[i + r];
@@ -122,7 +144,8 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
         error += absolute(total[r] * times - wanted_marginal(a[i + r], f[i + r], s.damp_a));
       }
     }
-    constexpr int L = Lanes<T>::count;
+    if (kept.rows)
+      for (int r = 0; r < count; ++r) kept.base[i + r] = base[r];
     for (int64_t j = 0; j < c.m; j += L) {
       Vector<T> column = load(sums + j);
 #pragma GCC unroll 4
@@ -130,16 +153,16 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
       store(sums + j, column);
     }
   }
-  if constexpr (sizeof(T) == 4)
-    for (int64_t j = 0; j < pitch; ++j) sums[j] *= rest[j];
+  for (int64_t j = 0; j < pitch; ++j) sums[j] *= rest[j];
   return error;
 }
 
-double sinkhorn_rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, const Columns& columns, double* f,
-                     void* scratch, void* sums) {
+double sinkhorn_rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, const Columns& columns, const Terms& kept,
+                     double* f, void* scratch, void* sums) {
   double error = 0;
-  with_types(
-      s.c, [&]<class T, class S>(T, S) { error = rows<T, S>(s, problem, lo, hi, columns, f, scratch, static_cast<T*>(sums)); });
+  with_types(s.c, [&]<class T, class S>(T, S) {
+    error = rows<T, S>(s, problem, lo, hi, columns, kept, f, scratch, static_cast<T*>(sums));
+  });
   return error;
 }
 
