@@ -41,10 +41,12 @@ def arguments(batch=2, n=13, m=21, ground=0, dim=3, dtype=F64, narrow=False, zer
     """Of sinkhorn_, with reg = 0.1."""
     x = uniform(batch, n, dim if ground else m, dtype=dtype)
     y = uniform(batch, dim, m, seed=1, dtype=dtype) if ground else None
-    given = {"x": x, "y": y, "ground": ground, "scale": 10.0, "a": weights(batch, n, seed=2, zeros=zeros)}
-    given |= {"b": weights(batch, m, seed=3, zeros=zeros), "narrow": narrow, "damp_a": 1.0, "damp_b": 1.0, "omega": 1.0}
+    given = {"x": x, "y": y, "ground": ground, "scale": 10.0, "narrow": narrow}
+    given |= {"a": weights(batch, n, seed=2, zeros=zeros), "b": weights(batch, m, seed=3, zeros=zeros)}
+    given |= {"damp_a": 1.0, "damp_b": 1.0, "omega": 1.0}
     given |= {"iterations": 7, "tol": -1.0, "f": torch.zeros(batch, n, dtype=F64), "g": torch.zeros(batch, m, dtype=F64)}
     given |= other
+    given["omega"] = torch.as_tensor(given["omega"], dtype=F64).expand(batch).clone()
     given |= {"columns": torch.zeros(batch, m, dtype=F64), "errors": torch.zeros(batch, given["iterations"], dtype=F64)}
     return given | {"done": torch.zeros(batch, dtype=torch.int64)}
 
@@ -74,6 +76,7 @@ SETTINGS = {
     "damped": {"damp_a": 0.7, "damp_b": 0.9},
     "relaxed": {"omega": 1.5},
     "both": {"damp_a": 0.8, "omega": 1.3},
+    "relaxed differently": {"omega": [1.4, 1.0]},
     "one row": {"n": 1, "zeros": 0},
     "one column": {"m": 1, "zeros": 0},
     "wide": {"n": 5, "m": 200},
@@ -105,6 +108,52 @@ def test_extreme_costs(backend, dtype, narrow):
     want = copied(given)
     reference.transport.sinkhorn_(*want.values())
     compare(run(backend.ops, copied(given, backend.device)), want, 2e-3 if narrow else 1e-8)
+
+
+@each_kind
+@pytest.mark.parametrize("setting", ("plain", "damped", "relaxed", "both", "relaxed differently"))
+def test_terms_that_are_kept(backend, dtype, narrow, setting):
+    """Columns that move so far that terms are made again, and rows whose kept terms are too small."""
+    given = arguments(n=29, m=21, dtype=dtype, narrow=narrow, zeros=2, iterations=12, **SETTINGS[setting])
+    given["x"][0, :, 3::5] += 1.8 if narrow else 20.0  # 2^-26, 2^-288
+    given["x"][1, 5::4] += 2.1 if narrow else 24.5  # 2^-30, 2^-353
+    given["x"][1, 7, ::2] = math.inf
+    given["x"][1, 12:, 6] = math.inf
+    want, early = copied(given), copied(given) | {"iterations": 1, "errors": torch.zeros(2, 1, dtype=F64)}
+    reference.transport.sinkhorn_(*want.values())
+    reference.transport.sinkhorn_(*early.values())
+    moved = early["g"][0][early["g"][0].isfinite()].abs().max() * math.log2(math.e)
+    assert moved > (15 if narrow else 200)
+    compare(run(backend.ops, copied(given, backend.device)), want, TOLERANCE[dtype, narrow])
+
+
+@each_kind
+def test_terms_are_kept_of_any_shape(backend, dtype, narrow):
+    for n, m in ((1, 9), (66, 8), (131, 17), (5, 33)):
+        given = arguments(3, n, m, dtype=dtype, narrow=narrow, zeros=0, scale=3.0, iterations=5)
+        want = copied(given)
+        reference.transport.sinkhorn_(*want.values())
+        compare(run(backend.ops, copied(given, backend.device)), want, TOLERANCE[dtype, narrow])
+
+
+def test_problems_do_not_depend_on_their_batch():
+    given = arguments(20, 70, 37, iterations=15, tol=1e-6, omega=[1.0 + 0.02 * i for i in range(20)])
+    given["x"] *= torch.logspace(-1, 2, 20)[:, None, None]
+    many = run(torch.ops.dither, copied(given))
+    for i in range(20):
+        one = {name: v[i : i + 1].clone() if isinstance(v, torch.Tensor) else v for name, v in given.items()}
+        run(torch.ops.dither, one)
+        assert all(torch.equal(one[name][0], many[name][i]) for name in ("f", "g", "columns", "errors", "done"))
+
+
+def test_more_terms_than_are_kept():
+    """68 MB; and one iteration at a time, of which none are kept."""
+    given = arguments(1, 1025, 8300, iterations=3, scale=1.0)
+    want, one = run(torch.ops.dither, copied(given)), copied(given) | {"iterations": 1, "errors": torch.zeros(1, 1, dtype=F64)}
+    for _ in range(3):
+        run(torch.ops.dither, one)
+    for name in ("f", "g", "columns"):
+        torch.testing.assert_close(one[name], want[name], rtol=1e-11, atol=1e-13)
 
 
 def test_nowhere_to_go(backend):
@@ -322,7 +371,7 @@ MISUSED = [
     ("b", lambda t: t[:, 1:], "b is float64 of shape [2, 20], expected contiguous float64 of shape [2, 21]"),
     ("g", lambda t: t[:1], "g is float64 of shape [1, 21], expected contiguous float64 of shape [2, 21]"),
     ("damp_a", lambda v: 1.5, "damping is 1.5, 1, expected 0 < damping <= 1"),
-    ("omega", lambda v: 2.0, "omega is 2, expected 0 < omega < 2"),
+    ("omega", lambda t: t[:1], "omega is float64 of shape [1], expected contiguous float64 of shape [2]"),
     ("done", torch.Tensor.int, "done is int32 of shape [2], expected contiguous int64 of shape [2]"),
 ]
 
@@ -333,6 +382,11 @@ def test_the_operator_refuses(backend, argument, change, message):
     given[argument] = change(given[argument]) if callable(change) else change.to(backend.device)
     with pytest.raises(RuntimeError, match="^" + re.escape(f"sinkhorn_: {message}")):
         backend.ops.sinkhorn_(*given.values())
+
+
+def test_the_operator_refuses_omega():
+    with pytest.raises(RuntimeError, match=r"^sinkhorn_: omega contains 2, expected 0 < omega < 2"):
+        run(torch.ops.dither, arguments(omega=[1.0, 2.0]))
 
 
 # solve

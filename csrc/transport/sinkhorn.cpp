@@ -146,7 +146,7 @@ static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, doub
     move(s, problem, columns, g, true);
     for (size_t k = 0; k < faint.size(); ++k)
       g[faint[k]] = logs[k] > -INFINITY
-                        ? relaxed(before[k], before[k] + log2_of_double(b[faint[k]]) - logs[k], s.damp_b, s.omega)
+                        ? relaxed(before[k], before[k] + log2_of_double(b[faint[k]]) - logs[k], s.damp_b, s.omega[problem])
                         : before[k];
   }
   times(f, c.n, kLn2);
@@ -154,9 +154,10 @@ static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, doub
 }
 
 template <Device device>
-static void sinkhorn_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale, const Tensor& a,
-                      const Tensor& b, bool narrow, double damp_a, double damp_b, double omega, int64_t iterations, double tol,
-                      const Tensor& f, const Tensor& g, const Tensor& columns, const Tensor& errors, const Tensor& done) {
+static void sinkhorn_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale, bool narrow,
+                      const Tensor& a, const Tensor& b, double damp_a, double damp_b, const Tensor& omega, int64_t iterations,
+                      double tol, const Tensor& f, const Tensor& g, const Tensor& columns, const Tensor& errors,
+                      const Tensor& done) {
   const char* op = "sinkhorn_";
   const int64_t batch = batch_of(op, "a", a);
   const Problem p(op, x, y, ground, scale, narrow, batch);
@@ -170,9 +171,14 @@ static void sinkhorn_(const Tensor& x, const std::optional<Tensor>& y, int64_t g
   check_out(op, "done", done, ScalarType::Long, {batch}, "x", x);
   DITHER_CHECK(damp_a > 0 && damp_a <= 1 && damp_b > 0 && damp_b <= 1, op, ": damping is ", damp_a, ", ", damp_b,
                ", expected 0 < damping <= 1");
-  DITHER_CHECK(omega > 0 && omega < 2, op, ": omega is ", omega, ", expected 0 < omega < 2");
+  check_doubles(op, "omega", omega, {batch}, x);
+  if (device == Device::cpu)  // to look would be to wait
+    for (int64_t i = 0; i < batch; ++i) {
+      const double each = doubles(omega)[i];
+      DITHER_CHECK(each > 0 && each < 2, op, ": omega contains ", each, ", expected 0 < omega < 2");
+    }
   if (batch == 0 || iterations == 0) return;
-  const Sinkhorn s{c, doubles(a), doubles(b), damp_a, damp_b, omega};
+  const Sinkhorn s{c, doubles(a), doubles(b), doubles(omega), damp_a, damp_b};
   int64_t* counts = static_cast<int64_t*>(done.mutable_data_ptr());
   if constexpr (device == Device::cpu) {
     const auto problem = [&](int64_t i, const auto& par) {
@@ -494,8 +500,8 @@ static void newton_direction_(const Tensor& x, const std::optional<Tensor>& y, i
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
   m.def(
-      "sinkhorn_(Tensor x, Tensor? y, int ground, float scale, Tensor a, Tensor b, bool narrow, float damp_a, float damp_b, "
-      "float omega, int iterations, float tol, Tensor(a!) f, Tensor(b!) g, Tensor(c!) columns, Tensor(d!) errors, "
+      "sinkhorn_(Tensor x, Tensor? y, int ground, float scale, bool narrow, Tensor a, Tensor b, float damp_a, float damp_b, "
+      "Tensor omega, int iterations, float tol, Tensor(a!) f, Tensor(b!) g, Tensor(c!) columns, Tensor(d!) errors, "
       "Tensor(e!) done) -> ()");
   m.def(
       "plan_sums_(Tensor x, Tensor? y, int ground, float scale, bool narrow, Tensor f, Tensor g, Tensor(a!) rows, "

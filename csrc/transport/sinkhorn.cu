@@ -69,9 +69,9 @@ __global__ void __launch_bounds__(kThreads)
   if (!(weight > 0.0)) {
     p.f[at] = none;
   } else if (!nowhere) {
-    const double f = relaxed(old, base + log2_of_double(weight / sum), s.damp_a, s.omega);
+    const double f = relaxed(old, base + log2_of_double(weight / sum), s.damp_a, s.omega[problem]);
     p.f[at] = f;
-    if (!s.exact()) error = absolute(sum * exp2_of_double(f - base) - wanted_marginal(weight, f, s.damp_a));
+    if (!s.exact(problem)) error = absolute(sum * exp2_of_double(f - base) - wanted_marginal(weight, f, s.damp_a));
   }
   p.row_error[at] = error;
 }
@@ -125,7 +125,9 @@ __global__ void __launch_bounds__(kAcross* kDown)
   }
   if (down != 0 || !inside) return;
   p.columns[at] = sum > 0.0 ? sum * (base == g ? 1.0 : exp2_of_double(g - base)) : 0.0;
-  p.next_g[at] = !(weight > 0.0) ? none : sum > 0.0 ? relaxed(g, base + log2_of_double(weight / sum), s.damp_b, s.omega) : g;
+  p.next_g[at] = !(weight > 0.0) ? none
+                 : sum > 0.0     ? relaxed(g, base + log2_of_double(weight / sum), s.damp_b, s.omega[problem])
+                                 : g;
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -38,9 +38,9 @@ struct Costs {
 
 struct Sinkhorn {
   Costs c;
-  const double *a, *b;  // [batch][n], [batch][m]
-  double damp_a, damp_b, omega;
-  DITHER_HD bool exact() const { return damp_a == 1.0 && omega == 1.0; }  // rows meet a
+  const double *a, *b, *omega;  // [batch][n], [batch][m], [batch]
+  double damp_a, damp_b;
+  DITHER_HD bool exact(int64_t problem) const { return damp_a == 1.0 && omega[problem] == 1.0; }  // rows meet a
 };
 
 template <class T>

@@ -70,6 +70,7 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
   const Scale<T> scale(c.scale);
   constexpr double none = -__builtin_inf();
   constexpr int L = Lanes<T>::count;
+  const bool exact = s.exact(problem);
   const double least = kept.made ? kLeastKeptRow<T> : kLeastRow<T>;
   double error = 0;
   for (int64_t j = 0; j < pitch; ++j) sums[j] = 0;
@@ -105,7 +106,7 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
       });
     }
     T factor[kRowBlock];
-    bool usual = count == kRowBlock && s.exact();
+    bool usual = count == kRowBlock && exact;
     for (int r = 0; r < kRowBlock; ++r) {
       total[r] = double(sum_of<T>(sum[r]));
       usual &= total[r] > least && total[r] < kMostRow<T>;  // so that a is not 0
@@ -134,11 +135,11 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
         total[r] = row_terms<T, S>(c, row[r], base[r], columns, terms + r * pitch);
       }
       const double ratio = a[i + r] / total[r], full = base[r] + log2_of_double(ratio);
-      if (s.exact()) {
+      if (exact) {
         f[i + r] = full;
         factor[r] = T(ratio);
       } else {
-        f[i + r] = relaxed(f[i + r], full, s.damp_a, s.omega);
+        f[i + r] = relaxed(f[i + r], full, s.damp_a, s.omega[problem]);
         const double times = exp2_of_double(f[i + r] - base[r]);
         factor[r] = T(times);
         error += absolute(total[r] * times - wanted_marginal(a[i + r], f[i + r], s.damp_a));
@@ -178,11 +179,12 @@ void join_columns(const Costs& c, int64_t chunks, const void* sums, double* colu
 
 double sinkhorn_columns(const Sinkhorn& s, int64_t problem, const double* columns, double* g, bool move) {
   const double* b = s.b + problem * s.c.m;
+  const double omega = s.omega[problem];
   constexpr double none = -__builtin_inf();
   double error = 0;
   for (int64_t j = 0; j < s.c.m; ++j) error += absolute(columns[j] - wanted_marginal(b[j], g[j], s.damp_b));
   if (!move) return error;
-  if (s.damp_b == 1.0 && s.omega == 1.0) {
+  if (s.damp_b == 1.0 && omega == 1.0) {
     for (int64_t j = 0; j < s.c.m; ++j) {
       const bool moves = b[j] > 0.0 && columns[j] > 0.0;
       const double more = logarithm(moves ? b[j] / columns[j] : 1.0) * kLog2e;
@@ -191,7 +193,7 @@ double sinkhorn_columns(const Sinkhorn& s, int64_t problem, const double* column
   } else {
     for (int64_t j = 0; j < s.c.m; ++j)
       if (!(b[j] > 0.0)) g[j] = none;
-      else if (columns[j] > 0.0) g[j] = relaxed(g[j], g[j] + log2_of_double(b[j] / columns[j]), s.damp_b, s.omega);
+      else if (columns[j] > 0.0) g[j] = relaxed(g[j], g[j] + log2_of_double(b[j] / columns[j]), s.damp_b, omega);
   }
   return error;
 }

@@ -35,9 +35,9 @@ def _wanted(weight: Tensor, potential: Tensor, damp: float) -> Tensor:
     return torch.where(weight > 0, weight * torch.exp(potential * (1 - 1 / damp)), 0)
 
 
-def _moved(old: Tensor, weight: Tensor, log_sum: Tensor, damp: float, omega: float) -> Tensor:
+def _moved(old: Tensor, weight: Tensor, log_sum: Tensor, damp: float, omega: Tensor) -> Tensor:
     new = damp * (weight.log() - log_sum)
-    new = torch.where(log_sum > -torch.inf, torch.where(old > -torch.inf, old + omega * (new - old), new), old)
+    new = torch.where(log_sum > -torch.inf, torch.where(old > -torch.inf, old + omega.unsqueeze(1) * (new - old), new), old)
     return torch.where(weight > 0, new, -torch.inf)
 
 
@@ -46,12 +46,12 @@ def sinkhorn_(
     y: Tensor | None,
     ground: int,
     scale: float,
+    narrow: bool,
     a: Tensor,
     b: Tensor,
-    narrow: bool,
     damp_a: float,
     damp_b: float,
-    omega: float,
+    omega: Tensor,
     iterations: int,
     tol: float,
     f: Tensor,
@@ -64,7 +64,7 @@ def sinkhorn_(
 
     columns: sum_i P_ij after f and before g. errors[:, t]: the L1 distance of the marginals then from those that are wanted;
     where it ends the iterations, g stays. Damped, both potentials are multiplied by damp_a and damp_b (Chizat et al. 2018);
-    omega: over-relaxation (Thibault et al. 2021). narrow changes nothing here.
+    omega (batch): over-relaxation (Thibault et al. 2021). narrow changes nothing here.
     """
     c = -scale * costs(x, y, ground)
     f.masked_fill_(~(a > 0), -torch.inf)

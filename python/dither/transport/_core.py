@@ -6,7 +6,9 @@ Potentials are divided by reg: P = exp(f_i + g_j - C_ij / reg). narrow: terms in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,10 @@ class Swept:
         return self.errors.gather(1, self.done.unsqueeze(1) - 1).squeeze(1)
 
 
+def _run(name: str, costs: Costs, reg: float, narrow: bool, given: Iterable[Any], out: Sequence[Tensor]) -> None:
+    write(name, list(out), *costs.arguments(narrow), 1 / reg, narrow, *given, *out)
+
+
 def sweep(
     costs: Costs,
     reg: float,
@@ -43,19 +49,16 @@ def sweep(
     tol: float = math.inf,
     narrow: bool = False,
     damping: tuple[float, float] = (1.0, 1.0),
-    omega: float = 1.0,
+    omega: float | Tensor = 1.0,
 ) -> Swept:
     """Sinkhorn iterations on f and g, in place, until the error of a problem is at most tol: then its g stays.
 
-    damping: rho / (rho + reg) of either side. omega: over-relaxation.
+    damping: rho / (rho + reg) of either side. omega: over-relaxation, one for all or [B].
     """
     found = Swept(torch.empty_like(g), f.new_zeros(f.shape[0], iterations), f.new_zeros(f.shape[0], dtype=torch.int64))
-    write(
-        "sinkhorn_",
-        [f, g, found.columns, found.errors, found.done],
-        *(*costs.arguments(narrow), 1 / reg, a, b, narrow, *damping, omega, iterations, tol),
-        *(f, g, found.columns, found.errors, found.done),
-    )
+    omegas = omega if isinstance(omega, Tensor) else f.new_full((f.shape[0],), omega)
+    out = f, g, found.columns, found.errors, found.done
+    _run("sinkhorn_", costs, reg, narrow, (a, b, *damping, omegas, iterations, tol), out)
     return found
 
 
@@ -69,7 +72,7 @@ def soft_minimum(costs: Costs, reg: float, g: Tensor) -> Tensor:
 def plan_sums(costs: Costs, reg: float, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j P_ij, sum_j P_ij C_ij, [B, n], and sum_i P_ij, [B, m]."""
     out = torch.empty_like(f), torch.empty_like(f), torch.empty_like(g)
-    write("plan_sums_", list(out), *costs.arguments(False), 1 / reg, False, f, g, *out)
+    _run("plan_sums_", costs, reg, False, (f, g), out)
     return out
 
 
@@ -104,12 +107,8 @@ def schur_solve(
     and on CUDA, all are computed again for every product.
     """
     direction, info = torch.empty_like(rhs), rhs.new_empty(3)
-    write(
-        "newton_direction_",
-        [direction, info],
-        *(*costs.arguments(narrow), 1 / reg, narrow, a, b, f, g, columns, rhs, delta, density, tol, iterations),
-        *(direction, info),
-    )
+    given = a, b, f, g, columns, rhs, delta, density, tol, iterations
+    _run("newton_direction_", costs, reg, narrow, given, (direction, info))
     kept, count, converged = info.tolist()
     return Solved(direction, int(kept), int(count), bool(converged))
 
@@ -128,9 +127,5 @@ def schur_matrix(
 ) -> Tensor:
     """diag(c) - P^T diag(1/a) P + shift diag(c) of one problem, [m, m], its diagonal without cancellation."""
     out = g.new_empty(g.shape[1], g.shape[1])
-    write(
-        "schur_matrix_",
-        [out],
-        *(*costs.arguments(narrow), 1 / reg, narrow, a, b, f, g, columns, delta, shift, out),
-    )
+    _run("schur_matrix_", costs, reg, narrow, (a, b, f, g, columns, delta, shift), (out,))
     return out
