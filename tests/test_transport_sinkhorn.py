@@ -230,7 +230,10 @@ def test_sums_of_a_plan(backend, dtype, narrow, ground, n, m):
     )
     found = [t.to(backend.device) for t in found]
     backend.ops.plan_sums_(*given.values(), *found)
-    for got, want in zip(found, wanted):
+    out, whole = torch.full((2, n, m), math.nan, dtype=F64), torch.full((2, n, m), math.nan, dtype=F64, device=backend.device)
+    reference.transport.plan_(x, s["y"], ground, s["scale"], narrow, f, g, out)
+    backend.ops.plan_(*given.values(), whole)
+    for got, want in zip([*found, whole], [*wanted, out]):
         torch.testing.assert_close(got.cpu(), want, rtol=1e-4 if dtype == F32 else 1e-11, atol=1e-12)
 
 
@@ -350,6 +353,7 @@ def operator_arguments():
     return {
         "sinkhorn_": list(arguments().values()),
         "plan_sums_": [*shared, False, s["f"], s["g"], *(torch.zeros_like(s[name]) for name in ("f", "f", "g"))],
+        "plan_": [*shared, False, s["f"], s["g"], torch.zeros(1, 60, 47, dtype=F64)],
         "newton_direction_": [*plan, rhs, 1e-3, 0.1, 0.1, 20, torch.zeros_like(rhs), torch.zeros(3, dtype=F64)],
         "schur_matrix_": [*plan, 1e-3, 1e-6, torch.zeros(47, 47, dtype=F64)],
     }

@@ -124,6 +124,19 @@ static int sum_tiles(const Costs& c, const PlanFactors& of, const PartialSums& t
                               : launch(tiles_kernel<float, kWant>, blocks, kThreads, 0, stream)(c, of, to);
 }
 
+template <class S>
+__global__ void __launch_bounds__(kThreads)
+    plan_kernel(const __grid_constant__ Costs c, const double* f, const double* g, double* out) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = at / c.m, j = at % c.m, problem = row / c.n;
+  if (problem < c.batch)
+    out[at] = term(c.narrow, (f[row] + g[problem * c.m + j]) * kLog2e - c.scale * cost_at<S>(c, problem, row % c.n, j));
+}
+int plan_cuda(const Costs& c, const double* f, const double* g, double* out, Stream stream) {
+  const unsigned blocks = unsigned((c.batch * c.n * c.m + kThreads - 1) / kThreads);
+  return c.type == DType::f64 ? launch(plan_kernel<double>, blocks, kThreads, 0, stream)(c, f, g, out)
+                              : launch(plan_kernel<float>, blocks, kThreads, 0, stream)(c, f, g, out);
+}
+
 int plan_sums_cuda(const Costs& c, const double* f, const double* g, double* rows, double* linear, double* columns,
                    double* scratch, Stream stream) {
   const int64_t down = row_tiles(c.n).count, across = column_tiles(c.m).count, room = c.batch * row_parts(c);

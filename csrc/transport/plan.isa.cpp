@@ -80,6 +80,25 @@ void plan_rows(const Costs& c, int64_t problem, int64_t lo, int64_t hi, const Co
   with_types(c, [&]<class T, class S>(T, S) { sums<T, S>(c, problem, lo, hi, of, f, p, scratch, static_cast<T*>(columns)); });
 }
 
+void plan_terms(const Costs& c, int64_t problem, int64_t lo, int64_t hi, const Columns& of, const double* f, const void* ones,
+                void* scratch, double* out) {
+  with_types(c, [&]<class T, class S>(T, S) {
+    const T *g = static_cast<const T*>(of.g), *one = static_cast<const T*>(ones), *terms = terms_of<T>(scratch);
+    const int64_t pitch = whole_lines(c.m, sizeof(T));
+    for (int64_t i = lo; i < hi; i += kRowBlock) {
+      const int64_t count = smaller<int64_t>(kRowBlock, hi - i);
+      const S* row[kRowBlock];
+      double shift[kRowBlock];
+      T product[kRowBlock];
+      block<T, S>(c, problem, i, count, g, one, f, scratch, row, shift, product);
+      for (int64_t r = 0; r < count; ++r) {
+        const double rest = exp2_of_double(f[i + r] > -__builtin_inf() ? f[i + r] - shift[r] : 0.0);
+        for (int64_t j = 0; j < c.m; ++j) out[(i + r) * c.m + j] = double(terms[r * pitch + j]) * double(one[j]) * rest;
+      }
+    }
+  });
+}
+
 // y, or 1, as rows multiply it: in whole lines, times what was rounded off the columns' potentials.
 void plan_vector(const Costs& c, const Columns& of, const double* y, void* to) {
   with_types(c, [&]<class T, class S>(T, S) {

@@ -253,6 +253,38 @@ static void plan_sums_(const Tensor& x, const std::optional<Tensor>& y, int64_t 
   }
 }
 
+template <Device device>
+static void plan_(const Tensor& x, const std::optional<Tensor>& y, int64_t ground, double scale, bool narrow, const Tensor& f,
+                  const Tensor& g, const Tensor& out) {
+  const char* op = "plan_";
+  const int64_t batch = batch_of(op, "f", f);
+  const Problem p(op, x, y, ground, scale, narrow, batch);
+  const Costs& c = p.c;
+  check_doubles(op, "f", f, {batch, c.n}, x);
+  check_doubles(op, "g", g, {batch, c.m}, x);
+  check_doubles(op, "out", out, {batch, c.n, c.m}, x);
+  if (batch == 0) return;
+  if constexpr (device == Device::cpu) {
+    const RoundedColumns rounded(c);
+    const Room ones(whole_lines(c.m, 8) * 8);
+    const auto rows = DITHER_PICK_ISA(plan_terms);
+    for (int64_t i = 0; i < batch; ++i) {
+      const auto f2 = in_base_2(doubles(f) + i * c.n, c.n), g2 = in_base_2(doubles(g) + i * c.m, c.m);
+      rounded.round(c, g2.data());
+      DITHER_PICK_ISA(plan_vector)(c, rounded.columns, nullptr, ones.get());
+      parallel((c.n + kRowBlock - 1) / kRowBlock, std::max<int64_t>(1, kWorthThreads / (kRowBlock * c.m)),
+               [&](int64_t lo, int64_t hi) {
+                 const Room scratch(row_scratch(c));
+                 rows(c, i, lo * kRowBlock, std::min(c.n, hi * kRowBlock), rounded.columns, f2.data(), ones.get(),
+                      scratch.get(), doubles_of(out) + i * c.n * c.m);
+               });
+    }
+  } else {
+    const auto guard = device_guard(x);
+    DITHER_CUDA_OK(op, plan_cuda(c, doubles(f), doubles(g), doubles_of(out), current_stream(x)));
+  }
+}
+
 // The plan's larger entries, row by row.
 struct Entries {
   std::vector<int64_t> start{0};
@@ -506,6 +538,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
   m.def(
       "plan_sums_(Tensor x, Tensor? y, int ground, float scale, bool narrow, Tensor f, Tensor g, Tensor(a!) rows, "
       "Tensor(b!) linear, Tensor(c!) columns) -> ()");
+  m.def("plan_(Tensor x, Tensor? y, int ground, float scale, bool narrow, Tensor f, Tensor g, Tensor(a!) out) -> ()");
   m.def(
       "newton_direction_(Tensor x, Tensor? y, int ground, float scale, bool narrow, Tensor a, Tensor b, Tensor f, Tensor g, "
       "Tensor columns, Tensor rhs, float delta, float density, float tol, int iterations, Tensor(a!) direction, "
@@ -518,6 +551,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DITHER_NS, m) {
 STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {
   m.impl("sinkhorn_", TORCH_BOX(&dither::sinkhorn_<dither::Device::cpu>));
   m.impl("plan_sums_", TORCH_BOX(&dither::plan_sums_<dither::Device::cpu>));
+  m.impl("plan_", TORCH_BOX(&dither::plan_<dither::Device::cpu>));
   m.impl("newton_direction_", TORCH_BOX(&dither::newton_direction_<dither::Device::cpu>));
   m.impl("schur_matrix_", TORCH_BOX(&dither::schur_matrix_));
 }
@@ -526,6 +560,7 @@ STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(DITHER_NS, DITHER_CUDA_KEY, m) {
   m.impl("sinkhorn_", TORCH_BOX(&dither::sinkhorn_<dither::Device::cuda>));
   m.impl("plan_sums_", TORCH_BOX(&dither::plan_sums_<dither::Device::cuda>));
+  m.impl("plan_", TORCH_BOX(&dither::plan_<dither::Device::cuda>));
   m.impl("newton_direction_", TORCH_BOX(&dither::newton_direction_<dither::Device::cuda>));
 }
 #endif

@@ -13,15 +13,6 @@ struct Progress {
   double tol;
 };
 
-template <class S>
-__device__ inline double cost_at(const Costs& c, int64_t problem, int64_t i, int64_t j) {
-  const S* x = static_cast<const S*>(c.x) + problem * c.x_batch + i * c.dim;  // dim is m where costs are given
-  if (c.ground == Ground::given) return double(x[j]);
-  const S* y = static_cast<const S*>(c.y) + problem * c.y_batch + j;
-  S sum = 0;
-  for (int64_t k = 0; k < c.dim; ++k) sum = distance_part(c.ground, x[k], y[k * c.m], sum);
-  return double(c.ground == Ground::euclidean ? square_root(sum) : sum);
-}
 struct Most {
   __device__ double operator()(double a, double b) const { return larger(a, b); }
 };

@@ -125,6 +125,9 @@ struct PlanSums {
 DITHER_PER_ISA(void plan_vector(const Costs&, const Columns&, const double* y, void* to))
 DITHER_PER_ISA(void plan_rows(const Costs&, int64_t problem, int64_t lo, int64_t hi, const Columns&, const double* f,
                               const PlanSums&, void* scratch, void* columns))
+// The plan itself, rows lo .. hi of a problem; ones: of plan_vector.
+DITHER_PER_ISA(void plan_terms(const Costs&, int64_t problem, int64_t lo, int64_t hi, const Columns&, const double* f,
+                               const void* ones, void* scratch, double* out))
 // Entries of row i whose scores P_ij max(1 / a_i, 1 / b_j) are at least `least`, and their number. mass[exponent] += score, all
 // the others in mass[0].
 struct KeptEntries {
@@ -153,6 +156,7 @@ DITHER_HD Chunks column_tiles(int64_t m) { return tiles_of(m, 128); }
 DITHER_HD int64_t row_parts(const Costs& c) { return column_tiles(c.m).count * c.n; }
 DITHER_HD int64_t column_parts(const Costs& c) { return row_tiles(c.n).count * c.m; }
 
+int plan_cuda(const Costs&, const double* f, const double* g, double* out, Stream);
 // scratch: batch (2 row_parts + column_parts).
 int plan_sums_cuda(const Costs&, const double* f, const double* g, double* rows, double* linear, double* columns,
                    double* scratch, Stream);

@@ -52,6 +52,7 @@ _OPS = {
     "attention_colsum_": reference.tokens.attention_colsum_,
     "attention_pagerank_": reference.tokens.attention_pagerank_,
     "sinkhorn_": reference.transport.sinkhorn_,
+    "plan_": reference.transport.plan_,
     "plan_sums_": reference.transport.plan_sums_,
     "newton_direction_": reference.transport.newton_direction_,
     "schur_matrix_": reference.transport.schur_matrix_,

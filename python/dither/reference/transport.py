@@ -86,6 +86,11 @@ def sinkhorn_(
             break
 
 
+def plan_(x: Tensor, y: Tensor | None, ground: int, scale: float, narrow: bool, f: Tensor, g: Tensor, out: Tensor) -> None:
+    """`dither::plan_` where no kernel is available."""
+    out.copy_(plan(x, y, ground, scale, f, g))
+
+
 def plan_sums_(
     x: Tensor,
     y: Tensor | None,

@@ -6,14 +6,11 @@ Potentials are divided by reg: P = exp(f_i + g_j - C_ij / reg). narrow: terms in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import write
 from .costs import Costs
 
 
@@ -32,10 +29,6 @@ class Swept:
     def last(self) -> Tensor:
         """The last error of each problem, [B]."""
         return self.errors.gather(1, self.done.unsqueeze(1) - 1).squeeze(1)
-
-
-def _run(name: str, costs: Costs, reg: float, narrow: bool, given: Iterable[Any], out: Sequence[Tensor]) -> None:
-    write(name, list(out), *costs.arguments(narrow), 1 / reg, narrow, *given, *out)
 
 
 def sweep(
@@ -58,7 +51,7 @@ def sweep(
     found = Swept(torch.empty_like(g), f.new_zeros(f.shape[0], iterations), f.new_zeros(f.shape[0], dtype=torch.int64))
     omegas = omega if isinstance(omega, Tensor) else f.new_full((f.shape[0],), omega)
     out = f, g, found.columns, found.errors, found.done
-    _run("sinkhorn_", costs, reg, narrow, (a, b, *damping, omegas, iterations, tol), out)
+    costs.run("sinkhorn_", reg, narrow, (a, b, *damping, omegas, iterations, tol), out)
     return found
 
 
@@ -72,7 +65,7 @@ def soft_minimum(costs: Costs, reg: float, g: Tensor) -> Tensor:
 def plan_sums(costs: Costs, reg: float, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j P_ij, sum_j P_ij C_ij, [B, n], and sum_i P_ij, [B, m]."""
     out = torch.empty_like(f), torch.empty_like(f), torch.empty_like(g)
-    _run("plan_sums_", costs, reg, False, (f, g), out)
+    costs.run("plan_sums_", reg, False, (f, g), out)
     return out
 
 
@@ -108,7 +101,7 @@ def schur_solve(
     """
     direction, info = torch.empty_like(rhs), rhs.new_empty(3)
     given = a, b, f, g, columns, rhs, delta, density, tol, iterations
-    _run("newton_direction_", costs, reg, narrow, given, (direction, info))
+    costs.run("newton_direction_", reg, narrow, given, (direction, info))
     kept, count, converged = info.tolist()
     return Solved(direction, int(kept), int(count), bool(converged))
 
@@ -127,5 +120,5 @@ def schur_matrix(
 ) -> Tensor:
     """diag(c) - P^T diag(1/a) P + shift diag(c) of one problem, [m, m], its diagonal without cancellation."""
     out = g.new_empty(g.shape[1], g.shape[1])
-    _run("schur_matrix_", costs, reg, narrow, (a, b, f, g, columns, delta, shift), (out,))
+    costs.run("schur_matrix_", reg, narrow, (a, b, f, g, columns, delta, shift), (out,))
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import one_of, tensor
+from ..ops import write
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
 GROUNDS = {"sqeuclidean": 1, "euclidean": 2, "l1": 3, "cosine": 1}
@@ -159,6 +160,10 @@ class Costs:
             return self.x, self.y, self.ground
         return self.x.double(), self.y.double(), self.ground
 
+    def run(self, name: str, reg: float, narrow: bool, given: Iterable[Any], out: Sequence[Tensor]) -> None:
+        """An operator on them."""
+        write(name, list(out), *self.arguments(narrow), 1 / reg, narrow, *given, *out)
+
     def coarse(self, reg: float) -> bool:
         """Whether sweeps in float32 come near the solution: C / reg, of which P is the exponential, keeps some digits."""
         return self.x.dtype == torch.float32 and self.largest / reg < 512
@@ -185,11 +190,9 @@ class Costs:
 
     def plan(self, reg: float, f: Tensor, g: Tensor) -> Tensor:
         """exp(f_i + g_j - C_ij / reg), [B, n, m] in float64; 0 where a weight or a pair takes no part."""
-        c = self.matrix()
-        out = torch.div(c, -reg, out=None if self.y is None else c)
-        if out.shape[0] != f.shape[0]:
-            out = out.repeat(f.shape[0], 1, 1)
-        return out.add_(f.unsqueeze(-1)).add_(g.unsqueeze(-2)).exp_()  # in place: new pages cost more than arithmetic
+        out = f.new_empty(f.shape[0], *self.size)
+        self.run("plan_", reg, False, (f, g), (out,))
+        return out
 
 
 def points_of(m: Any) -> tuple[Tensor, ...]:
