@@ -121,9 +121,11 @@ static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, doub
     if (!kept.made) rounded.round(c, g);
     par(chunks.count, chunks.size * c.m / (kept.made ? 4 : 1), [&](int64_t lo, int64_t hi) {
       const Room scratch(row_scratch(c));
-      for (int64_t k = lo; k < hi; ++k)
+      for (int64_t at = lo; at < hi; ++at) {
+        const int64_t k = *done % 2 ? lo + hi - 1 - at : at;  // there and back: the last terms are still in the cache
         row_error[k] = rows(s, problem, k * chunks.size, std::min(c.n, (k + 1) * chunks.size), rounded.columns, kept, f,
                             scratch.get(), sums.get() + k * pitch);
+      }
     });
     join(c, chunks.count, sums.get(), columns);
     faint.clear();
