@@ -56,7 +56,8 @@ class PointCloud:
     """Costs between points x [n, d] and y [m, d], or batches [B, n, d] and [B, m, d], computed again wherever they are needed.
 
     cost: "sqeuclidean", |x - y|^2; "euclidean", |x - y|; "l1", sum |x_k - y_k|; "cosine", 1 - x.y / (|x| |y|), 1 for a point at
-    the origin. Memory is O((n + m) d), whatever is done but for `matrix` and the plan. float32 or float64, tensors or arrays.
+    the origin. Memory is O((n + m) d), whatever is done but for `matrix` and the plan, and up to 64 MiB a thread on the CPU
+    for the terms of sweeps. float32 or float64, tensors or arrays.
     """
 
     x: Any
