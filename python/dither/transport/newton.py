@@ -59,21 +59,16 @@ class Problem:
 
 
 def solve_newton(p: Problem, reg: float, tol: float, steps: int, counts: Counts, warm: int = 0) -> float:
-    """Newton's method on weights of any sum. The error that is left.
+    """Newton's method on weights of sum 1. The error that is left.
 
     warm: from p.f and p.g, where these are near after as many Sinkhorn iterations.
     """
-    mass = float(p.a.sum())
-    one = Problem(p.costs, p.a / mass, p.b / mass, p.f.sub_(math.log(mass)), p.g)
-    error = math.inf
     narrow = p.costs.coarse(reg)
-    if warm and one.sweep(reg, warm, NEAR, narrow, counts)[0] <= NEAR:
-        error = semidual(one, reg, tol / mass, min(steps, WARM), counts, narrow and tol / mass >= 1e-5)
-    if error > tol / mass:
-        error = follow_path(one, reg, tol / mass, steps, counts)
-    p.f.add_(math.log(mass))
-    counts.history = [mass * e for e in counts.history]
-    return mass * error
+    if warm and p.sweep(reg, warm, NEAR, narrow, counts)[0] <= NEAR:
+        error = semidual(p, reg, tol, min(steps, WARM), counts, narrow and tol >= 1e-5)
+        if error <= tol:
+            return error
+    return follow_path(p, reg, tol, steps, counts)
 
 
 def follow_path(p: Problem, reg: float, tol: float, steps: int, counts: Counts, factor: float = 2.0) -> float:
