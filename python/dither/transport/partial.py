@@ -44,6 +44,7 @@ def partial(
         if error <= tol * mass:
             break
     else:
+        g = _filled(wb, -_core.soft_minimum(across, reg, f), mass)  # what is moved is m in any case
         if warn:
             warnings.warn(f"{owner}: not converged: rows move by {error:.1e} after {max_iterations} iterations", stacklevel=2)
     plan = costs.plan(reg, f, g).to(costs.x.dtype)
