@@ -1,0 +1,137 @@
+"""Noise levels, and what a model's output says at one: x = alpha x0 + sigma eps."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._checks import one_of
+
+Level = Any  # a float, or an array of one for each row (sample or frame)
+
+
+@dataclass(frozen=True)
+class Point:
+    """x = alpha x0 + sigma eps, which the model knows as `time`."""
+
+    alpha: Level
+    sigma: Level
+    time: Level
+
+    @property
+    def ratio(self) -> Level:
+        """sigma / alpha, the noise of k-diffusion's frame; inf where there is no signal."""
+        with np.errstate(divide="ignore"):
+            return np.divide(self.sigma, self.alpha)
+
+    @property
+    def lam(self) -> Level:
+        """Half the logarithm of the signal-to-noise ratio, ln(alpha / sigma) (Kingma et al. 2021)."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha) - np.log(self.sigma)
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is no noise left."""
+        return bool(np.all(self.sigma == 0))
+
+
+Points = Sequence[Point]
+
+
+class Process(abc.ABC):
+    """How data becomes noise: signal and noise at every level."""
+
+    @abc.abstractmethod
+    def at(self, ratio: Level) -> Point:
+        """The point where sigma / alpha is `ratio`."""
+
+    def at_lam(self, lam: Level) -> Point:
+        return self.at(np.exp(-np.asarray(lam, dtype=np.float64)))
+
+
+class VarianceExploding(Process):
+    """x = x0 + sigma eps, and the model's time is sigma: the frame of k-diffusion and EDM."""
+
+    def at(self, ratio: Level) -> Point:
+        return Point(np.ones_like(ratio, dtype=np.float64)[()], ratio, ratio)
+
+
+class VariancePreserving(Process):
+    """x = sqrt(abar) x0 + sqrt(1 - abar) eps of discrete times 0 .. T - 1 (Ho et al. 2020).
+
+    Between them ln(sigma / alpha) is linear in time, as in k-diffusion.
+    """
+
+    def __init__(self, alphas_cumprod: Any) -> None:
+        self.alphas_cumprod = np.asarray(alphas_cumprod, dtype=np.float64)
+        with np.errstate(divide="ignore"):
+            self._logs = 0.5 * (np.log1p(-self.alphas_cumprod) - np.log(self.alphas_cumprod))
+
+    def at_time(self, time: int) -> Point:
+        """The point of a discrete time, without interpolation."""
+        abar = float(self.alphas_cumprod[time])
+        return Point(math.sqrt(abar), math.sqrt(1 - abar), time)
+
+    def at(self, ratio: Level) -> Point:
+        ratio = np.asarray(ratio, dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            finite = np.isfinite(self._logs)
+            time = np.interp(np.log(ratio), self._logs[finite], np.flatnonzero(finite))
+            time = np.where(np.isinf(ratio) & (ratio > 0), len(self._logs) - 1, time)
+            alpha = 1 / np.sqrt(1 + ratio**2)
+            sigma = np.where(np.isinf(ratio), 1.0, ratio * alpha)
+        return Point(alpha[()], sigma[()], time[()])
+
+
+class Flow(Process):
+    """x = (1 - s) x0 + s eps (Lipman et al. 2023, Liu et al. 2023); the model's time is `scale` s."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def at(self, ratio: Level) -> Point:
+        ratio = np.asarray(ratio, dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            s = np.where(np.isinf(ratio), 1.0, ratio / (1 + ratio))
+        return Point((1 - s)[()], s[()], (self.scale * s)[()])
+
+
+PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
+
+
+def to_x0(prediction: str, p: Point) -> tuple[Level, Level]:
+    """(k, l) with x0 = k x + l output. v = alpha eps - sigma x0 (Salimans & Ho 2022); velocity = eps - x0."""
+    a, s = p.alpha, p.sigma
+    if prediction in ("eps", "score") and np.any(a == 0):
+        raise ValueError(f"sample: {prediction} says nothing of x0 at time {p.time}, where no signal is left; expected x0 or v")
+    if prediction == "x0":
+        return 0.0, 1.0
+    if prediction == "eps":
+        return 1 / a, -s / a
+    if prediction == "v":
+        return a / (a * a + s * s), -s / (a * a + s * s)
+    if prediction == "score":
+        return 1 / a, s * s / a
+    one_of("sample", "prediction", prediction, PREDICTIONS)
+    return 1 / (a + s), -s / (a + s)
+
+
+def to_eps(prediction: str, p: Point) -> tuple[Level, Level]:
+    """(k, l) with eps = k x + l output."""
+    a, s = p.alpha, p.sigma
+    if prediction == "eps":
+        return 0.0, 1.0
+    if prediction == "score":
+        return 0.0, -s
+    if prediction == "v":
+        return s / (a * a + s * s), a / (a * a + s * s)
+    if prediction == "velocity":
+        return 1 / (a + s), a / (a + s)
+    one_of("sample", "prediction", prediction, PREDICTIONS)
+    return 1 / s, -a / s

@@ -1,0 +1,429 @@
+"""A sampler is a program: evaluations of the model, and rows of numbers.
+
+A solver (`dither.sampling.solvers`) is the recurrence of its paper, a function of a state x and of noise levels. Run on
+symbols, it leaves a trace: which states the model saw, and every state as a linear combination of others, of the outputs and of
+noise, in float64. `Trace.lower` makes rows of these, each of which one kernel call applies (`dither.ops.rows_`):
+out[j] = sum_r W[j][r] in[r] + c[j] z. A solver serves models of any parameterisation: x0 and eps are linear in x and in the
+model's output. Run on tensors (`dither.sampling.reference`), the same function is its own reference.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .points import Level, Point, Process, to_eps, to_x0
+
+MOST_INPUTS, MOST_OUTPUTS = 8, 3
+
+
+class Symbol:
+    """A tensor of the program. value: what it is in terms of others, unless it is a model's output, noise or given."""
+
+    __slots__ = ("kind", "name", "value")
+
+    def __init__(self, name: str, kind: str, value: Linear | None = None) -> None:
+        self.name, self.kind, self.value = name, kind, value
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Linear:
+    """A linear combination of symbols, with coefficients in float64: numbers, or arrays of one for each row."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[Symbol, Level]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: Any) -> Linear:
+        if isinstance(other, (int, float)) and other == 0:  # sum()
+            return self
+        terms = dict(self.terms)
+        for symbol, k in other.terms.items():
+            terms[symbol] = terms[symbol] + k if symbol in terms else k
+        return Linear(terms)
+
+    __radd__ = __add__
+
+    def __mul__(self, k: Level) -> Linear:
+        # 0 drops a term, even where another factor is infinite: that is the limit of every solver here
+        return Linear({s: v * k for s, v in self.terms.items() if np.any(k != 0)})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, k: Level) -> Linear:
+        return self * (1 / np.float64(k))
+
+    def __neg__(self) -> Linear:
+        return self * -1.0
+
+    def __sub__(self, other: Linear) -> Linear:
+        return self + -other
+
+
+@dataclass
+class Output:
+    """What the model says of a state: both are linear in the state and the raw output."""
+
+    x0: Any
+    eps: Any
+
+
+# ---- the trace
+
+
+@dataclass
+class _Step:
+    index: int
+
+
+@dataclass
+class _Define:
+    symbol: Symbol
+
+
+@dataclass
+class _Evaluate:
+    state: Symbol
+    outputs: list[Symbol]
+    point: Point
+
+
+@dataclass
+class Limits:
+    """What x0 is held to: [-most, most], or by the quantile of each sample (dynamic thresholding, Saharia et al. 2022)."""
+
+    most: float | None = None
+    quantile: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.most is not None or self.quantile is not None
+
+
+class Trace:
+    """What a solver runs on to become a program. guide: see `dither.sampling.guidance`."""
+
+    def __init__(self, process: Process, prediction: str, limits: Limits | None = None, guide: Any = None) -> None:
+        self.process, self.prediction, self.limits, self.guide = process, prediction, limits or Limits(), guide
+        self.start = Symbol("x", "given")
+        self.given: dict[str, Symbol] = {}
+        self._ops: list[_Step | _Define | _Evaluate] = []
+        self._states = self._draws = self._calls = 0
+
+    def x(self) -> Linear:
+        return Linear({self.start: 1.0})
+
+    def register(self, name: str) -> Linear:
+        """A tensor that is given when the program runs: conditions, means, masks' contents."""
+        return Linear({self.given.setdefault(name, Symbol(name, "given")): 1.0})
+
+    def noise(self) -> Linear:
+        """Standard normal, new at each call."""
+        self._draws += 1
+        return Linear({Symbol(f"z{self._draws - 1}", "noise"): 1.0})
+
+    def keep(self, x: Linear) -> None:
+        """Make x a tensor of its own: for states that later ones go on from, but that the model does not see."""
+        if len(x.terms) == 1:
+            ((symbol, k),) = x.terms.items()
+            if symbol.kind in ("given", "state") and np.all(k == 1):
+                return
+        self._states += 1
+        symbol = Symbol(f"x{self._states}", "state", Linear(dict(x.terms)))
+        self._ops.append(_Define(symbol))
+        x.terms = {symbol: 1.0}
+
+    def evaluate(self, x: Linear, point: Point) -> Output:
+        """The model's output for state x."""
+        self.keep(x)
+        ((state, _),) = x.terms.items()
+        n = str(self._calls)
+        self._calls += 1
+        if self.guide is None:
+            raws = [Symbol("m" + n, "raw")]
+            m = Linear({raws[0]: 1.0})
+        else:
+            raws = [Symbol(branch + n, "raw") for branch in self.guide.branches(point)]
+            weights = self.guide.weights(point)
+            m = Linear(dict(zip(raws, weights or [1.0] * len(raws))))
+            if weights is None:  # they depend on the outputs
+                m = Linear({Symbol("m" + n, "combined", m): 1.0})
+        self._ops.append(_Evaluate(state, raws, point))
+
+        def of(weights: tuple[Level, Level], name: str, kind: str) -> Linear:
+            return Linear({Symbol(name + n, kind, Linear(dict(x.terms)) * weights[0] + m * weights[1]): 1.0})
+
+        x0 = of(to_x0(self.prediction, point), "D", "limited" if self.limits else "output")
+        eps = of(to_eps(self.prediction, point), "eps", "output") if np.all(point.sigma != 0) else None
+        return Output(x0, eps)
+
+    def denoised(self, x: Linear, point: Point) -> Linear:
+        """x0 as the model sees it."""
+        return self.evaluate(x, point).x0
+
+    def steps(self, points: Sequence[Point]) -> Iterator[tuple[int, Point, Point]]:
+        """Number, point and next point of each step."""
+        for i, (p, q) in enumerate(itertools.pairwise(points)):
+            self._ops.append(_Step(i))
+            yield i, p, q
+
+    def lower(self, result: Linear) -> Program:
+        self.keep(result)
+        ((last, _),) = result.terms.items()
+        return _Lowering(self._ops, self.start, last, self.limits).program()
+
+
+# ---- the program
+
+
+@dataclass
+class Evaluate:
+    """outputs = model(state, point.time)."""
+
+    state: str
+    outputs: list[str]
+    point: Point
+    step: int
+    first: bool
+    """Whether this is the first evaluation of its step."""
+    denoised: str | None = None
+    dead: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """outputs[j] = sum_r weights[j][r] inputs[r] + weights[j][R] d + weights[j][R + 1] z.
+
+    d = limited(sum_r derived[r] inputs[r]).
+    """
+
+    outputs: list[str]
+    inputs: list[str]
+    weights: np.ndarray
+    """[J, R + 2], or [G, J, R + 2] where levels differ by rows."""
+    derived: np.ndarray | None
+    """[R] or [G, R]."""
+    draw: int | None
+    limited: bool = False
+    step: int = 0
+    dead: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Combine:
+    """output = the guided model output of `inputs`, whose weights depend on them."""
+
+    output: str
+    inputs: list[str]
+    point: Point
+    step: int = 0
+    dead: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Program:
+    """What a sampler does, step by step. `str` gives it as a table."""
+
+    instructions: list[Evaluate | Row | Combine]
+    result: str
+    limits: Limits
+    evaluations: int
+    draws: int
+
+    def __str__(self) -> str:
+        lines = []
+        for it in self.instructions:
+            if isinstance(it, Evaluate):
+                lines.append(f"{it.step:4d}  {', '.join(it.outputs)} = model({it.state}, {_number(it.point.time)})")
+            elif isinstance(it, Combine):
+                lines.append(f"{it.step:4d}  {it.output} = guided({', '.join(it.inputs)})")
+            else:
+                names = [*it.inputs, "d", f"z{it.draw}"]
+                if it.derived is not None:
+                    d = _sum(zip(it.derived.T, it.inputs))
+                    lines.append(f"{it.step:4d}  d = " + (f"limited({d})" if it.limited else d))
+                for out, row in zip(it.outputs, np.moveaxis(it.weights, -2, 0)):
+                    lines.append(f"{it.step:4d}  {out} = {_sum(zip(np.moveaxis(row, -1, 0), names))}")
+        return "\n".join(lines)
+
+
+def _number(k: Level) -> str:
+    return f"{float(k):.6g}" if np.ndim(k) == 0 else f"[{float(np.min(k)):.4g} .. {float(np.max(k)):.4g}]"
+
+
+def _sum(terms: Any) -> str:
+    text = " + ".join(f"{_number(k)} {name}" for k, name in terms if np.any(k != 0))
+    return text.replace("+ -", "- ") or "0"
+
+
+class _Lowering:
+    """Definitions between two evaluations become one row; a model's x0 or eps is written where a later row needs it again."""
+
+    def __init__(self, ops: list[Any], start: Symbol, last: Symbol, limits: Limits) -> None:
+        self.ops, self.last, self.limits = ops, last, limits
+        self.ready: set[Symbol] = {start}
+        self.out: list[Evaluate | Row | Combine] = []
+        self.step = 0
+        self.draws: dict[Symbol, int] = {}
+
+    def program(self) -> Program:
+        self._drop_unused()
+        groups: list[list[_Define]] = [[]]
+        for op in self.ops:
+            if isinstance(op, _Evaluate):
+                groups.append([])
+            elif isinstance(op, _Define):
+                groups[-1].append(op)
+        # how many groups of definitions an x0 or eps is used by
+        self.uses: Counter[Symbol] = Counter()
+        for group in groups:
+            self.uses.update({s for d in group for s in self._virtual(d.symbol)})
+        pending: list[_Define] = []
+        step, first = 0, True  # rows belong to the step of the evaluation before them
+        for op in self.ops:
+            if isinstance(op, _Define):
+                pending.append(op)
+                continue
+            if isinstance(op, _Step):
+                step, first = op.index, True
+                continue
+            self._emit(pending)
+            pending, self.step = [], step
+            self.out.append(Evaluate(op.state.name, [s.name for s in op.outputs], op.point, step, first))
+            self.ready.update(op.outputs)
+            first = False
+        self._emit(pending)
+        self._mark_dead()
+        count = sum(isinstance(i, Evaluate) for i in self.out)
+        return Program(self.out, self.last.name, self.limits, count, len(self.draws))
+
+    def _drop_unused(self) -> None:
+        used, kept = {self.last}, []
+        for op in reversed(self.ops):
+            if isinstance(op, _Define) and op.symbol not in used:
+                continue
+            if isinstance(op, _Define):
+                used |= self._all(op.symbol)
+            if isinstance(op, _Evaluate):
+                used.add(op.state)
+            kept.append(op)
+        self.ops = kept[::-1]
+
+    def _all(self, symbol: Symbol) -> set[Symbol]:
+        """What its value is made of, down to states and outputs of the model."""
+        found: set[Symbol] = set()
+        for s in symbol.value.terms if symbol.value is not None else ():
+            found.add(s)
+            if s.kind != "state":
+                found |= self._all(s)
+        return found
+
+    def _virtual(self, symbol: Symbol) -> set[Symbol]:
+        return {s for s in self._all(symbol) if s.kind in ("output", "limited", "combined")}
+
+    def _value(self, symbol: Symbol, stop: Collection[Symbol] = ()) -> Linear:
+        """In terms of what is there, of `stop` and of noise."""
+        total = Linear({})
+        assert symbol.value is not None
+        for s, k in symbol.value.terms.items():
+            there = s in self.ready or s in stop or s.kind in ("noise", "given")
+            total = total + (Linear({s: k}) if there else self._value(s, stop) * k)
+        return total
+
+    def _emit(self, group: list[_Define]) -> None:
+        if not group:
+            return
+        virtual = set().union(*(self._virtual(d.symbol) for d in group)) - self.ready
+        for s in sorted((s for s in virtual if s.kind == "combined"), key=str):
+            assert s.value is not None
+            self.out.append(Combine(s.name, [r.name for r in s.value.terms], Point(1.0, 0.0, 0.0), self.step))
+            self.ready.add(s)
+        limited = [s for s in virtual if s.kind == "limited"]
+        # x0 and eps that come again; those that are the raw output itself need no copy
+        again = [s for s in virtual if s.kind != "combined" and self.uses[s] > 1 and not self._is_alias(s)]
+        outputs = [d.symbol for d in group] + again
+        rows = [(s, self._value(s, limited) if s not in limited else Linear({s: 1.0})) for s in outputs]
+        if len(limited) <= 1 and self._fits(rows, limited):
+            self._row(rows, limited)
+        elif len(group) > 1:
+            for d in group:
+                self._emit([d])
+            return
+        elif limited or again:  # first what comes again, then the rest
+            for s in sorted({*limited, *again}, key=str):
+                assert s.value is not None
+                single = [(s, Linear({s: 1.0}) if s.kind == "limited" else self._value(s))]
+                self._row(single, [s] if s.kind == "limited" else [])
+            self._emit(group)
+            return
+        else:
+            self._split(*rows[0])
+        self.ready.update(outputs)
+
+    def _is_alias(self, s: Symbol) -> bool:
+        """Whether s is the raw output itself, and may be expanded wherever it is used."""
+        if s.kind != "output" or s.value is None:
+            return False
+        terms = [(t, k) for t, k in s.value.terms.items() if np.any(k != 0)]
+        return len(terms) == 1 and terms[0][0].kind in ("raw", "combined")
+
+    def _parts(self, rows: Any, limited: list[Symbol]) -> tuple[list[Symbol], list[Symbol]]:
+        found: dict[Symbol, None] = {}
+        for _, value in [*rows, *((s, self._value(s)) for s in limited if s.value is not None)]:
+            found.update(dict.fromkeys(t for t, k in value.terms.items() if np.any(k != 0) and t not in limited))
+        return [s for s in found if s.kind != "noise"], [s for s in found if s.kind == "noise"]
+
+    def _fits(self, rows: Any, limited: list[Symbol]) -> bool:
+        inputs, noises = self._parts(rows, limited)
+        return len(inputs) <= MOST_INPUTS and len(rows) <= MOST_OUTPUTS and len(noises) <= 1
+
+    def _row(self, rows: Any, limited: list[Symbol]) -> None:
+        inputs, noises = self._parts(rows, limited)
+        assert len(noises) <= 1, "a row has one noise"
+        columns = {s: r for r, s in enumerate([*inputs, *limited, *noises])}
+        size = len(inputs)
+        if not limited and noises:
+            columns[noises[0]] = size + 1
+        levels = np.broadcast_shapes(*(np.shape(k) for _, v in rows for k in v.terms.values()))
+        weights = np.zeros((*levels, len(rows), size + 2))
+        for j, (_, value) in enumerate(rows):
+            for s, k in value.terms.items():
+                if np.any(k != 0):
+                    weights[..., j, columns[s]] = k
+        derived = None
+        if limited:
+            derived = np.zeros((*levels, size))
+            for s, k in self._value(limited[0]).terms.items():
+                if np.any(k != 0):
+                    derived[..., columns[s]] = k
+        draw = self.draws.setdefault(noises[0], len(self.draws)) if noises else None
+        names = [s.name for s, _ in rows]
+        self.out.append(Row(names, [s.name for s in inputs], weights, derived, draw, bool(limited), self.step))
+        self.ready.update(s for s, _ in rows)
+
+    def _split(self, symbol: Symbol, value: Linear) -> None:
+        """One state of more inputs or noises than a row has, by a sum on the way."""
+        inputs, noises = self._parts([(symbol, value)], [])
+        part = {*inputs[: MOST_INPUTS - 1], *noises[:1]}
+        rest = Symbol(symbol.name + "'", "state")
+        self._row([(rest, Linear({s: k for s, k in value.terms.items() if s in part}))], [])
+        left = Linear({rest: 1.0, **{s: k for s, k in value.terms.items() if s not in part}})
+        if self._fits([(symbol, left)], []):
+            self._row([(symbol, left)], [])
+        else:
+            self._split(symbol, left)
+
+    def _mark_dead(self) -> None:
+        seen = {self.last.name}
+        for it in reversed(self.out):
+            inputs = [it.state] if isinstance(it, Evaluate) else it.inputs
+            outputs = it.outputs if not isinstance(it, Combine) else [it.output]
+            it.dead = [s for s in dict.fromkeys([*inputs, *outputs]) if s not in seen]
+            seen.update(inputs)

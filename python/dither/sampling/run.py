@@ -1,0 +1,160 @@
+"""From a solver and noise levels to samples: compiling, seeds, times, checks, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import tensor
+from .points import Point, Process
+from .program import Evaluate, Limits, Program, Row, Trace
+from .runner import Runner
+
+Seed = int | Sequence[int] | Tensor | None
+START = 1 << 30
+"""The draw of the first state; those of the rows count from 0."""
+
+
+def seeds_of(owner: str, seed: Seed, batch: int, device: torch.device) -> Tensor:
+    """One for each sample: an int s gives s, s + 1, ...; None draws them from torch's generator of the CPU."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (batch,)).to(device)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return torch.arange(seed, seed + batch, device=device)
+    if isinstance(seed, Tensor) and seed.dtype != torch.int64:
+        raise TypeError(f"{owner}: seed is {seed.dtype}, expected int64")
+    found = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    if found.shape != (batch,):
+        raise ValueError(f"{owner}: seed has shape {list(found.shape)}, expected [{batch}], one for each sample")
+    return found
+
+
+def compiled(
+    solver: Callable[..., Any],
+    points: Sequence[Point],
+    process: Process,
+    prediction: str = "x0",
+    limits: Limits | None = None,
+    guide: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> Program:
+    """The program of a solver on these noise levels."""
+    trace = Trace(process, prediction, limits, guide)
+    return trace.lower(solver(trace, trace.x(), points, **(options or {})))
+
+
+def run_program(
+    owner: str,
+    program: Program,
+    model: Callable[..., Any],
+    x: Tensor,
+    *,
+    seed: Seed = None,
+    guide: Any = None,
+    given: Mapping[str, Tensor] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    time_dtype: torch.dtype | None = None,
+    model_dtype: torch.dtype | None = None,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+    evaluated: Callable[[Evaluate, Tensor, Sequence[Tensor]], None] | None = None,
+    begun: Callable[[Evaluate, Tensor], Tensor | None] | None = None,
+) -> Tensor:
+    """model(x, time [B], **arguments) -> its output, of x's shape. x [B, ...]; the state is float32, or float64 if x is.
+
+    begun(evaluation, x): before the first evaluation of each step; what it returns, if anything, is the state from there on.
+    evaluated(evaluation, x, outputs): after it.
+    """
+    tensor(owner, "x", x)
+    if not x.is_floating_point() or x.ndim < 1:
+        raise TypeError(f"{owner}: x is {x.dtype} of {x.ndim} dimensions, expected floats [B, ...]")
+    state = x.detach().contiguous()
+    state = state if x.dtype == torch.float64 else state.float()
+    batch, device = len(x), x.device
+    seeds = seeds_of(owner, seed, batch, device) if program.draws and noise_sampler is None else None
+    half = model_dtype if model_dtype not in (None, state.dtype) else None
+    runner = Runner(program, device, half, noise_sampler is not None)
+    times = _times(program, batch, device, time_dtype or state.dtype)
+    keywords = dict(arguments or {})
+
+    def call(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
+        time = times[id(it)]
+        found = [model(at, time, **keywords)] if guide is None else guide.evaluate(model, at, time, it.outputs, keywords)
+        for raw in found:
+            if not isinstance(raw, Tensor) or raw.shape != at.shape or raw.device != device or not raw.is_floating_point():
+                raise _bad_output(owner, raw, at, it)
+        if evaluated is not None and it.first:
+            evaluated(it, at, found)
+        return [raw if raw.is_contiguous() else raw.contiguous() for raw in found]
+
+    noise = None
+    if noise_sampler is not None:
+        levels = _levels(program, state)
+
+        def noise(row: Row) -> Tensor:
+            return noise_sampler(*levels[id(row)]).to(state).contiguous()
+
+    combine = None if guide is None else guide.combine
+    with torch.no_grad():
+        result = runner(call, state, seeds, given, noise, combine, begun)
+        if result is state:
+            result = state.clone()
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing and not bool(result.isfinite().all()):
+            _find(owner, runner, call, state, seeds, given, combine)
+    return result.to(x.dtype)
+
+
+def _find(owner: str, runner: Runner, call: Any, state: Tensor, *rest: Any) -> None:
+    """Run again to name the step at which the model's output ceased to be finite."""
+    if not bool(state.isfinite().all()):
+        raise ValueError(f"{owner}: x contains NaN or inf, expected finite numbers")
+
+    def checked(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = call(at, it)
+        if not all(bool(raw.isfinite().all()) for raw in found):
+            raise ValueError(
+                f"{owner}: the model gave NaN or inf at step {it.step}, time {it.point.time}, sigma {it.point.sigma}"
+            )
+        return found
+
+    seeds, given, combine = rest
+    runner(checked, state, seeds, given, None if not runner.given_noise else (lambda row: torch.zeros_like(state)), combine)
+    raise ValueError(f"{owner}: the sample overflowed, or the model gives NaN or inf now and then")
+
+
+def _bad_output(owner: str, raw: Any, x: Tensor, it: Evaluate) -> Exception:
+    where = f"at step {it.step}, time {it.point.time}"
+    if not isinstance(raw, Tensor):
+        return TypeError(f"{owner}: the model gave {type(raw).__name__} {where}, expected a tensor")
+    given = f"{list(raw.shape)} of {raw.dtype} on {raw.device}"
+    return ValueError(f"{owner}: the model gave {given} {where}, expected floats {list(x.shape)} on {x.device}")
+
+
+def _times(program: Program, batch: int, device: torch.device, dtype: torch.dtype) -> dict[int, Tensor]:
+    """Of every evaluation, [B]; one copy to the device."""
+    evaluations = [it for it in program.instructions if isinstance(it, Evaluate)]
+    if not evaluations:
+        return {}
+    table = torch.from_numpy(np.stack([np.broadcast_to(np.asarray(it.point.time, np.float64), batch) for it in evaluations]))
+    table = table.to(dtype).to(device)
+    return {id(it): time for it, time in zip(evaluations, table)}
+
+
+def _levels(program: Program, x: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """For a noise sampler as k-diffusion's: sigma of a row's last evaluation, and of the next."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    waiting: list[int] = []
+    now = x.new_zeros(())
+    for it in program.instructions:
+        if isinstance(it, Evaluate):
+            level = x.new_tensor(np.max(it.point.ratio))
+            found.update(dict.fromkeys(waiting, (now, level)))
+            waiting, now = [], level
+        elif isinstance(it, Row):
+            waiting.append(id(it))
+    found.update({i: (now, x.new_zeros(())) for i in waiting})
+    return found
