@@ -57,6 +57,7 @@ _OPS = {
     "newton_direction_": reference.transport.newton_direction_,
     "schur_matrix_": reference.transport.schur_matrix_,
     "wasserstein_rows_": reference.sliced.wasserstein_rows_,
+    "rows_": reference.sampling.rows_,
 }
 
 native: Any
