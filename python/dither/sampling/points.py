@@ -79,13 +79,13 @@ class VariancePreserving(Process):
         return Point(math.sqrt(abar), math.sqrt(1 - abar), time)
 
     def at(self, ratio: Level) -> Point:
-        ratio = np.asarray(ratio, dtype=np.float64)
+        r = np.asarray(ratio, dtype=np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             finite = np.isfinite(self._logs)
-            time = np.interp(np.log(ratio), self._logs[finite], np.flatnonzero(finite))
-            time = np.where(np.isinf(ratio) & (ratio > 0), len(self._logs) - 1, time)
-            alpha = 1 / np.sqrt(1 + ratio**2)
-            sigma = np.where(np.isinf(ratio), 1.0, ratio * alpha)
+            between = np.interp(np.log(r), self._logs[finite], np.flatnonzero(finite))
+            time = np.where(np.isinf(r), len(self._logs) - 1, between)
+            alpha = np.asarray(1 / np.sqrt(1 + r**2))
+            sigma = np.where(np.isinf(r), 1.0, r * alpha)
         return Point(alpha[()], sigma[()], time[()])
 
 
@@ -96,9 +96,9 @@ class Flow(Process):
         self.scale = scale
 
     def at(self, ratio: Level) -> Point:
-        ratio = np.asarray(ratio, dtype=np.float64)
+        r = np.asarray(ratio, dtype=np.float64)
         with np.errstate(invalid="ignore"):
-            s = np.where(np.isinf(ratio), 1.0, ratio / (1 + ratio))
+            s = np.where(np.isinf(r), 1.0, r / (1 + r))
         return Point((1 - s)[()], s[()], (self.scale * s)[()])
 
 

@@ -92,7 +92,7 @@ class Runner:
         begun(evaluation, state): before the first evaluation of each step; what it returns, if anything, replaces the state.
         """
         registers: list[Any] = [None] * len(self.slots)
-        slots, rows_ = self.slots, ops.native.rows_
+        slots, write = self.slots, ops.write
         registers[0] = x
         for name, value in (given or {}).items():
             if name in slots:
@@ -109,7 +109,8 @@ class Runner:
                 if row.limited and limit is None:
                     limit, divide = self._quantile(row, inputs, x), True
                 z = seeds if row.draw >= 0 else None
-                rows_(outputs + halves, inputs, row.table, 0, row.by, z, max(row.draw, 0), limit, divide, None)
+                out = outputs + halves
+                write("rows_", out, out, inputs, row.table, 0, row.by, z, max(row.draw, 0), limit, divide, None)
                 for slot, value in zip(row.outputs, outputs):
                     registers[slot] = value
                 for slot, value in zip(row.halves, halves):
@@ -140,7 +141,7 @@ class Runner:
         """What x0 of each sample is divided by: its quantile, between 1 and `most` (Saharia et al. 2022, section 2.3)."""
         limits: Limits = self.program.limits
         x0 = torch.empty_like(x)
-        ops.native.rows_([x0], inputs, row.derived, 0, row.by, None, 0, None, False, None)
+        ops.write("rows_", [x0], [x0], inputs, row.derived, 0, row.by, None, 0, None, False, None)
         found = x.new_empty(len(x))
-        ops.native.quantile_(x0, limits.quantile, found)
+        ops.write("quantile_", [found], x0, limits.quantile, found)
         return found.clamp(1.0, limits.most)
