@@ -236,6 +236,8 @@ class Program:
     limits: Limits
     evaluations: int
     draws: int
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Runners, by device and kind."""
 
     def __str__(self) -> str:
         lines = []

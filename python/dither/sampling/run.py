@@ -76,8 +76,8 @@ def run_program(
     batch, device = len(x), x.device
     seeds = seeds_of(owner, seed, batch, device) if program.draws and noise_sampler is None else None
     half = model_dtype if model_dtype not in (None, state.dtype) else None
-    runner = Runner(program, device, half, noise_sampler is not None)
-    times = _times(program, batch, device, time_dtype or state.dtype)
+    runner = Runner.of(program, device, half, noise_sampler is not None)
+    times = runner.times(batch, time_dtype or state.dtype)
     keywords = dict(arguments or {})
 
     def call(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
@@ -132,16 +132,6 @@ def _bad_output(owner: str, raw: Any, x: Tensor, it: Evaluate) -> Exception:
         return TypeError(f"{owner}: the model gave {type(raw).__name__} {where}, expected a tensor")
     given = f"{list(raw.shape)} of {raw.dtype} on {raw.device}"
     return ValueError(f"{owner}: the model gave {given} {where}, expected floats {list(x.shape)} on {x.device}")
-
-
-def _times(program: Program, batch: int, device: torch.device, dtype: torch.dtype) -> dict[int, Tensor]:
-    """Of every evaluation, [B]; one copy to the device."""
-    evaluations = [it for it in program.instructions if isinstance(it, Evaluate)]
-    if not evaluations:
-        return {}
-    table = torch.from_numpy(np.stack([np.broadcast_to(np.asarray(it.point.time, np.float64), batch) for it in evaluations]))
-    table = table.to(dtype).to(device)
-    return {id(it): time for it, time in zip(evaluations, table)}
 
 
 def _levels(program: Program, x: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -56,7 +56,7 @@ class Runner:
     def __init__(
         self, program: Program, device: torch.device, half: torch.dtype | None = None, given_noise: bool = False
     ) -> None:
-        self.program, self.half, self.given_noise = program, half, given_noise
+        self.program, self.half, self.given_noise, self.device = program, half, given_noise, device
         names: dict[str, int] = {"x": 0}
         seen_by_model = {it.state for it in program.instructions if isinstance(it, Evaluate)} if half else set()
         for it in program.instructions:
@@ -76,6 +76,26 @@ class Runner:
         self._most = None
         if limits.most is not None and limits.quantile is None:
             self._most = torch.tensor([limits.most], dtype=torch.float32, device=device)
+        self._evaluations = [it for it in program.instructions if isinstance(it, Evaluate)]
+        self._times: dict[tuple[int, torch.dtype], dict[int, Tensor]] = {}
+
+    def times(self, batch: int, dtype: torch.dtype) -> dict[int, Tensor]:
+        """[B] of every evaluation, by its id; one copy to the device."""
+        found = self._times.get((batch, dtype))
+        if found is None:
+            rows = [np.broadcast_to(np.asarray(it.point.time, np.float64), batch) for it in self._evaluations]
+            table = torch.from_numpy(np.stack(rows)).to(dtype).to(self.device) if rows else ()
+            found = self._times[batch, dtype] = {id(it): time for it, time in zip(self._evaluations, table)}
+        return found
+
+    @classmethod
+    def of(cls, program: Program, device: torch.device, half: torch.dtype | None = None, given_noise: bool = False) -> Runner:
+        """As prepared for an earlier run."""
+        key = device, half, given_noise
+        if key not in program.prepared:
+            program.prepared[key] = cls(program, device, half, given_noise)
+        found: Runner = program.prepared[key]
+        return found
 
     def __call__(
         self,
@@ -130,8 +150,8 @@ class Runner:
                     registers[slots[name]] = value
             else:
                 assert combine is not None
-                registers[slots[it.output]] = out = torch.empty_like(x)
-                combine(it, [registers[slots[name]] for name in it.inputs], out)
+                registers[slots[it.output]] = combined = torch.empty_like(x)
+                combine(it, [registers[slots[name]] for name in it.inputs], combined)
             for slot in dead:
                 registers[slot] = None
         result: Tensor = registers[slots[self.program.result]]
