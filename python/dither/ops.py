@@ -58,6 +58,8 @@ _OPS = {
     "schur_matrix_": reference.transport.schur_matrix_,
     "wasserstein_rows_": reference.sliced.wasserstein_rows_,
     "rows_": reference.sampling.rows_,
+    "gram_": reference.sampling.gram_,
+    "quantile_": reference.sampling.quantile_,
 }
 
 native: Any

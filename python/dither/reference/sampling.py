@@ -37,9 +37,9 @@ def rows_(
     """`dither::rows_` where no kernel is available: d = clamp(P in), out[j] = W[j] (in, d, z), terms of coefficient 0 left out.
 
     out, inputs: [samples, ...]. coefficients: rows P, W[0], ..., A (with a mask) of columns inputs, d, z; by 0: [steps, rows,
-    columns], of which step `at`; by 1: [runs, rows, columns], each for numel / runs elements; by 2: [rows, columns, elements of
-    a sample]. seeds: int64, of the samples, or None: no z. limit: one or one per sample. mask: out[0] is W[0] where it is 1 and A
-    where it is 0; [samples, ...], or of one sample for all.
+    columns], of which step `at`; by 1: [runs, rows, columns], each for numel / runs elements; by 2: [rows, columns, elements
+    of a sample]. seeds: int64, of the samples, or None: no z. limit: one or one per sample. mask: [samples, ...], or of one
+    sample for all: out[0] is W[0] where it is 1 and A where it is 0.
     """
     if inputs[0].numel() == 0:
         return
@@ -78,3 +78,27 @@ def rows_(
         results[0] = torch.where(m == 1, a, torch.where(m == 0, b, m * a + (1 - m) * b))
     for to, result in zip(out, results):
         to.copy_(result.view(to.shape))
+
+
+def gram_(out: Tensor, inputs: Sequence[Tensor]) -> None:
+    """`dither::gram_` where no kernel is available: out[b, r, s] = <in_r, in_s> of sample b, out[b, r, -1] the sum of in_r.
+
+    out: float64 [samples, R, R + 1]. inputs: up to 4, [samples, ...].
+    """
+    x = torch.stack([t.flatten(1).double() for t in inputs], 1)
+    out.copy_(torch.cat([x @ x.mT, x.sum(2, keepdim=True)], 2))
+
+
+def quantile_(out: Tensor, x: Tensor, q: float) -> None:
+    """`dither::quantile_` where no kernel is available: out[b] = the q-quantile of |x| in sample b, as torch.quantile's.
+
+    out: [samples], float64 if x is, else float32. An infinite neighbour makes it infinite where torch's is NaN.
+    """
+    values = x.flatten(1).to(out.dtype).abs().sort(1).values
+    last = values.shape[1] - 1
+    place = (torch.tensor(q, dtype=out.dtype if last <= 2**24 else torch.float64) * last).item()
+    below, weight = int(place), place - int(place)
+    a, b = values[:, below], values[:, min(below + 1, last) if weight else below]
+    mixed = torch.lerp(a, b, weight)
+    nan = values.isnan().any(1)
+    out.copy_(torch.where(nan, torch.nan, torch.where((a == b) | b.isinf(), b, mixed)))
