@@ -13,7 +13,7 @@ import torch
 from .measure import Case, Contest, Setting, measure
 from .report import Report
 
-_FAMILIES = ("noise", "optim", "sparsity", "privacy", "tokens", "token_merging", "transport", "sliced")
+_FAMILIES = ("noise", "optim", "sparsity", "privacy", "tokens", "token_merging", "transport", "sliced", "sampling")
 
 
 def main(
