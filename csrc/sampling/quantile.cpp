@@ -3,36 +3,50 @@
 #include "../common/torch.h"
 
 namespace dither {
-// Digit by digit from the top, as on CUDA.
+// Digit by digit from the top. What shares the highest digit is set aside: the later digits see only that.
 template <class S>
-static Computed<S> quantile(const Quantile& q, int64_t sample) {
+static Computed<S> quantile(const Quantile& q, int64_t sample, std::vector<Key<S>>& aside) {
   using K = Key<S>;
   using T = Computed<S>;
+  constexpr int top = Magnitude<T>::bits - kDigitBits, ways = 4;  // neighbours are alike: they count apart
   const S* x = static_cast<const S*>(q.x) + sample * q.sample;
-  K prefix = 0, largest = 0;
-  int64_t rank = q.below, equal = 0;
-  for (int known = Magnitude<T>::bits; known > 0;) {
+  int64_t rank = q.below;
+  const auto digit_of = [&](const auto& counts) {
+    K digit = 0;
+    for (; rank >= counts(digit); ++digit) rank -= counts(digit);
+    return digit;
+  };
+  K largest = 0;
+  int64_t count[ways][kDigits] = {};
+  for (int64_t i = 0; i < q.sample; ++i) {
+    const K key = magnitude(x[i]);
+    largest = key > largest ? key : largest;
+    ++count[i % ways][key >> top];
+  }
+  const K first = digit_of([&](K k) { return count[0][k] + count[1][k] + count[2][k] + count[3][k]; });
+  aside.clear();
+  for (int64_t i = 0; i < q.sample; ++i)
+    if (const K key = magnitude(x[i]); key >> top == first) aside.push_back(key);
+
+  K prefix = first;
+  int64_t equal = 0;
+  for (int known = top; known > 0;) {
     const int shift = known > kDigitBits ? known - kDigitBits : 0;
     const K digits = (K(1) << (known - shift)) - 1;
-    int64_t count[kDigits] = {};
-    for (int64_t i = 0; i < q.sample; ++i) {
-      const K key = magnitude(x[i]);
-      largest = key > largest ? key : largest;
-      if (key >> known == prefix) ++count[key >> shift & digits];
-    }
-    K digit = 0;
-    for (; rank >= count[digit]; ++digit) rank -= count[digit];
-    equal = count[digit];
+    int64_t found[kDigits] = {};
+    for (const K key : aside) found[key >> shift & digits] += key >> known == prefix;
+    const K digit = digit_of([&](K k) { return found[k]; });
+    equal = found[digit];
     prefix = prefix << (known - shift) | digit;
     known = shift;
   }
   K above = prefix;
   if (q.above != q.below && rank + 1 >= equal) {
     above = ~K(0);
-    for (int64_t i = 0; i < q.sample; ++i) {
-      const K key = magnitude(x[i]);
-      above = key > prefix && key < above ? key : above;
-    }
+    const auto see = [&](K key) { above = key > prefix && key < above ? key : above; };
+    for (const K key : aside) see(key);
+    if (above == ~K(0))
+      for (int64_t i = 0; i < q.sample; ++i) see(magnitude(x[i]));
   }
   return quantile_of<T>(prefix, above, largest, q.weight);
 }
@@ -62,7 +76,8 @@ static void quantile_(const Tensor& out, const Tensor& x, double level) {
   if constexpr (device == Device::cpu) {
     parallel(q.samples, std::max<int64_t>(1, (1 << 14) / q.sample), [&](int64_t lo, int64_t hi) {
       with_type(q.type, [&]<class S>(S) {
-        for (int64_t b = lo; b < hi; ++b) static_cast<Computed<S>*>(q.out)[b] = quantile<S>(q, b);
+        std::vector<Key<S>> aside;
+        for (int64_t b = lo; b < hi; ++b) static_cast<Computed<S>*>(q.out)[b] = quantile<S>(q, b, aside);
       });
     });
   } else {

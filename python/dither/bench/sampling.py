@@ -11,17 +11,18 @@ from torch import Tensor
 from .. import ops
 from .measure import Case, Contest, Setting
 
-_SHAPES: list[tuple[tuple[int, ...], int | None]] = [((1, 3, 32, 32), 1), ((4, 4, 64, 64), 1), ((16, 4, 256, 256), None)]
 _ROWS = [(2, 1, False), (3, 1, False), (5, 1, False), (5, 2, False), (2, 1, True), (3, 2, True)]  # inputs, outputs, noise
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    for shape, threads in _SHAPES:
+    large = setting.scaled(160) // 10 or 1, 4, 256, 256
+    shapes: list[tuple[tuple[int, ...], int | None]] = [((1, 3, 32, 32), 1), ((4, 4, 64, 64), 1), (large, None)]
+    for shape, threads in shapes:
         size = " x ".join(map(str, shape))
         for inputs, outputs, drawn in _ROWS:
             name = f"sampler step, {inputs} terms{' and noise' * drawn}{f', {outputs} outputs' * (outputs > 1)}"
             yield Case("sampling", name, size, partial(_rows, setting, shape, inputs, outputs, drawn), threads)
-    for shape, threads in _SHAPES[1:]:
+    for shape, threads in shapes[1:]:
         size = " x ".join(map(str, shape))
         yield Case("sampling", "inner products and sums of 2", size, partial(_gram, setting, shape), threads)
         yield Case("sampling", "0.995-quantile of |x|", size, partial(_quantile, setting, shape), threads)
