@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dither
 from dither import noise, ops, reference
@@ -217,6 +218,25 @@ def test_in_place_with_half_precision(backend):
 
 
 @pytest.mark.parametrize("by", [0, 1, 2])
+@pytest.mark.parametrize("draws", [False, True])
+def test_memory_may_begin_anywhere(backend, by, draws):
+    """Views whose first element lies at any offset have the same bits."""
+    p = Problem(shape=(2, 5, 41), inputs=(F32, BF16, F64), outputs=(F32, BF16), by=by, runs=2, draws=draws)
+    expected = p.solved(backend.ops.rows_, backend.device)
+
+    def shifted(t, offset):
+        memory = torch.zeros(t.numel() + offset, dtype=t.dtype, device=backend.device)
+        memory[offset:] = t.flatten()
+        return memory[offset:].view(t.shape)
+
+    inputs, *others = p.arguments(backend.device)
+    for first in (1, 2, 3):
+        out = [shifted(t, first + j) for j, t in enumerate(expected)]
+        backend.ops.rows_(out, [shifted(t, first + r) for r, t in enumerate(inputs)], *others)
+        assert all(map(same_bits, out, expected))
+
+
+@pytest.mark.parametrize("by", [0, 1, 2])
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_what_has_no_coefficient_is_not_read(backend, by, bad):
     p = Problem(shape=(2, 70), inputs=(F32, F32, BF16), outputs=(F32, F32), by=by, runs=2, mask=True)
@@ -351,6 +371,14 @@ def test_opcheck(by):
     torch.library.opcheck(torch.ops.dither.rows_.default, ([torch.zeros(2, 6), torch.zeros(2, 6, dtype=BF16)], *p.arguments()))
     torch.library.opcheck(torch.ops.dither.gram_.default, (torch.zeros(2, 2, 3, dtype=F64), p.inputs))
     torch.library.opcheck(torch.ops.dither.quantile_.default, (torch.zeros(2), p.inputs[0], 0.5))
+
+
+def test_tables_stay_on_the_cpu():
+    """What traces tensors of another device sees the table where it is."""
+    with FakeTensorMode():
+        x = torch.empty(2, 6, device="cuda")
+        seeds = torch.empty(2, dtype=torch.int64, device="cuda")
+        torch.ops.dither.rows_([x], [x], torch.ones(3, 2, 3, dtype=F64), 0, 0, seeds, 0, None, False, None)
 
 
 def test_compile():

@@ -68,14 +68,30 @@ static void combine(const Terms<T>& terms, const T* const* sources, int64_t n, T
   if (terms.count > 0) return combine<1>(terms, sources, n, out);
   for (int64_t k = 0; k < n; ++k) out[k] = T(-0.0);
 }
-// With coefficients for each element: those of column c at table + c stride.
+// With coefficients for each element: those of column c at table + c stride. Several columns at a time: memory likes to be
+// asked for many things.
+template <class T, class C, int... i>
+static void add_terms(const C* table, int64_t stride, const T* const* sources, int64_t n, T* out, Indices<i...>) {
+  const C* const w[] = {table + i * stride...};
+  const T* const x[] = {sources[i]...};
+#pragma GCC ivdep
+  for (int64_t k = 0; k < n; ++k) {
+    T sum = out[k];
+    ((sum = with_term(sum, T(w[i][k]), x[i][k])), ...);
+    out[k] = sum;
+  }
+}
 template <class T, class C>
-static void combine(const C* table, int64_t stride, int columns, const T* const* sources, int64_t n, T* __restrict out) {
+static void combine(const C* table, int64_t stride, int columns, const T* const* sources, int64_t n, T* out) {
   for (int64_t k = 0; k < n; ++k) out[k] = T(-0.0);
-  for (int c = 0; c < columns; ++c) {
-    const C* __restrict w = table + c * stride;
-    const T* __restrict x = sources[c];
-    for (int64_t k = 0; k < n; ++k) out[k] = with_term(out[k], T(w[k]), x[k]);
+  for (int c = 0; c < columns; c += 4) {
+    const C* w = table + c * stride;
+    const T* const* x = sources + c;
+    const int left = columns - c;
+    if (left >= 4) add_terms(w, stride, x, n, out, Indices<0, 1, 2, 3>{});
+    else if (left == 3) add_terms(w, stride, x, n, out, Indices<0, 1, 2>{});
+    else if (left == 2) add_terms(w, stride, x, n, out, Indices<0, 1>{});
+    else add_terms(w, stride, x, n, out, Indices<0>{});
   }
 }
 
