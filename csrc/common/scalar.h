@@ -119,4 +119,13 @@ DITHER_HD double power(double x, int64_t n) {
 // x^a for x > 0.
 DITHER_HD double real_power(double x, double a) { return exponential(a * logarithm(x)); }
 
+// 0 .. n - 1 as the arguments of a template: typename CountTo<n>::type.
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct CountTo : CountTo<n - 1, n - 1, i...> {};
+template <int... i>
+struct CountTo<0, i...> {
+  using type = Indices<i...>;
+};
 }  // namespace dither

@@ -22,14 +22,6 @@ static INLINE void store(T* to, Vector<T> v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-template <int... i>
-struct Indices {};
-template <int n, int... i>
-struct CountTo : CountTo<n - 1, n - 1, i...> {};
-template <int... i>
-struct CountTo<0, i...> {
-  using type = Indices<i...>;
-};
 template <class V>
 constexpr int kLanes = sizeof(V) / sizeof(V{}[0]);
 // Lane i becomes lane at(i) of a and b in a row.

@@ -215,6 +215,7 @@ inline std::optional<DType> float_type(ScalarType t) {
 inline std::optional<DType> float_type(const Tensor& t) { return float_type(t.scalar_type()); }
 
 // Checks that operators share.
+inline std::string list(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 inline std::string shape_of(std::span<const int64_t> sizes) {
   std::string s = "[";
   for (const int64_t& size : sizes) s += (&size != sizes.data() ? ", " : "") + std::to_string(size);

@@ -27,8 +27,6 @@ static const char* const kHyperNames[] = {
 
 constexpr int64_t kWorthThreads = 1 << 17;  // elements below which a second thread costs more than it brings
 
-static std::string list(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
 // What the checks and the kernels ask of a tensor, each asked once: a thousand small tensors are mostly questions.
 struct Seen {
   const Listed& tensor;

@@ -17,7 +17,7 @@ static void gram_(const Tensor& out, const Tensors& inputs) {
   g.sample = 1;
   for (const int64_t size : shape.subspan(1)) g.sample *= size;
   for (int r = 0; r < g.inputs; ++r) {
-    const std::string name = "inputs[" + std::to_string(r) + "]";
+    const std::string name = list("inputs", r);
     const Listed& x = inputs[r];
     g.type[r] = checked_type(op, name.c_str(), x);
     DITHER_CHECK(std::ranges::equal(x.sizes(), shape), op, ": ", name, " has shape ", shape_of(x.sizes()), ", expected ",

@@ -5,8 +5,6 @@
 #include "../common/torch.h"
 
 namespace dither {
-static std::string list(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
 struct Span {
   uintptr_t begin, end;
   DType type;

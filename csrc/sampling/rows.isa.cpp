@@ -37,14 +37,6 @@ static Program<T> program(const Rows& p, const C* table) {
   return g;
 }
 
-template <int... i>
-struct Indices {};
-template <int n, int... i>
-struct CountTo : CountTo<n - 1, n - 1, i...> {};
-template <int... i>
-struct CountTo<0, i...> {
-  using type = Indices<i...>;
-};
 // out may be one of the x.
 template <class T, int... i>
 static void combine(const Terms<T>& terms, const T* const* sources, int64_t n, T* out, Indices<0, i...>) {
