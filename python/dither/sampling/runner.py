@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -111,7 +111,34 @@ class Runner:
 
         begun(evaluation, state): before the first evaluation of each step; what it returns, if anything, replaces the state.
         """
-        registers: list[Any] = [None] * len(self.slots)
+        states = self.states(x, seeds, given, noise, combine, begun)
+        try:
+            asked = next(states)
+        except StopIteration as end:
+            return cast(Tensor, end.value)
+        while True:
+            outputs = call(*asked)
+            try:
+                asked = states.send(outputs)
+            except StopIteration as end:
+                return cast(Tensor, end.value)
+
+    def states(
+        self,
+        x: Tensor,
+        seeds: Tensor | None,
+        given: Mapping[str, Tensor] | None = None,
+        noise: Callable[[Row], Tensor] | None = None,
+        combine: Callable[[Combine, list[Tensor], Tensor], None] | None = None,
+        begun: Begun | None = None,
+        registers: list[Any] | None = None,
+    ) -> Generator[tuple[Tensor, Evaluate], Sequence[Tensor], Tensor]:
+        """A run that waits for the model: yields a state and its evaluation, is sent the outputs, returns the result.
+
+        registers: an empty list, which is filled, for those who change a state in between (see `slots`).
+        """
+        registers = [] if registers is None else registers
+        registers.extend([None] * len(self.slots))
         slots, write = self.slots, ops.write
         registers[0] = x
         for name, value in (given or {}).items():
@@ -146,7 +173,7 @@ class Runner:
                 if self.half is not None:
                     copy = registers[slots[it.state + "~"]] if it.state + "~" in slots else None
                     state = state.to(self.half) if copy is None else copy
-                for name, value in zip(it.outputs, call(state, it)):
+                for name, value in zip(it.outputs, (yield state, it)):
                     registers[slots[name]] = value
             else:
                 assert combine is not None
