@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import math
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from dither.sampling import solvers
 from dither.sampling.configs import schedule
+from dither.sampling.interop import from_scheduler_config
+from dither.sampling.points import VarianceExploding
+from dither.sampling.program import Limits, Output
 from dither.sampling.reference import Reference
 from dither.sampling.run import compiled, run_program
 
 N = 20
 SHAPE = (2, 3, 4, 4)
-SD: dict[str, Any] = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def posterior(x: Tensor, alpha: Any, sigma: Any) -> Tensor:
@@ -92,29 +96,29 @@ def start(dtype: torch.dtype) -> Tensor:
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 DISCRETE = [
     ("DDIMScheduler", dict(SD, clip_sample=False, set_alpha_to_one=False, steps_offset=1), {}),
-    ("DDIMScheduler", dict(SD, clip_sample=False, set_alpha_to_one=False, steps_offset=1), dict(eta=1.0)),
-    ("DDIMScheduler", dict(clip_sample=True), dict(eta=0.5)),
-    ("DDIMScheduler", dict(clip_sample=True), dict(use_clipped_model_output=True)),
-    ("DDIMScheduler", dict(thresholding=True, sample_max_value=1.5, prediction_type="sample"), {}),
-    ("DDIMScheduler", dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False), {}),
+    ("DDIMScheduler", dict(SD, clip_sample=False, set_alpha_to_one=False, steps_offset=1), {"eta": 1.0}),
+    ("DDIMScheduler", {"clip_sample": True}, {"eta": 0.5}),
+    ("DDIMScheduler", {"clip_sample": True}, {"use_clipped_model_output": True}),
+    ("DDIMScheduler", {"thresholding": True, "sample_max_value": 1.5, "prediction_type": "sample"}, {}),
+    ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}, {}),
     (
         "DDIMScheduler",
         dict(SD, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False),
         {},
     ),
     ("DDPMScheduler", dict(SD, clip_sample=False), {}),
-    ("DDPMScheduler", dict(beta_schedule="sigmoid"), {}),
-    ("DDPMScheduler", dict(variance_type="fixed_large", timestep_spacing="linspace", clip_sample=False), {}),
-    ("DDPMScheduler", dict(variance_type="fixed_small_log", prediction_type="v_prediction"), {}),
-    ("DDPMScheduler", dict(thresholding=True, timestep_spacing="trailing", prediction_type="sample"), {}),
+    ("DDPMScheduler", {"beta_schedule": "sigmoid"}, {}),
+    ("DDPMScheduler", {"variance_type": "fixed_large", "timestep_spacing": "linspace", "clip_sample": False}, {}),
+    ("DDPMScheduler", {"variance_type": "fixed_small_log", "prediction_type": "v_prediction"}, {}),
+    ("DDPMScheduler", {"thresholding": True, "timestep_spacing": "trailing", "prediction_type": "sample"}, {}),
     ("PNDMScheduler", dict(SD, skip_prk_steps=True, steps_offset=1), {}),
     ("PNDMScheduler", dict(SD, skip_prk_steps=True, set_alpha_to_one=True), {}),
     ("PNDMScheduler", dict(SD), {}),
-    ("LCMScheduler", dict(), {}),
-    ("LCMScheduler", dict(clip_sample=True, prediction_type="v_prediction"), {}),
-    ("TCDScheduler", dict(), {}),
-    ("TCDScheduler", dict(prediction_type="v_prediction"), dict(eta=0.8)),
-    ("TCDScheduler", dict(), dict(eta=0.0)),
+    ("LCMScheduler", {}, {}),
+    ("LCMScheduler", {"clip_sample": True, "prediction_type": "v_prediction"}, {}),
+    ("TCDScheduler", {}, {}),
+    ("TCDScheduler", {"prediction_type": "v_prediction"}, {"eta": 0.8}),
+    ("TCDScheduler", {}, {"eta": 0.0}),
 ]
 
 
@@ -133,7 +137,7 @@ def test_samplers_on_times_of_training(name: str, config: Any, options: Any, dty
     plan, _, _ = schedule(s, steps)
     model = Net(s.alphas_cumprod, plan.prediction)
     needs = options.get("eta", 0) > 0 or name in ("DDPMScheduler", "LCMScheduler", "TCDScheduler")
-    step = dict(options, **(dict(generator=torch.Generator().manual_seed(11)) if needs else {}))
+    step = dict(options, **({"generator": torch.Generator().manual_seed(11)} if needs else {}))
     theirs_ = theirs(s, model, start(dtype), **step)
     found = ours(s, model, start(dtype), steps=steps, noise=noises(dtype) if needs else None, **options)
     assert theirs_.dtype == found.dtype == dtype
@@ -147,33 +151,33 @@ LEVELS: list[tuple[str, dict[str, Any]]] = [
         for order in (1, 2, 3)
         for kind in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
         for solver in ("midpoint", "heun")
-        for last in [dict(final_sigmas_type="sigma_min")]
+        for last in [{"final_sigmas_type": "sigma_min"}]
         # at order 3, one of diffusers' SDEs has a wrong sign and the other none: see test_third_order_of_the_sde
         if not (order == 3 and "sde" in kind)
     ],
-    ("DPMSolverMultistepScheduler", dict()),
-    ("DPMSolverMultistepScheduler", dict(solver_order=3, use_karras_sigmas=True, thresholding=True)),
-    ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True, beta_schedule="squaredcos_cap_v2")),
-    ("DPMSolverMultistepScheduler", dict(use_exponential_sigmas=True, euler_at_final=True)),
-    ("DPMSolverMultistepScheduler", dict(use_beta_sigmas=True, prediction_type="v_prediction")),
-    ("DPMSolverMultistepScheduler", dict(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")),
-    ("DPMSolverMultistepScheduler", dict(timestep_spacing="leading", steps_offset=1, prediction_type="sample")),
-    ("DPMSolverMultistepScheduler", dict(timestep_spacing="trailing", algorithm_type="sde-dpmsolver++")),
-    ("DPMSolverMultistepScheduler", dict(lambda_min_clipped=-5.1, beta_schedule="squaredcos_cap_v2")),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True, "thresholding": True}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}),
+    ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True, "euler_at_final": True}),
+    ("DPMSolverMultistepScheduler", {"use_beta_sigmas": True, "prediction_type": "v_prediction"}),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "sample"}),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++"}),
+    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1, "beta_schedule": "squaredcos_cap_v2"}),
     (
         "DPMSolverMultistepScheduler",
-        dict(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
     ),
     *[
         ("DPMSolverSinglestepScheduler", dict(solver_order=order, algorithm_type=kind, solver_type=solver, **last))
         for order in (1, 2, 3)
         for kind in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
         for solver in ("midpoint", "heun")
-        for last in [dict(final_sigmas_type="sigma_min", lower_order_final=order != 2)]
+        for last in [{"final_sigmas_type": "sigma_min", "lower_order_final": order != 2}]
         if not (order == 3 and "sde" in kind and solver == "heun")
     ],
-    ("DPMSolverSinglestepScheduler", dict(solver_order=3, use_karras_sigmas=True)),
-    ("DPMSolverSinglestepScheduler", dict(use_flow_sigmas=True, prediction_type="flow_prediction")),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3, "use_karras_sigmas": True}),
+    ("DPMSolverSinglestepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
     *[
         (
             "UniPCMultistepScheduler",
@@ -183,13 +187,13 @@ LEVELS: list[tuple[str, dict[str, Any]]] = [
         for kind in ("bh1", "bh2")
         for x0 in (True, False)
     ],
-    ("UniPCMultistepScheduler", dict(solver_order=3)),
-    ("UniPCMultistepScheduler", dict(use_karras_sigmas=True, disable_corrector=[0, 3], prediction_type="v_prediction")),
-    ("UniPCMultistepScheduler", dict(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")),
-    ("UniPCMultistepScheduler", dict(thresholding=True, lower_order_final=True, timestep_spacing="trailing")),
+    ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "disable_corrector": [0, 3], "prediction_type": "v_prediction"}),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}),
+    ("UniPCMultistepScheduler", {"thresholding": True, "lower_order_final": True, "timestep_spacing": "trailing"}),
     *[("DEISMultistepScheduler", dict(SD, solver_order=order)) for order in (1, 2, 3)],
-    ("DEISMultistepScheduler", dict(use_karras_sigmas=True, prediction_type="v_prediction")),
-    ("DEISMultistepScheduler", dict(solver_order=3, timestep_spacing="leading", thresholding=True)),
+    ("DEISMultistepScheduler", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
+    ("DEISMultistepScheduler", {"solver_order": 3, "timestep_spacing": "leading", "thresholding": True}),
 ]
 
 
@@ -214,8 +218,310 @@ def test_samplers_on_levels(name: str, config: Any, steps: int) -> None:
         s.set_timesteps(steps)
         s.timesteps = times
         s.sigmas = levels if dtype == torch.float64 else s.sigmas
-        step = dict(generator=torch.Generator().manual_seed(11)) if sde else {}
+        step = {"generator": torch.Generator().manual_seed(11)} if sde else {}
         expected = theirs(s, model, start(dtype), **step)
         found = ours(s, model, start(dtype), steps=steps, noise=noises(dtype) if sde else None)
         error = (found - expected).abs().max() / max(1.0, expected.abs().max())
         assert error <= (2e-5 if dtype == torch.float32 else 1e-11), (dtype, error)
+
+
+CONTINUOUS: list[tuple[str, dict[str, Any]]] = [
+    ("EulerDiscreteScheduler", dict(SD)),
+    ("EulerDiscreteScheduler", dict(SD, timestep_spacing="leading", steps_offset=1, prediction_type="v_prediction")),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "prediction_type": "sample"}),
+    ("EulerDiscreteScheduler", {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
+    ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}),
+    ("EulerAncestralDiscreteScheduler", dict(SD)),
+    ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}),
+    ("HeunDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
+    ("KDPM2DiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", dict(SD)),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), CONTINUOUS, ids=label)
+def test_samplers_between_times_of_training(name: str, config: Any) -> None:
+    peers = pytest.importorskip("diffusers")
+    s = getattr(peers, name)(**config)
+    s.set_timesteps(N)
+    plan, solver, _ = schedule(s, N)
+    if not hasattr(solvers, solver):
+        pytest.skip(f"no {solver}")
+    model = Net(s.alphas_cumprod, plan.prediction)
+    x = start(torch.float32)
+    ancestral = "Ancestral" in name
+    step = {"generator": torch.Generator().manual_seed(11)} if ancestral else {}
+    expected = theirs(s, model, x, **step)
+    found = ours(s, model, x, noise=noises(torch.float32) if ancestral else None)
+    assert (found - expected).abs().max() <= 2e-5
+
+
+FLOWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("FlowMatchEulerDiscreteScheduler", {}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "shift_terminal": 0.1}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, {"mu": 0.9}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"mu": 2.5}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, {"mu": 0.9, "sigmas": np.linspace(1, 1 / N, N)}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_exponential_sigmas": True, "shift": 2.0}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True, "shift": 3.0}, {}),
+    ("FlowMatchHeunDiscreteScheduler", {}, {}),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "levels"), FLOWS, ids=label)
+def test_flows(name: str, config: Any, levels: Any) -> None:
+    peers = pytest.importorskip("diffusers")
+    s = getattr(peers, name)(**config)
+    s.set_timesteps(**({} if "sigmas" in levels else {"num_inference_steps": N}), **levels)
+    drawn = config.get("stochastic_sampling", False)
+    x = start(torch.float32)
+    step = {"generator": torch.Generator().manual_seed(11)} if drawn else {}
+    expected = theirs(s, flow_net, x, **step)
+    given = {"given" if k == "sigmas" else k: v for k, v in levels.items()}
+    found = ours(s, flow_net, x, noise=noises(torch.float32) if drawn else None, **given)
+    assert (found - expected).abs().max() <= 1e-5
+
+
+def edm_net(x: Tensor, c_noise: Any) -> Tensor:
+    """F of which c_skip x + c_out F is the exact denoiser; x is c_in times the state."""
+    sigma = (4 * torch.as_tensor(c_noise).double().reshape(-1)[0]).exp()
+    total = sigma**2 + 0.25
+    state = x.double() * total.sqrt()
+    return ((posterior(state, 1.0, sigma) - 0.25 / total * state) * total.sqrt() / (0.5 * sigma)).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("EDMEulerScheduler", {}),
+        ("EDMEulerScheduler", {"sigma_schedule": "exponential"}),
+        ("EDMDPMSolverMultistepScheduler", {}),
+        ("EDMDPMSolverMultistepScheduler", {"solver_order": 3, "final_sigmas_type": "zero"}),
+        ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
+    ],
+    ids=label,
+)
+def test_edm(name: str, config: Any) -> None:
+    peers = pytest.importorskip("diffusers")
+    s = getattr(peers, name)(**config)
+    s.set_timesteps(N)
+    sde = "sde" in config.get("algorithm_type", "")
+    x = start(torch.float32)
+    expected = theirs(s, edm_net, x, **({"generator": torch.Generator().manual_seed(11)} if sde else {}))
+    draws = iter(noises(torch.float32))
+    sampler = from_scheduler_config(s, steps=N)
+    found = sampler(edm_net, x, noise_sampler=(lambda a, b: next(draws)) if sde else None)
+    assert (found - expected).abs().max() <= 3e-5
+
+
+def test_ipndm() -> None:
+    peers = pytest.importorskip("diffusers")
+    betas = np.linspace(0.99, 0.0, N + 1)  # its own begin without signal, where diffusers loses what the model says
+    s = peers.IPNDMScheduler(trained_betas=betas.tolist())
+    s.set_timesteps(N)
+
+    def model(x: Tensor, t: Any) -> Tensor:
+        angle = torch.as_tensor(t).double().reshape(-1)[0] * math.pi / 2
+        return output(x, angle.cos(), angle.sin(), "v")
+
+    x = start(torch.float32)
+    assert (ours(s, model, x) - theirs(s, model, x)).abs().max() <= 1e-5
+
+
+def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = pytest.importorskip("diffusers")
+    from dither.sampling.solvers import adams
+
+    s = up(peers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1))
+    s.set_timesteps(N)
+    x, model = start(torch.float64), Net(s.alphas_cumprod)
+    expected = theirs(s, model, x)
+    right = adams.adams_bashforth
+    monkeypatch.setattr(adams, "adams_bashforth", lambda order: right(min(order, 3)))
+    assert 1e-4 < (ours(s, model, x) - expected).abs().max()  # 1.3e-3 with weights of order 3 throughout
+
+
+# ---- where diffusers is wrong
+
+
+def test_third_order_of_the_sde() -> None:
+    """Its weight of the curvature must vanish with the step; diffusers' tends to -alpha."""
+    from dither.sampling.points import VariancePreserving
+    from dither.sampling.solvers.dpm_multistep import _Exponential
+
+    process = VariancePreserving(np.linspace(0.9999, 0.01, 1000))
+    p = process.at_lam(0.5)
+    for algorithm in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"):
+        e = _Exponential.between(p, process.at_lam(0.5 + 1e-3), algorithm, False)
+        assert abs(e.curve * e.scale) < 1e-3, algorithm
+
+
+def test_ddim_of_a_grid_that_does_not_divide_is_ddpm() -> None:
+    """With eta 1 DDIM is DDPM; diffusers' DDIM goes T // steps down, whatever the next time is."""
+    peers = pytest.importorskip("diffusers")
+    config = {"timestep_spacing": "linspace", "clip_sample": False}
+    s = up(peers.DDPMScheduler(**config))
+    s.set_timesteps(23)
+    x, model = start(torch.float64), Net(s.alphas_cumprod)
+    expected = theirs(s, model, x, generator=torch.Generator().manual_seed(11))
+    found = ours(s, model, x, "ddim", 23, noises(torch.float64), eta=1.0)
+    assert (found - expected).abs().max() <= 1e-12
+    wrong = up(peers.DDIMScheduler(**config))
+    wrong.set_timesteps(23)
+    assert (theirs(wrong, model, x, eta=1.0, generator=torch.Generator().manual_seed(11)) - expected).abs().max() > 1e-3
+
+
+def test_fixed_large_log_is_fixed_large() -> None:
+    """diffusers takes the square root of a logarithm, which is no number."""
+    config = {"variance_type": "fixed_large_log", "clip_sample": False}
+    x = start(torch.float64)
+    model = Net(schedule(config, N, "ddpm")[0].process.alphas_cumprod)  # type: ignore[attr-defined]
+    found = ours(config, model, x, "ddpm", noise=noises(torch.float64))
+    same = ours({**config, "variance_type": "fixed_large"}, model, x, "ddpm", noise=noises(torch.float64))
+    assert found.isfinite().all() and torch.equal(found, same)
+
+
+# ---- solvers on tensors are what programs do
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("ddim", {}),
+    ("ddim", {"eta": 0.6, "use_clipped_model_output": True}),
+    *[("ddpm", {"variance_type": v}) for v in ("fixed_small", "fixed_large")],
+    ("pndm", {}),
+    ("pndm", {"skip_prk_steps": False}),
+    *[("ipndm", {"order": o}) for o in (1, 2, 4)],
+    *[("deis", {"order": o, "lower_order_final": o == 2}) for o in (1, 2, 3)],
+    *[("ghvb", {"order": o, "beta": b}) for o, b in ((1, 0.5), (2, 0.8), (3, 0.5), (4, 1.0))],
+    *[("heavy_ball", {"order": o, "beta": 0.8}) for o in (1, 4)],
+    *[
+        (solver, {"order": o, "algorithm": a, "solver_type": t})
+        for solver in ("dpm_multistep", "dpm_singlestep")
+        for o in (1, 2, 3)
+        for a in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
+        for t in ("midpoint", "heun")
+    ],
+    *[("unipc", {"order": o, "solver_type": b, "predict_x0": p}) for o in (1, 2, 3) for b in ("bh1", "bh2") for p in (True, False)],
+    ("lcm", {}),
+    ("lcm", {"timestep_scaling": 0.0}),
+    ("tcd", {"eta": 0.3}),
+    ("heun_flow", {}),
+]
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize(("solver", "options"), OPTIONS, ids=label)
+def test_programs_are_their_solvers(solver: str, options: Any, limited: bool) -> None:
+    plan, _, _ = schedule({"clip_sample": False}, 12, "ddim")
+    limits = Limits(0.625) if limited else None
+    model = Net(plan.process.alphas_cumprod)  # type: ignore[attr-defined]
+    x = start(torch.float64)
+    draws, again = iter(noises(torch.float64)), iter(noises(torch.float64))
+    run = Reference(plan.process, "eps", lambda at, p: model(at, p.time), lambda: next(draws), limits)
+    expected = getattr(solvers, solver)(run, x, plan.points, **options)
+    program = compiled(getattr(solvers, solver), plan.points, plan.process, "eps", limits, options=options)
+    found = run_program("test", program, model, x, noise_sampler=lambda a, b: next(again))
+    assert (found - expected).abs().max() <= 1e-11
+    assert str(program)
+
+
+# ---- what the papers say
+
+
+def gaussian(x: Tensor, p: Any) -> Tensor:
+    """eps of data N(1, 0.5^2), whose flow is known: x - alpha shrinks as the deviation does."""
+    v = (0.5 * p.alpha) ** 2 + p.sigma**2
+    return (x - p.alpha) * (p.sigma / v)
+
+
+def error_of(solver: str, steps: int, **options: Any) -> float:
+    from dither.sampling.points import VariancePreserving
+
+    process = VariancePreserving(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    points = [process.at_lam(lam) for lam in np.linspace(-2.0, 2.0, steps + 1)]
+    x = start(torch.float64)
+    run = Reference(process, "eps", gaussian)
+    found = getattr(solvers, solver)(run, x, points, **options)
+    spread = [math.sqrt((0.5 * p.alpha) ** 2 + p.sigma**2) for p in (points[0], points[-1])]
+    exact = points[-1].alpha + (x - points[0].alpha) * (spread[1] / spread[0])
+    return float((found - exact).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "order"),
+    [
+        ("ddim", {}, 1),
+        ("heun_flow", {}, 2),
+        ("dpm_multistep", {"order": 2, "solver_type": "heun"}, 2),
+        ("dpm_multistep", {"order": 2}, 2),
+        ("dpm_multistep", {"order": 2, "algorithm": "dpmsolver"}, 2),
+        ("dpm_singlestep", {"order": 3, "solver_type": "heun", "lower_order_final": False}, 3),
+        ("deis", {"order": 2}, 2),
+        ("unipc", {"order": 2}, 2),
+        ("ghvb", {"order": 2, "beta": 0.5}, 2),
+        ("heavy_ball", {"order": 2, "beta": 0.5}, 1),
+    ],
+    ids=label,
+)
+def test_orders(solver: str, options: Any, order: int) -> None:
+    coarse, fine = (error_of(solver, n, **options) for n in (60, 120))
+    print(solver, options, math.log2(coarse / fine))
+    assert order - 0.3 <= math.log2(coarse / fine)
+    if solver in ("ddim", "heavy_ball"):
+        assert math.log2(coarse / fine) < 1.3
+
+
+def test_momentum_is_stable_where_adams_is_not() -> None:
+    """On a stiff flow: dx/dt = -k x, k h = 1.2, where Adams-Bashforth of order 2 diverges beyond 1.0 and GHVB 2 with 0.5 at 1.5."""
+
+    class Decay:
+        def steps(self, points: Any) -> Any:
+            return ((i, p, q) for i, (p, q) in enumerate(zip(points, points[1:])))
+
+        def keep(self, x: Any) -> None:
+            pass
+
+        def evaluate(self, x: Any, p: Any) -> Any:
+            return Output(x - p.sigma * 1.2 * x, 1.2 * x)
+
+    ve = VarianceExploding()
+    points = [ve.at(float(s)) for s in range(60, 0, -1)]
+    x = torch.ones(1, dtype=torch.float64)
+    assert abs(float(solvers.ghvb(Decay(), x, points, 2, 0.5))) < 1e-2
+    assert abs(float(solvers.ghvb(Decay(), x, points, 2, 1.0))) > 1e2
+
+
+def test_the_corrector_helps() -> None:
+    """UniPC with and without its corrector, 10 steps."""
+    with_, without = error_of("unipc", 10, order=2), error_of("unipc", 10, order=2, disable_corrector=range(10))
+    assert with_ < 0.7 * without, (with_, without)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler", "options", "message"),
+    [
+        ({"beta_schedule": "cubic"}, "ddim", {}, "beta_schedule is 'cubic'"),
+        ({"prediction_type": "noise"}, "ddim", {}, "prediction_type is 'noise'"),
+        ({"timestep_spacing": "even"}, "ddim", {}, "timestep_spacing is 'even'"),
+        ({"use_lu_lambdas": True}, "dpm_multistep", {}, "use_lu_lambdas is True"),
+        ({}, "dmm", {}, "sampler is 'dmm'"),
+        ({"_class_name": "VQDiffusionScheduler"}, None, {}, "VQDiffusionScheduler has no sampler here"),
+        ({}, "flow_euler", {}, "needs the configuration of such a model"),
+        ({"num_train_timesteps": 10}, "ddim", {}, "do not fall from 9"),
+        ({"final_sigmas_type": "tiny"}, "dpm_multistep", {}, "final_sigmas_type is 'tiny'"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, None, {}, "mu is None"),
+        ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "ddim", {}, "no signal is left"),
+        ({}, "ddim", {"zeta": 1.0}, "ddim has no option zeta"),
+    ],
+)
+def test_refusals(config: Any, sampler: Any, options: Any, message: str) -> None:
+    with pytest.raises((ValueError, NotImplementedError, TypeError), match=message):
+        from_scheduler_config(config, sampler, 20, **options)

@@ -59,46 +59,52 @@ class Kind:
     """Which of clip_sample and thresholding it obeys."""
 
 
-_DEFAULTS: dict[str, Any] = dict(
-    num_train_timesteps=1000,
-    beta_start=1e-4,
-    beta_end=0.02,
-    beta_schedule="linear",
-    trained_betas=None,
-    prediction_type="epsilon",
-    timestep_spacing="linspace",
-    steps_offset=0,
-    rescale_betas_zero_snr=False,
-    set_alpha_to_one=True,
-    clip_sample=False,
-    clip_sample_range=1.0,
-    thresholding=False,
-    dynamic_thresholding_ratio=0.995,
-    sample_max_value=1.0,
-    final_sigmas_type="zero",
-    lambda_min_clipped=-math.inf,
-    use_karras_sigmas=False,
-    use_exponential_sigmas=False,
-    use_beta_sigmas=False,
-    use_flow_sigmas=False,
-    flow_shift=1.0,
-    original_inference_steps=50,
-    shift=1.0,
-    use_dynamic_shifting=False,
-    time_shift_type="exponential",
-    shift_terminal=None,
-    base_shift=0.5,
-    max_shift=1.15,
-    base_image_seq_len=256,
-    max_image_seq_len=4096,
-    stochastic_sampling=False,
-    sigma_min=0.002,
-    sigma_max=80.0,
-    sigma_data=0.5,
-    sigma_schedule="karras",
-    rho=7.0,
-)
-_REFUSED = dict(use_lu_lambdas=False, invert_sigmas=False, interpolation_type="linear", timestep_type="discrete", solver_p=None)
+_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": True,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "original_inference_steps": 50,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "stochastic_sampling": False,
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_schedule": "karras",
+    "rho": 7.0,
+}
+_REFUSED = {
+    "use_lu_lambdas": False,
+    "invert_sigmas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "solver_p": None,
+}
 
 
 # ---- noise schedules
@@ -371,16 +377,16 @@ def _angles(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
     return Schedule(_Angle(), points, "v")
 
 
-_DPM = dict(solver_order="order", lower_order_final="lower_order_final")
+_DPM = {"solver_order": "order", "lower_order_final": "lower_order_final"}
 _DPM_TYPES = dict(_DPM, algorithm_type="algorithm", solver_type="solver_type")
 _BOTH = ("clip_sample", "thresholding")
-_EULER = dict(beta_start=0.00085, beta_end=0.012)
+_EULER = {"beta_start": 0.00085, "beta_end": 0.012}
 KINDS: dict[str, Kind] = {
     "ddim": Kind(
         _discrete,
         "ddim",
         ("DDIMScheduler", "DDIMParallelScheduler"),
-        dict(timestep_spacing="leading", clip_sample=True),
+        {"timestep_spacing": "leading", "clip_sample": True},
         {},
         _BOTH,
     ),
@@ -388,23 +394,23 @@ KINDS: dict[str, Kind] = {
         _discrete,
         "ddpm",
         ("DDPMScheduler", "DDPMParallelScheduler"),
-        dict(timestep_spacing="leading", clip_sample=True),
-        dict(variance_type="variance_type"),
+        {"timestep_spacing": "leading", "clip_sample": True},
+        {"variance_type": "variance_type"},
         _BOTH,
     ),
     "pndm": Kind(
         _discrete,
         "pndm",
         ("PNDMScheduler",),
-        dict(timestep_spacing="leading", set_alpha_to_one=False, skip_prk_steps=False),
-        dict(skip_prk_steps="skip_prk_steps"),
+        {"timestep_spacing": "leading", "set_alpha_to_one": False, "skip_prk_steps": False},
+        {"skip_prk_steps": "skip_prk_steps"},
     ),
     "ipndm": Kind(_angles, "ipndm", ("IPNDMScheduler",)),
     "dpm_multistep": Kind(
         _interior,
         "dpm_multistep",
         ("DPMSolverMultistepScheduler",),
-        dict(keeps_cosine=True),
+        {"keeps_cosine": True},
         dict(_DPM_TYPES, euler_at_final="euler_at_final"),
         ("thresholding",),
     ),
@@ -412,7 +418,7 @@ KINDS: dict[str, Kind] = {
         _interior,
         "dpm_singlestep",
         ("DPMSolverSinglestepScheduler",),
-        dict(lower_order_final=False),
+        {"lower_order_final": False},
         _DPM_TYPES,
         ("thresholding",),
     ),
@@ -420,17 +426,17 @@ KINDS: dict[str, Kind] = {
         _interior,
         "unipc",
         ("UniPCMultistepScheduler",),
-        dict(from_one=True),
+        {"from_one": True},
         dict(_DPM, solver_type="solver_type", predict_x0="predict_x0", disable_corrector="disable_corrector"),
         ("thresholding",),
     ),
-    "deis": Kind(_interior, "deis", ("DEISMultistepScheduler",), dict(final_sigmas_type="sigma_min"), _DPM, ("thresholding",)),
+    "deis": Kind(_interior, "deis", ("DEISMultistepScheduler",), {"final_sigmas_type": "sigma_min"}, _DPM, ("thresholding",)),
     "lcm": Kind(
         _distilled,
         "lcm",
         ("LCMScheduler",),
         dict(_EULER, beta_schedule="scaled_linear"),
-        dict(timestep_scaling="timestep_scaling"),
+        {"timestep_scaling": "timestep_scaling"},
         _BOTH,
     ),
     "tcd": Kind(_distilled, "tcd", ("TCDScheduler",), dict(_EULER, beta_schedule="scaled_linear", ends_noisy=True)),
@@ -504,7 +510,7 @@ def schedule(
         raw = {k: v for k, v in raw.items() if k not in raw.get("_use_default_values", ())}
     c: dict[str, Any] = {
         **_DEFAULTS,
-        **dict(mu=mu, keeps_cosine=False, from_one=False, ends_noisy=False),
+        **{"mu": mu, "keeps_cosine": False, "from_one": False, "ends_noisy": False},
         **kind.defaults,
         **{k: v for k, v in raw.items() if k != "shift_terminal" or v},
     }

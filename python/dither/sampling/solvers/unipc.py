@@ -47,7 +47,7 @@ def unipc(
         out = run.evaluate(x, p)
         value = out.x0 if predict_x0 else out.eps
         if done is not None and i - 1 not in disable_corrector:
-            x = _update(*done, p, value, predict_x0, solver_type)
+            x = _update(done[0], done[1], done[2], p, value, predict_x0, solver_type)
             run.keep(x)
         if q.clean:
             x = out.x0 * q.alpha
