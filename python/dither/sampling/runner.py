@@ -190,5 +190,5 @@ class Runner:
         x0 = torch.empty_like(x)
         ops.write("rows_", [x0], [x0], inputs, row.derived, 0, row.by, None, 0, None, False, None)
         found = x.new_empty(len(x))
-        ops.write("quantile_", [found], x0, limits.quantile, found)
+        ops.write("quantile_", [found], found, x0, limits.quantile)
         return found.clamp(1.0, limits.most)
