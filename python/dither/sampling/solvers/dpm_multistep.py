@@ -148,7 +148,7 @@ def dpm_singlestep(
     seen: list[tuple[Any, Point]] = []
     for i, p, q in run.steps(points):
         out = run.evaluate(x, p)
-        if orders[i] == 1:
+        if orders[i] == 1 or not np.all(np.isfinite(seen[0][1].lam)):
             base, seen = x, []
         if q.clean:
             x = out.x0 * q.alpha

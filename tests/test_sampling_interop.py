@@ -1,0 +1,393 @@
+"""Samplers inside pipelines of diffusers, and models of diffusers, k-diffusion and EDM as models of samplers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dither
+from dither.sampling import kdiffusion
+from dither.sampling.configs import alphas_cumprod, resolution_shift, schedule
+from dither.sampling.interop import DiffusersScheduler, as_model, denoiser, edm_denoiser, from_scheduler_config
+
+SHAPE = (2, 3, 8, 8)
+
+
+@pytest.fixture
+def unet() -> Any:
+    peers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return peers.UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    ).eval()
+
+
+def images(pipeline: Any, scheduler: Any, **options: Any) -> Any:
+    pipeline.scheduler = scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(generator=torch.Generator().manual_seed(5), output_type="np", **options).images
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "options"),
+    [
+        ("DDPMPipeline", "DDPMScheduler", {}),
+        ("DDIMPipeline", "DDIMScheduler", {}),
+        ("DDIMPipeline", "DDIMScheduler", {"eta": 0.7}),
+        ("DDIMPipeline", "DDIMScheduler", {"use_clipped_model_output": True}),
+    ],
+)
+def test_pipelines_of_images(unet: Any, name: str, scheduler: str, options: Any) -> None:
+    import diffusers as peers
+
+    theirs = getattr(peers, scheduler)()
+    pipeline = getattr(peers, name)(unet=unet, scheduler=theirs)
+    options = {"batch_size": 2, "num_inference_steps": 12, **options}
+    expected = images(pipeline, theirs, **options)
+    found = images(pipeline, DiffusersScheduler(theirs), **options)
+    assert np.abs(found - expected).max() < 5e-5 and expected.std() > 0.1  # measured 1e-5, of images in [0, 1]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "UniPCMultistepScheduler",
+        "DEISMultistepScheduler",
+    ],
+)
+def test_a_latent_pipeline_with_guidance(scheduler: str) -> None:
+    """DiT: latents, classifier-free guidance, and an output of twice the channels, of which the pipeline drops the variance."""
+    peers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    transformer = peers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+    ).eval()
+    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.2)
+    vae = peers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8).eval()
+    theirs = getattr(peers, scheduler)()
+    pipeline = peers.DiTPipeline(transformer=transformer, vae=vae, scheduler=theirs)
+    options = {"class_labels": [1, 7], "guidance_scale": 3.0, "num_inference_steps": 10}
+    expected = images(pipeline, theirs, **options)
+    found = images(pipeline, DiffusersScheduler(theirs), **options)
+    assert np.abs(found - expected).max() < 1e-4 and expected.std() > 1e-3
+
+
+def test_learned_variances() -> None:
+    peers = pytest.importorskip("diffusers")
+
+    def net(x: Tensor, t: Any, **unused: Any) -> Any:
+        t = torch.as_tensor(t).double().reshape(-1)[0]
+        return SimpleNamespace(sample=torch.cat([torch.tanh(x + t / 500), torch.sin(3 * x + t / 100)], 1).to(x.dtype))
+
+    config = {"variance_type": "learned_range", "clip_sample": False, "beta_schedule": "squaredcos_cap_v2"}
+    s = peers.DDPMScheduler(**config)
+    s.alphas_cumprod, s.one = s.alphas_cumprod.double(), s.one.double()
+    s.set_timesteps(10)
+    g = torch.Generator().manual_seed(3)
+    x = start = torch.randn(SHAPE, generator=g, dtype=torch.float64)
+    for t in s.timesteps:
+        x = s.step(net(x, t).sample, t, x, generator=g).prev_sample
+    g = torch.Generator().manual_seed(3)
+    torch.randn(SHAPE, generator=g, dtype=torch.float64)
+    draw = lambda a, b: torch.randn(SHAPE, generator=g, dtype=torch.float64)
+    found = from_scheduler_config(s, steps=10)(net, start, noise_sampler=draw)
+    assert (found - x).abs().max() < 1e-12 * x.abs().max()
+    # by address: a sample does not depend on its batch
+    sampler = from_scheduler_config(s, steps=10)
+    both = sampler(net, start, seed=[4, 9])
+    assert torch.equal(both[1:], sampler(net, start[1:], seed=[9])) and not torch.allclose(both, found)
+    # and step by step
+    ours = DiffusersScheduler(s, seed=[4, 9])
+    ours.set_timesteps(10)
+    x = start
+    for t in ours.timesteps:
+        x = ours.step(net(x, t).sample, t, x).prev_sample
+    assert torch.equal(x, both)
+    with pytest.raises(ValueError, match="expected twice the channels"):
+        sampler(lambda x, t: x, start)
+
+
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "ddpm", "unipc", "pndm", "dpm_multistep", "dpm_singlestep", "deis", "lcm", "tcd", "ghvb", "euler"]
+)
+def test_stepping_is_the_program(sampler: str) -> None:
+    config = {"beta_schedule": "scaled_linear", "clip_sample": False}
+    model = lambda x, t: torch.tanh(
+        x * 0.8 + torch.as_tensor(t).reshape(-1, *[1] * (x.ndim - 1) if torch.as_tensor(t).ndim else []) / 900
+    )
+    x = dither.noise.normal(SHAPE, seed=1)
+    expected = from_scheduler_config(config, sampler, 9)(model, x, seed=[5, 6])
+    s = DiffusersScheduler(config, sampler, seed=[5, 6])
+    s.set_timesteps(9)
+    state = x * s.init_noise_sigma
+    for t in s.timesteps:
+        state = s.step(model(s.scale_model_input(state, t), t), t, state).prev_sample
+    assert torch.equal(state, expected)
+    assert len(s.timesteps) % 9 in (0, 1) or sampler == "pndm"
+
+
+def test_half_precision_keeps_its_state() -> None:
+    """20 steps of a model in bfloat16: the error of the scheduler that rounds its state at each is several times ours."""
+    peers = pytest.importorskip("diffusers")
+    theirs = peers.DDIMScheduler(clip_sample=False)
+    x = dither.noise.normal(SHAPE, seed=1)
+    model = lambda x, t: torch.tanh(x * 0.8 + t / 900)
+
+    def run(s: Any, dtype: torch.dtype) -> Tensor:
+        s.set_timesteps(50)
+        state = x.to(dtype)
+        for t in s.timesteps:
+            state = s.step(model(state.float(), t).to(dtype), t, state).prev_sample
+        assert state.dtype == dtype
+        return state.float()
+
+    exact = run(theirs, torch.float32)
+    rounded, kept = (run(s, torch.bfloat16) - exact for s in (theirs, DiffusersScheduler(theirs)))
+    assert kept.square().mean().sqrt() < 0.5 * rounded.square().mean().sqrt()
+
+
+def test_a_sample_that_was_changed_is_taken() -> None:
+    s = DiffusersScheduler({"clip_sample": False}, "dpm_multistep")
+    other = DiffusersScheduler({"clip_sample": False}, "dpm_multistep")
+    x = dither.noise.normal(SHAPE, seed=1)
+    results = []
+    for scheduler, change in ((s, 0.0), (other, 0.5)):
+        scheduler.set_timesteps(6)
+        state = x
+        for t in scheduler.timesteps:
+            out = scheduler.step(torch.tanh(state), t, state)
+            state = out.prev_sample + change
+            assert out.pred_original_sample.shape == x.shape
+        results.append(state)
+    assert (results[0] - results[1]).abs().max() > 0.4
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm_multistep", "unipc"])
+def test_image_to_image_begins_in_between(sampler: str) -> None:
+    """begin_index, or the first time: both begin a run there, as a run on the rest of the levels."""
+    s = DiffusersScheduler({"clip_sample": False}, sampler)
+    clean, z = dither.noise.normal(SHAPE, seed=2), dither.noise.normal(SHAPE, seed=3)
+    found = []
+    for index in (4, None):
+        s.set_timesteps(10)
+        if index is not None:
+            s.set_begin_index(index)
+        rest = s.timesteps[4:]
+        state = s.add_noise(clean, z, rest[:1])
+        p = s.schedule.points[4]
+        assert torch.allclose(state, clean * float(p.alpha) + z * float(p.sigma), atol=1e-6)
+        for t in rest:
+            state = s.step(torch.tanh(state), t, state).prev_sample
+        assert s.step_index is None
+        found.append(state)
+    assert torch.equal(*found)
+
+
+def test_steps_follow_the_times() -> None:
+    s = DiffusersScheduler({"clip_sample": False}, "ddim")
+    x = torch.zeros(SHAPE)
+    with pytest.raises(ValueError, match="no step begins at time 3,"):
+        s.step(x, 3, x)
+    s.step(x, s.timesteps[0], x)
+    with pytest.raises(ValueError, match=r"timestep is 980, expected 960: steps follow `timesteps`"):
+        s.step(x, s.timesteps[0], x)
+    with pytest.raises(ValueError, match="model_output is"):
+        s.step(x[:1], s.timesteps[1], x)
+    s.set_timesteps(5)
+    with pytest.raises(ValueError, match="begins no step"):
+        s.set_begin_index(7)
+        s.step(x, s.timesteps[0], x)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 23, 33, 47, 999, 1000])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_multistep", "unipc", "euler"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_every_time_is_found(sampler: str, steps: int, spacing: str) -> None:
+    """No look-up by time: steps that do not divide 1000, and times that rounding brings close."""
+    if steps == 1000 and (sampler in ("dpm_multistep", "unipc") and spacing != "trailing"):
+        with pytest.raises(ValueError, match="do not fall"):
+            schedule({"timestep_spacing": spacing}, steps, sampler)
+        return
+    plan, _, _ = schedule({"timestep_spacing": spacing}, steps, sampler)
+    times = [p.time for p in plan.points[:-1]]
+    assert len(times) == steps and np.all(np.diff(times) < 0)
+    assert np.all(np.diff([float(p.ratio) for p in plan.points]) < 0)
+
+
+def test_zero_terminal_snr_is_finite() -> None:
+    config = {
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+        "clip_sample": False,
+    }
+    assert alphas_cumprod(config)[-1] == 0
+    x = dither.noise.normal(SHAPE, seed=1)
+    for sampler in ("ddim", "ddpm", "dpm_multistep", "dpm_singlestep", "unipc", "deis", "euler", "ghvb"):
+        found = from_scheduler_config(config, sampler, 8)(lambda x, t: torch.tanh(x), x, seed=1)
+        assert found.isfinite().all(), sampler
+    for solver in ("dpm_multistep", "dpm_singlestep", "unipc", "deis", "ghvb", "ipndm"):  # no signal at all
+        points = schedule(config, 8, "ddim")[0]
+        from dither.sampling import solvers
+        from dither.sampling.run import compiled, run_program
+
+        program = compiled(getattr(solvers, solver), points.points, points.process, "v", options={"order": 3})
+        assert run_program("test", program, lambda x, t: torch.tanh(x), x, seed=1).isfinite().all(), solver
+
+
+# ---- models
+
+
+def gaussian(x: Tensor, sigma: Any) -> Tensor:
+    """D of data N(0.5, 0.3^2)."""
+    return (0.09 * x + sigma**2 * 0.5) / (0.09 + sigma**2)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_networks_of_diffusers_in_k_diffusions_frame(prediction: str) -> None:
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": prediction}
+    abar = alphas_cumprod(config)
+    logs = 0.5 * (np.log1p(-abar) - np.log(abar))
+
+    def net(x: Tensor, t: Tensor) -> Any:
+        ratio = torch.from_numpy(np.exp(np.interp(t.double().numpy(), np.arange(1000), logs))).view(-1, 1, 1, 1)
+        alpha = 1 / (1 + ratio**2).sqrt()
+        x0 = gaussian(x / alpha, ratio)
+        eps = (x / alpha - x0) / ratio
+        v = alpha * eps - alpha * ratio * x0
+        return SimpleNamespace(sample={"epsilon": eps, "sample": x0, "v_prediction": v}[prediction])
+
+    D = denoiser(net, config)
+    x = dither.noise.normal((3, 1, 4, 4), seed=1, dtype=torch.float64) * 3
+    sigma = torch.tensor([0.05, 1.0, 9.0], dtype=torch.float64)
+    expected = gaussian(x, sigma.view(-1, 1, 1, 1))
+    assert (D(x, sigma) - expected).abs().max() < 1e-9
+    sample = kdiffusion.sample_dpmpp_2m(D, x * 3, [9.0, 3.0, 1.0, 0.3, 0.0])
+    exact = kdiffusion.sample_dpmpp_2m(lambda x, s: gaussian(x, s.view(-1, 1, 1, 1)), x * 3, [9.0, 3.0, 1.0, 0.3, 0.0])
+    assert (sample - exact).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_edm_preconditioning(prediction: str) -> None:
+    peers = pytest.importorskip("diffusers")
+    s = peers.EDMEulerScheduler(prediction_type=prediction)
+    net = lambda x, t: torch.tanh(x + t.view(-1, 1, 1, 1))
+    x = dither.noise.normal(SHAPE, seed=1) * 4
+    sigma = torch.tensor([4.0, 4.0])
+    expected = s.precondition_outputs(x, net(s.precondition_inputs(x, sigma[0]), s.precondition_noise(sigma)), sigma[0])
+    assert (edm_denoiser(net, prediction=prediction)(x, sigma) - expected).abs().max() < 1e-5
+
+
+def test_edm_in_a_pipelines_loop() -> None:
+    peers = pytest.importorskip("diffusers")
+    net = lambda x, t: torch.tanh(x + t)
+    x = dither.noise.normal(SHAPE, seed=1)
+    found = []
+    theirs = peers.EDMDPMSolverMultistepScheduler()
+    for s in (theirs, DiffusersScheduler(theirs)):
+        s.set_timesteps(8)
+        state = x * s.init_noise_sigma
+        for t in s.timesteps:
+            state = s.step(net(s.scale_model_input(state, t), t), t, state).prev_sample
+        found.append(state)
+    assert (found[0] - found[1]).abs().max() < 2e-5
+
+
+def test_outputs_of_networks() -> None:
+    x = torch.ones(1, 2, 3)
+    for net in (
+        lambda x, t: x,
+        lambda x, t: (x, 1),
+        lambda x, t: SimpleNamespace(sample=x),
+        lambda x, t: torch.cat([x, -x], 1),
+    ):
+        assert torch.equal(as_model(net)(x, torch.zeros(1)), x)
+
+
+# ---- configurations
+
+
+def test_configurations_from_files(tmp_path: Path) -> None:
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    x = dither.noise.normal(SHAPE, seed=1)
+    model = lambda x, t: torch.tanh(x)
+    found = [from_scheduler_config(c, steps=5)(model, x) for c in (config, str(tmp_path), tmp_path / "scheduler")]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert "model(x, 801)" in str(from_scheduler_config(config, steps=5).program)
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        schedule(tmp_path / "elsewhere", 5)
+    with pytest.raises(TypeError, match="config is int"):
+        schedule(5, 5)
+
+
+def test_saving_gives_diffusers_its_own(tmp_path: Path) -> None:
+    peers = pytest.importorskip("diffusers")
+    theirs = peers.UniPCMultistepScheduler(solver_order=3)
+    DiffusersScheduler(theirs).save_pretrained(str(tmp_path))
+    assert peers.UniPCMultistepScheduler.from_pretrained(str(tmp_path)).config.solver_order == 3
+
+
+def test_another_class_has_its_own_defaults() -> None:
+    """As diffusers' from_config: the spacing that DDIM was given by default is not DPM-Solver's."""
+    peers = pytest.importorskip("diffusers")
+    theirs = peers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    for cls, name in (("DPMSolverMultistepScheduler", "dpm_multistep"), ("EulerDiscreteScheduler", "euler")):
+        other = getattr(peers, cls).from_config(theirs.config)
+        other.set_timesteps(7)
+        plan, _, _ = schedule(theirs, 7, name)
+        assert np.allclose([p.time for p in plan.points[:-1]], other.timesteps.numpy()) and plan.prediction == "v"
+
+
+def test_the_shift_of_a_resolution() -> None:
+    assert resolution_shift(256) == pytest.approx(0.5) and resolution_shift(4096) == pytest.approx(1.15)
+    s = DiffusersScheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True})
+    s.set_timesteps(4, mu=math.log(3.0))
+    assert s.timesteps[1] == pytest.approx(1000 * 3 * 0.667 / (1 + 2 * 0.667), rel=1e-3)
+    assert np.all(np.diff(s.timesteps.numpy()) < 0)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_multistep", "unipc", "deis", "ghvb", "heun_flow", "ddpm"])
+def test_any_solver_on_a_flow(sampler: str) -> None:
+    """Data N(0.5, 0.3^2) and its exact velocity: 160 steps bring the right mean and deviation."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        s = (t / 1000).view(-1, 1, 1, 1)
+        x0 = 0.5 + (1 - s) * 0.09 / ((1 - s) ** 2 * 0.09 + s**2) * (x - (1 - s) * 0.5)
+        return torch.where(s > 0, (x - x0) / s.clamp(min=1e-6), x)
+
+    x = dither.noise.normal((64, 1, 16, 16), seed=1)
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    found = from_scheduler_config(config, sampler, 160)(velocity, x, seed=1)
+    assert float(found.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(found.std()) == pytest.approx(0.3, abs=0.03 if sampler == "ddpm" else 0.01)
