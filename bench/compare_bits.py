@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from dither import noise, optim, sparsity
+from dither import noise, ops, optim, sparsity
 from dither.privacy import kernels
 
 NUMEL = 10_000_019
@@ -132,6 +132,25 @@ def convolved(dtype, device):
     return made
 
 
+def sampled(dtype, device):
+    """Steps of samplers with coefficients of every kind, inner products and quantiles."""
+    shape = samples, n = 3, 333_337
+    x = [normal(1, dtype, device, *shape), normal(2, torch.float32, device, *shape)]
+    seeds, limit = torch.arange(samples).to(device), noise.uniform(samples, seed=3).to(device) + 1
+    mask = noise.uniform(n, seed=4).to(device)
+    made = []
+    for by, size in ((0, (1, 4, 4)), (1, (samples, 4, 4)), (2, (4, 4, n))):
+        table = noise.normal(size, seed=5, dtype=torch.float64).to("cpu" if by == 0 else device)
+        out = [torch.empty_like(t) for t in x]
+        ops.write("rows_", out, out, x, table, 0, by, seeds, 7, limit, True, mask)
+        made += out
+    gram = torch.empty(samples, 2, 3, dtype=torch.float64, device=device)
+    ops.write("gram_", gram, gram, x)
+    quantile = torch.empty(samples, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    ops.write("quantile_", quantile, quantile, x[0], 0.995)
+    return [*made, gram, quantile]
+
+
 def released(make, engine, dtype, device):
     """Three steps with private noise."""
     params = [noise.normal(n, seed=i).to(device, dtype).requires_grad_() for i, n in enumerate((1_000_003, 77_777, 5))]
@@ -156,7 +175,7 @@ def main():
     for n, m in ((2, 4), (1, 8), (8, 16), (16, 32)):
         subjects.update({f"{n}:{m}, {dtype}": (pruned, n, m, dtype) for dtype in FLOATS})
     for dtype in FLOATS:
-        for run in (norms_of_samples, scaled_samples, convolved):
+        for run in (norms_of_samples, scaled_samples, convolved, sampled):
             subjects[f"{run.__name__.replace('_', ' ')}, {dtype}"] = run, dtype
     for make in (optim.SGD, optim.AdamW):
         for engine in ("chacha20", "philox"):
