@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +116,20 @@ def write(name: str, written: Any, *args: Any) -> None:
     torch.autograd.graph.increment_version(written)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         getattr(op, "default", op)(*args)
+
+
+def kernel(name: str) -> Callable[..., None]:
+    """`native.<name>` for calls whose written tensors are new: autograd has saved none of them, and versions stay."""
+    op = getattr(native, name)
+    if _C is None or torch.compiler.is_compiling():
+        return op  # type: ignore[no-any-return]
+    call, below = getattr(op, "default", op), torch._C._AutoDispatchBelowADInplaceOrView
+
+    def run(*args: Any) -> None:
+        with below():
+            call(*args)
+
+    return run
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -20,15 +20,20 @@ import numpy as np
 from .points import Level, Point, Process, to_eps, to_x0
 
 MOST_INPUTS, MOST_OUTPUTS = 8, 3
+KNOWN, KNOWN_NOISE, MASK = "known", "known_noise", "mask"
+"""Registers of inpainting: data, the noise on them, and where there are none (1)."""
 
 
 class Symbol:
-    """A tensor of the program. value: what it is in terms of others, unless it is a model's output, noise or given."""
+    """A tensor of the program. value: what it is in terms of others, unless it is a model's output, noise or given.
 
-    __slots__ = ("kind", "name", "value")
+    known: what it is where the mask is 0.
+    """
 
-    def __init__(self, name: str, kind: str, value: Linear | None = None) -> None:
-        self.name, self.kind, self.value = name, kind, value
+    __slots__ = ("kind", "known", "name", "value")
+
+    def __init__(self, name: str, kind: str, value: Linear | None = None, known: Linear | None = None) -> None:
+        self.name, self.kind, self.value, self.known = name, kind, value, known
 
     def __repr__(self) -> str:
         return self.name
@@ -108,10 +113,16 @@ class Limits:
 
 
 class Trace:
-    """What a solver runs on to become a program. guide: see `dither.sampling.guidance`."""
+    """What a solver runs on to become a program. guide: see `dither.sampling.guidance`.
 
-    def __init__(self, process: Process, prediction: str, limits: Limits | None = None, guide: Any = None) -> None:
+    inpaint: whether every state that the model sees, and the last, is alpha known + sigma noise where the mask is 0.
+    """
+
+    def __init__(
+        self, process: Process, prediction: str, limits: Limits | None = None, guide: Any = None, inpaint: bool = False
+    ) -> None:
         self.process, self.prediction, self.limits, self.guide = process, prediction, limits or Limits(), guide
+        self.inpaint, self._end = inpaint, Point(1.0, 0.0, 0.0)
         self.start = Symbol("x", "given")
         self.given: dict[str, Symbol] = {}
         self._ops: list[_Step | _Define | _Evaluate] = []
@@ -135,14 +146,23 @@ class Trace:
             ((symbol, k),) = x.terms.items()
             if symbol.kind in ("given", "state") and np.all(k == 1):
                 return
+        self._define(x)
+
+    def _define(self, x: Linear, known: Linear | None = None) -> None:
         self._states += 1
-        symbol = Symbol(f"x{self._states}", "state", Linear(dict(x.terms)))
+        symbol = Symbol(f"x{self._states}", "state", Linear(dict(x.terms)), known)
         self._ops.append(_Define(symbol))
         x.terms = {symbol: 1.0}
 
+    def _keep_seen(self, x: Linear, point: Point) -> None:
+        if self.inpaint:
+            self._define(x, self.register(KNOWN) * point.alpha + self.register(KNOWN_NOISE) * point.sigma)
+        else:
+            self.keep(x)
+
     def evaluate(self, x: Linear, point: Point) -> Output:
         """The model's output for state x."""
-        self.keep(x)
+        self._keep_seen(x, point)
         ((state, _),) = x.terms.items()
         n = str(self._calls)
         self._calls += 1
@@ -172,10 +192,11 @@ class Trace:
         """Number, point and next point of each step."""
         for i, (p, q) in enumerate(itertools.pairwise(points)):
             self._ops.append(_Step(i))
+            self._end = q
             yield i, p, q
 
     def lower(self, result: Linear) -> Program:
-        self.keep(result)
+        self._keep_seen(result, self._end)
         ((last, _),) = result.terms.items()
         return _Lowering(self._ops, self.start, last, self.limits).program()
 
@@ -212,6 +233,8 @@ class Row:
     """[R] or [G, R]."""
     draw: int | None
     limited: bool = False
+    known: np.ndarray | None = None
+    """[R + 2] or [G, R + 2]: outputs[0] is this where the mask is 0."""
     step: int = 0
     dead: list[str] = field(default_factory=list)
 
@@ -251,8 +274,10 @@ class Program:
                 if it.derived is not None:
                     d = _sum(zip(it.derived.T, it.inputs))
                     lines.append(f"{it.step:4d}  d = " + (f"limited({d})" if it.limited else d))
-                for out, row in zip(it.outputs, np.moveaxis(it.weights, -2, 0)):
-                    lines.append(f"{it.step:4d}  {out} = {_sum(zip(np.moveaxis(row, -1, 0), names))}")
+                sums = [_sum(zip(np.moveaxis(row, -1, 0), names)) for row in np.moveaxis(it.weights, -2, 0)]
+                if it.known is not None:
+                    sums[0] += f" where mask, else {_sum(zip(np.moveaxis(it.known, -1, 0), names))}"
+                lines += [f"{it.step:4d}  {out} = {total}" for out, total in zip(it.outputs, sums)]
         return "\n".join(lines)
 
 
@@ -321,7 +346,7 @@ class _Lowering:
     def _all(self, symbol: Symbol) -> set[Symbol]:
         """What its value is made of, down to states and outputs of the model."""
         found: set[Symbol] = set()
-        for s in symbol.value.terms if symbol.value is not None else ():
+        for s in [s for v in (symbol.value, symbol.known) if v is not None for s in v.terms]:
             found.add(s)
             if s.kind != "state":
                 found |= self._all(s)
@@ -350,7 +375,7 @@ class _Lowering:
         limited = [s for s in virtual if s.kind == "limited"]
         # x0 and eps that come again; those that are the raw output itself need no copy
         again = [s for s in virtual if s.kind != "combined" and self.uses[s] > 1 and not self._is_alias(s)]
-        outputs = [d.symbol for d in group] + again
+        outputs = sorted((d.symbol for d in group), key=lambda s: s.known is None) + again  # only the first may have a mask
         rows = [(s, self._value(s, limited) if s not in limited else Linear({s: 1.0})) for s in outputs]
         if len(limited) <= 1 and self._fits(rows, limited):
             self._row(rows, limited)
@@ -378,7 +403,8 @@ class _Lowering:
 
     def _parts(self, rows: Any, limited: list[Symbol]) -> tuple[list[Symbol], list[Symbol]]:
         found: dict[Symbol, None] = {}
-        for _, value in [*rows, *((s, self._value(s)) for s in limited if s.value is not None)]:
+        known = [(s, s.known) for s, _ in rows if s.known is not None]
+        for _, value in [*rows, *known, *((s, self._value(s)) for s in limited if s.value is not None)]:
             found.update(dict.fromkeys(t for t, k in value.terms.items() if np.any(k != 0) and t not in limited))
         return [s for s in found if s.kind != "noise"], [s for s in found if s.kind == "noise"]
 
@@ -393,9 +419,11 @@ class _Lowering:
         size = len(inputs)
         if not limited and noises:
             columns[noises[0]] = size + 1
-        levels = np.broadcast_shapes(*(np.shape(k) for _, v in rows for k in v.terms.values()))
-        weights = np.zeros((*levels, len(rows), size + 2))
-        for j, (_, value) in enumerate(rows):
+        first = rows[0][0].known
+        values = [value for _, value in rows] + ([] if first is None else [first])
+        levels = np.broadcast_shapes(*(np.shape(k) for v in values for k in v.terms.values()))
+        weights = np.zeros((*levels, len(values), size + 2))
+        for j, value in enumerate(values):
             for s, k in value.terms.items():
                 if np.any(k != 0):
                     weights[..., j, columns[s]] = k
@@ -406,8 +434,10 @@ class _Lowering:
                 if np.any(k != 0):
                     derived[..., columns[s]] = k
         draw = self.draws.setdefault(noises[0], len(self.draws)) if noises else None
-        names = [s.name for s, _ in rows]
-        self.out.append(Row(names, [s.name for s in inputs], weights, derived, draw, bool(limited), self.step))
+        names, known = [s.name for s, _ in rows], None
+        if first is not None:
+            weights, known = weights[..., :-1, :], weights[..., -1, :]
+        self.out.append(Row(names, [s.name for s in inputs], weights, derived, draw, bool(limited), known, self.step))
         self.ready.update(s for s, _ in rows)
 
     def _split(self, symbol: Symbol, value: Linear) -> None:

@@ -41,9 +41,10 @@ def compiled(
     limits: Limits | None = None,
     guide: Any = None,
     options: Mapping[str, Any] | None = None,
+    inpaint: bool = False,
 ) -> Program:
     """The program of a solver on these noise levels."""
-    trace = Trace(process, prediction, limits, guide)
+    trace = Trace(process, prediction, limits, guide, inpaint)
     return trace.lower(solver(trace, trace.x(), points, **(options or {})))
 
 
@@ -80,15 +81,22 @@ def run_program(
     times = runner.times(batch, time_dtype or state.dtype)
     keywords = dict(arguments or {})
 
+    shape = x.shape
+
+    def checked(raw: Any, at: Tensor, it: Evaluate) -> Tensor:
+        if not isinstance(raw, Tensor) or raw.shape != shape or raw.device != device or not raw.is_floating_point():
+            raise _bad_output(owner, raw, at, it)
+        return raw if raw.is_contiguous() else raw.contiguous()
+
     def call(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
         time = times[id(it)]
-        found = [model(at, time, **keywords)] if guide is None else guide.evaluate(model, at, time, it.outputs, keywords)
-        for raw in found:
-            if not isinstance(raw, Tensor) or raw.shape != at.shape or raw.device != device or not raw.is_floating_point():
-                raise _bad_output(owner, raw, at, it)
+        if guide is None:
+            found = [checked(model(at, time, **keywords), at, it)]
+        else:
+            found = [checked(raw, at, it) for raw in guide.evaluate(model, at, time, it.outputs, keywords)]
         if evaluated is not None and it.first:
             evaluated(it, at, found)
-        return [raw if raw.is_contiguous() else raw.contiguous() for raw in found]
+        return found
 
     noise = None
     if noise_sampler is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .program import MOST_INPUTS, MOST_OUTPUTS, Combine, Evaluate, Limits, Program, Row
+from .program import MASK, MOST_INPUTS, MOST_OUTPUTS, Combine, Evaluate, Limits, Program, Row
 
 Call = Callable[[Tensor, Evaluate], Sequence[Tensor]]
 Begun = Callable[[Evaluate, Tensor], "Tensor | None"]
@@ -19,35 +20,49 @@ Begun = Callable[[Evaluate, Tensor], "Tensor | None"]
 class _Prepared:
     """A row with its table, and the places of its registers."""
 
-    __slots__ = ("at", "by", "derived", "draw", "halves", "inputs", "limited", "outputs", "table")
+    __slots__ = ("by", "count", "derived", "draw", "draws", "halves", "limited", "mask", "noise", "outputs", "table", "take")
 
     def __init__(
-        self, row: Row, slots: Mapping[str, int], halves: Sequence[str], given_noise: bool, device: torch.device
+        self, row: Row, slots: Mapping[str, int], halves: Collection[str], given_noise: bool, device: torch.device
     ) -> None:
         weights, derived, names = row.weights, row.derived, list(row.inputs)
+        if row.known is not None:  # the last row of the table
+            weights = np.concatenate([weights, row.known[..., None, :]], -2)
         if derived is None:
             derived = np.zeros((*weights.shape[:-2], len(names)))
-        if given_noise and row.draw is not None:  # z is an input
+        given_noise = given_noise and row.draw is not None
+        if given_noise:  # z is an input
             names.append(f"z{row.draw}")
             weights = np.concatenate([weights[..., :-2], weights[..., -1:], weights[..., -2:-1], 0 * weights[..., -1:]], -1)
             derived = np.concatenate([derived, 0 * derived[..., :1]], -1)
         if len(names) > MOST_INPUTS:
             raise NotImplementedError(f"sample: a row has {len(names)} inputs with its noise, expected at most {MOST_INPUTS}")
-        copies = [j for j, name in enumerate(row.outputs) if name in halves][: MOST_OUTPUTS - len(row.outputs)]
-        weights = np.concatenate([weights, weights[..., copies, :]], -2)
+        plain = range(row.known is not None, len(row.outputs))
+        copies = [j for j in plain if row.outputs[j] in halves][: MOST_OUTPUTS - len(row.outputs)]
+        weights = np.insert(weights, [len(row.outputs)] * len(copies), weights[..., copies, :], axis=-2)
         first = np.concatenate([derived, 0 * derived[..., :1], 0 * derived[..., :1]], -1)[..., None, :]
         table = torch.from_numpy(np.ascontiguousarray(np.concatenate([first, weights], -2)))
         self.by = int(table.ndim == 3)
         self.table = table.to(device) if self.by else table.unsqueeze(0)
-        self.inputs = [slots[name] for name in names]
+        self.take = _taker([slots[name] for name in names])
         self.outputs = [slots[name] for name in row.outputs]
         self.halves = [slots[row.outputs[j] + "~"] for j in copies]
-        self.draw = -1 if given_noise or row.draw is None else row.draw
+        self.count = range(len(self.outputs))
+        self.noise = slots[f"z{row.draw}"] if given_noise else -1
+        self.draws = row.draw is not None and not given_noise
+        self.draw = row.draw if self.draws else 0
+        self.mask = slots[MASK] if row.known is not None else -1
         self.limited = row.limited
         self.derived: Tensor | None = None
         if row.limited:  # x0 alone, for its quantile
-            only = torch.cat([torch.zeros_like(self.table[:, :1]), self.table[:, :1]], 1)
-            self.derived = only
+            self.derived = torch.cat([torch.zeros_like(self.table[:, :1]), self.table[:, :1]], 1)
+
+
+def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What is there, as a tuple or a list."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda registers: [registers[r] for r in places]
 
 
 class Runner:
@@ -57,7 +72,7 @@ class Runner:
         self, program: Program, device: torch.device, half: torch.dtype | None = None, given_noise: bool = False
     ) -> None:
         self.program, self.half, self.given_noise, self.device = program, half, given_noise, device
-        names: dict[str, int] = {"x": 0}
+        names: dict[str, int] = {"x": 0, MASK: 1}
         seen_by_model = {it.state for it in program.instructions if isinstance(it, Evaluate)} if half else set()
         for it in program.instructions:
             outputs = [it.output] if isinstance(it, Combine) else it.outputs
@@ -66,12 +81,15 @@ class Runner:
             for name in (*inputs, *outputs, *extra, *(f"{o}~" for o in outputs)):
                 names.setdefault(name, len(names))
         self.slots = names
-        self._steps: list[tuple[Any, _Prepared | None, list[int]]] = []
+        # of each instruction: itself, the row or where the inputs and outputs are, and what is not needed after it
+        self._steps: list[tuple[Any, _Prepared | None, int, list[int], list[int]]] = []
         for it in program.instructions:
-            row = _Prepared(it, names, sorted(seen_by_model), given_noise, device) if isinstance(it, Row) else None
+            row = _Prepared(it, names, seen_by_model, given_noise, device) if isinstance(it, Row) else None
+            at = names[it.state] if isinstance(it, Evaluate) else -1
+            places = [names[o] for o in ([it.output] if isinstance(it, Combine) else it.outputs)]
             dead = [names[d] for d in it.dead]
             dead += [names[d + "~"] for d in it.dead if d + "~" in names]
-            self._steps.append((it, row, dead))
+            self._steps.append((it, row, at, places, dead))
         limits = program.limits
         self._most = None
         if limits.most is not None and limits.quantile is None:
@@ -139,52 +157,51 @@ class Runner:
         """
         registers = [] if registers is None else registers
         registers.extend([None] * len(self.slots))
-        slots, write = self.slots, ops.write
+        slots, write, empty_like, most = self.slots, ops.kernel("rows_"), torch.empty_like, self._most
         registers[0] = x
         for name, value in (given or {}).items():
             if name in slots:
                 registers[slots[name]] = value
-        for it, row, dead in self._steps:
+        for it, row, at, places, dead in self._steps:
             if row is not None:
-                if self.given_noise and it.draw is not None:
+                if row.noise >= 0:
                     assert noise is not None
-                    registers[slots[f"z{it.draw}"]] = noise(it)
-                inputs = [registers[r] for r in row.inputs]
-                outputs = [torch.empty_like(x) for _ in row.outputs]
-                halves = [torch.empty_like(x, dtype=self.half) for _ in row.halves]
-                limit, divide = self._most if row.limited else None, False
+                    registers[row.noise] = noise(it)
+                inputs = row.take(registers)
+                out = [empty_like(x) for _ in row.count]
+                for slot, value in zip(places, out):
+                    registers[slot] = value
+                for slot in row.halves:
+                    registers[slot] = value = empty_like(x, dtype=self.half)
+                    out.append(value)
+                limit, divide = most if row.limited else None, False
                 if row.limited and limit is None:
                     limit, divide = self._quantile(row, inputs, x), True
-                z = seeds if row.draw >= 0 else None
-                out = outputs + halves
-                write("rows_", out, out, inputs, row.table, 0, row.by, z, max(row.draw, 0), limit, divide, None)
-                for slot, value in zip(row.outputs, outputs):
-                    registers[slot] = value
-                for slot, value in zip(row.halves, halves):
-                    registers[slot] = value
-            elif isinstance(it, Evaluate):
-                state = registers[slots[it.state]]
+                mask = None if row.mask < 0 else registers[row.mask]
+                write(out, inputs, row.table, 0, row.by, seeds if row.draws else None, row.draw, limit, divide, mask)
+            elif at >= 0:
+                state = registers[at]
                 if begun is not None and it.first:
                     changed = begun(it, state)
                     if changed is not None:
-                        registers[slots[it.state]] = state = changed
+                        registers[at] = state = changed
                         if self.half is not None:
                             registers[slots[it.state + "~"]] = None
                 if self.half is not None:
                     copy = registers[slots[it.state + "~"]] if it.state + "~" in slots else None
                     state = state.to(self.half) if copy is None else copy
-                for name, value in zip(it.outputs, (yield state, it)):
-                    registers[slots[name]] = value
+                for slot, value in zip(places, (yield state, it)):
+                    registers[slot] = value
             else:
                 assert combine is not None
-                registers[slots[it.output]] = combined = torch.empty_like(x)
+                registers[places[0]] = combined = empty_like(x)
                 combine(it, [registers[slots[name]] for name in it.inputs], combined)
             for slot in dead:
                 registers[slot] = None
         result: Tensor = registers[slots[self.program.result]]
         return result
 
-    def _quantile(self, row: _Prepared, inputs: list[Tensor], x: Tensor) -> Tensor:
+    def _quantile(self, row: _Prepared, inputs: Sequence[Tensor], x: Tensor) -> Tensor:
         """What x0 of each sample is divided by: its quantile, between 1 and `most` (Saharia et al. 2022, section 2.3)."""
         limits: Limits = self.program.limits
         x0 = torch.empty_like(x)
