@@ -51,6 +51,10 @@ class Process(abc.ABC):
     def at(self, ratio: Level) -> Point:
         """The point where sigma / alpha is `ratio`."""
 
+    def prior_scale(self, p: Point) -> Level:
+        """What standard normal noise is multiplied by, to begin at p: sigma, unless states have variance 1 at every level."""
+        return p.sigma
+
     def at_lam(self, lam: Level) -> Point:
         return self.at(np.exp(-np.asarray(lam, dtype=np.float64)))
 
@@ -73,16 +77,55 @@ class VariancePreserving(Process):
         with np.errstate(divide="ignore"):
             self._logs = 0.5 * (np.log1p(-self.alphas_cumprod) - np.log(self.alphas_cumprod))
 
+    def prior_scale(self, p: Point) -> Level:
+        return 1.0
+
+    @classmethod
+    def of_betas(cls, betas: Any) -> VariancePreserving:
+        """abar = prod(1 - beta)."""
+        return cls(np.cumprod(1 - np.asarray(betas, dtype=np.float64)))
+
+    @classmethod
+    def linear(cls, times: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VariancePreserving:
+        """Even betas (Ho et al. 2020)."""
+        return cls.of_betas(np.linspace(beta_start, beta_end, times))
+
+    @classmethod
+    def scaled_linear(cls, times: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> VariancePreserving:
+        """Even square roots of betas; the defaults are Stable Diffusion's (Rombach et al. 2022)."""
+        return cls.of_betas(np.linspace(beta_start**0.5, beta_end**0.5, times) ** 2)
+
+    @classmethod
+    def cosine(cls, times: int = 1000, offset: float = 0.008, most: float = 0.999) -> VariancePreserving:
+        """abar = cos^2 ((t + offset) / (1 + offset) pi / 2), betas at most `most` (Nichol & Dhariwal 2021, equation 17)."""
+        curve = np.cos((np.arange(times + 1) / times + offset) / (1 + offset) * np.pi / 2) ** 2
+        return cls.of_betas(np.minimum(1 - curve[1:] / curve[:-1], most))
+
+    def zero_terminal_snr(self) -> VariancePreserving:
+        """sqrt(abar) shifted and scaled, so that no signal is left at the last time (Lin et al. 2024, algorithm 1)."""
+        root = np.sqrt(self.alphas_cumprod)
+        return type(self)(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
+
     def at_time(self, time: int) -> Point:
         """The point of a discrete time, without interpolation."""
         abar = float(self.alphas_cumprod[time])
         return Point(math.sqrt(abar), math.sqrt(1 - abar), time)
+
+    def ratio_at(self, times: np.ndarray) -> np.ndarray:
+        """sigma / alpha at times, between whole ones as `at` has them."""
+        low = np.floor(times).astype(int)
+        high = np.minimum(low + 1, len(self._logs) - 1)
+        share = times - low
+        with np.errstate(invalid="ignore"):
+            return np.exp(np.where(share == 0, self._logs[low], (1 - share) * self._logs[low] + share * self._logs[high]))
 
     def at(self, ratio: Level) -> Point:
         r = np.asarray(ratio, dtype=np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             finite = np.isfinite(self._logs)
             between = np.interp(np.log(r), self._logs[finite], np.flatnonzero(finite))
+            whole = np.round(between)  # of a ratio that came of a whole time, without its rounding
+            between = np.where(np.abs(between - whole) < 1e-9, whole, between)
             time = np.where(np.isinf(r), len(self._logs) - 1, between)
             alpha = np.asarray(1 / np.sqrt(1 + r**2))
             sigma = np.where(np.isinf(r), 1.0, r * alpha)
