@@ -1,0 +1,17 @@
+"""Sampling from diffusion models and flows: solvers as programs, run by one kernel call a step."""
+
+from . import grids as grids
+from . import kdiffusion as kdiffusion
+from . import solvers as solvers
+from .points import Flow as Flow
+from .points import Point as Point
+from .points import Process as Process
+from .points import VarianceExploding as VarianceExploding
+from .points import VariancePreserving as VariancePreserving
+from .program import Program as Program
+from .sample import SAMPLERS as SAMPLERS
+from .sample import Sampler as Sampler
+from .sample import noise as noise
+from .sample import program as program
+from .sample import sample as sample
+from .sample import samplers_table as samplers_table

@@ -1,0 +1,390 @@
+"""The front door: `sample`, a program by name, and the table of samplers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._checks import instance, integer, number, one_of
+from .._extras import require
+from . import grids, solvers
+from .points import PREDICTIONS, Flow, Point, Process, VarianceExploding, VariancePreserving
+from .program import KNOWN, KNOWN_NOISE, MASK, Evaluate, Limits, Program
+from .run import START, Seed, compiled, run_program, seeds_of
+
+# ---- samplers by name
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver with what is known of it."""
+
+    name: str
+    solver: Callable[..., Any]
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring, which names the source."""
+        return (inspect.getdoc(self.solver) or "").partition("\n")[0].rstrip(".")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults."""
+        found = list(inspect.signature(self.solver).parameters.values())[3:]
+        return {p.name: p.default for p in found if p.kind is not p.VAR_KEYWORD}
+
+    @property
+    def evaluations(self) -> float | None:
+        """Of the model for each step, in twelve steps with its defaults; None where it has options without one."""
+        return None if self._traced is None else self._traced.evaluations / 12
+
+    @property
+    def stochastic(self) -> bool | None:
+        """Whether its defaults draw noise on the way."""
+        return None if self._traced is None else self._traced.draws > 0
+
+    @property
+    def _traced(self) -> Program | None:
+        return None if inspect.Parameter.empty in self.options.values() else _traced(self.solver)
+
+
+@functools.cache
+def _traced(solver: Callable[..., Any]) -> Program | None:
+    process = VariancePreserving.linear()
+    try:
+        return compiled(solver, [process.at(r) for r in grids.trailing(12, process)], process, "eps")
+    except (ValueError, TypeError, AttributeError, NotImplementedError):  # of another process
+        return None
+
+
+def _samplers() -> dict[str, Sampler]:
+    found = {}
+    for name, solver in vars(solvers).items():
+        if inspect.isfunction(solver) and list(inspect.signature(solver).parameters)[:3] == ["run", "x", "points"]:
+            found[name] = Sampler(name, solver)
+    return dict(sorted(found.items()))
+
+
+SAMPLERS: dict[str, Sampler] = _samplers()
+"""Every recurrence of `dither.sampling.solvers`; one of yours is `SAMPLERS["mine"] = Sampler("mine", mine)`."""
+
+
+def samplers_table() -> str:
+    """Of `SAMPLERS`, in markdown."""
+    lines = ["| sampler | evaluations per step | noise | what it is | options |", "|---|--:|---|---|---|"]
+    for s in SAMPLERS.values():
+        calls = "" if s.evaluations is None else f"{s.evaluations:.2g}"
+        noise = {None: "", True: "yes", False: "no"}[s.stochastic]
+        options = ", ".join(k if v is inspect.Parameter.empty else f"{k}={v!r}" for k, v in s.options.items())
+        lines.append(f'| `"{s.name}"` | {calls} | {noise} | {s.summary} | {options and f"`{options}`"} |')
+    return "\n".join(lines)
+
+
+# ---- programs
+
+
+PROCESSES: dict[str, Callable[[], Process]] = {
+    "ve": VarianceExploding,
+    "vp": VariancePreserving.linear,
+    "stable_diffusion": VariancePreserving.scaled_linear,
+    "cosine": VariancePreserving.cosine,
+    "flow": Flow,
+}
+
+
+def _process(owner: str, process: str | Process) -> Process:
+    if isinstance(process, str):
+        return _named(grids.nearest(owner, "process", process, PROCESSES))
+    instance(owner, "process", process, Process, "a Process or its name")
+    return process
+
+
+@functools.cache
+def _named(make: Callable[[], Process]) -> Process:
+    return make()
+
+
+def _prediction(owner: str, prediction: str | None, process: Process) -> str:
+    if prediction is None:
+        return "x0" if isinstance(process, VarianceExploding) else "velocity" if isinstance(process, Flow) else "eps"
+    one_of(owner, "prediction", prediction, PREDICTIONS)
+    return prediction
+
+
+def _solver(owner: str, sampler: str | Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    solver = sampler if callable(sampler) else grids.nearest(owner, "sampler", sampler, SAMPLERS).solver
+    takes = list(inspect.signature(solver).parameters.values())[3:]
+    if not any(p.kind is p.VAR_KEYWORD for p in takes):
+        for name in options:
+            if name not in {p.name for p in takes}:
+                called = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", "this one")
+                expected = ", ".join(p.name for p in takes) or "none"
+                raise TypeError(f"{owner}: {name} is no argument, and no option of {called}, whose options are: {expected}")
+    found: Callable[..., Any] = solver
+    return found
+
+
+def _begin(owner: str, levels: np.ndarray, start: float | None, strength: float | None) -> np.ndarray:
+    """What of the levels is left to a run that begins with data."""
+    if start is not None and strength is not None:
+        raise ValueError(f"{owner}: start is {start} and strength is {strength}, expected one of them")
+    if strength is not None:
+        steps = len(levels) - 1
+        left = min(int(steps * number(owner, "strength", strength, above=0, most=1)), steps)
+        if left == 0:
+            raise ValueError(f"{owner}: strength is {strength} of {steps} steps, expected at least one step")
+        return levels[steps - left :]
+    if start is not None:
+        at = number(owner, "start", start, above=0)
+        return np.concatenate([[at], levels[levels < at]])
+    return levels
+
+
+def _limits(owner: str, clip: float | None, quantile: float | None) -> Limits:
+    most = None if clip is None else number(owner, "clip", clip, above=0)
+    if quantile is None:
+        return Limits(most)
+    share = number(owner, "quantile", quantile, above=0, most=1)
+    if most is not None and most < 1:
+        raise ValueError(f"{owner}: clip is {most:g}, expected at least 1 with a quantile")
+    return Limits(float("inf") if most is None else most, share)
+
+
+def program(
+    sampler: str | Callable[..., Any] = "dpmpp_2m",
+    steps: int = 20,
+    *,
+    process: str | Process = "vp",
+    prediction: str | None = None,
+    grid: Any = None,
+    grid_options: Mapping[str, Any] | None = None,
+    guidance: Any = None,
+    clip: float | None = None,
+    quantile: float | None = None,
+    start: float | None = None,
+    strength: float | None = None,
+    inpaint: bool = False,
+    **options: Any,
+) -> Program:
+    """What `sample` runs, with the same arguments; `print` shows it as a table."""
+    return _prepare("program", sampler, steps, process, prediction, grid, grid_options, guidance, clip, quantile, start,
+                    strength, inpaint, options)[2]  # fmt: skip
+
+
+def _prepare(
+    owner: str,
+    sampler: str | Callable[..., Any],
+    steps: int,
+    process: str | Process,
+    prediction: str | None,
+    grid: Any,
+    grid_options: Mapping[str, Any] | None,
+    guidance: Any,
+    clip: float | None,
+    quantile: float | None,
+    start: float | None,
+    strength: float | None,
+    inpaint: bool,
+    options: Mapping[str, Any],
+) -> tuple[Process, list[Point], Program]:
+    """A program, kept for the next time where everything it is made of can be looked up."""
+    solver = _solver(owner, sampler, options)
+    kind = _process(owner, process)
+    integer(owner, "steps", steps, least=1)
+    levels = grids.levels(owner, grid, steps, kind, **(grid_options or {}))
+    levels = _begin(owner, levels, start, strength)
+    points = [kind.at(r) for r in levels]
+    said, limits = _prediction(owner, prediction, kind), _limits(owner, clip, quantile)
+    key: Any = (solver, kind, said, tuple(levels), limits.most, limits.quantile, inpaint, tuple(sorted(options.items())))
+    try:
+        found = None if guidance is not None else _PROGRAMS.get(key)
+    except TypeError:  # an option has no hash
+        key, found = None, None
+    if found is None:
+        found = compiled(solver, points, kind, said, limits, guidance, options, inpaint)
+        if key is not None and guidance is None:
+            if len(_PROGRAMS) >= 64:
+                del _PROGRAMS[next(iter(_PROGRAMS))]
+            _PROGRAMS[key] = found
+    return kind, points, found
+
+
+_PROGRAMS: dict[Any, Program] = {}
+
+
+# ---- samples
+
+
+def noise(shape: Sequence[int], seed: Seed = None, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
+    """Standard normal noise [B, ...] as `sample` begins with: that of a sample depends on its own seed alone."""
+    device = torch.device(device)
+    return _addressed(torch.empty(*shape, dtype=dtype, device=device), seeds_of("noise", seed, shape[0], device), 1.0)
+
+
+def _addressed(like: Tensor, seeds: Tensor, scale: float, mean: Tensor | None = None, share: float = 0.0) -> Tensor:
+    """share mean + scale z of each sample's seed."""
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    table = torch.tensor([[[0.0, 0.0, 0.0], [share, 0.0, float(scale)]]], dtype=torch.float64)
+    ops.write("rows_", [out], [out], [out if mean is None else mean], table, 0, 0, seeds, START, None, False, None)
+    return out
+
+
+def sample(
+    model: Callable[..., Any],
+    x: Tensor | None = None,
+    sampler: str | Callable[..., Any] = "dpmpp_2m",
+    steps: int = 20,
+    *,
+    shape: Sequence[int] | None = None,
+    process: str | Process = "vp",
+    prediction: str | None = None,
+    grid: Any = None,
+    grid_options: Mapping[str, Any] | None = None,
+    guidance: Any = None,
+    seed: Seed = None,
+    clip: float | None = None,
+    quantile: float | None = None,
+    start: float | None = None,
+    strength: float | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    registers: Mapping[str, Tensor] | None = None,
+    time_dtype: torch.dtype | None = None,
+    model_dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: Any = None,
+    progress: bool = False,
+    callback_on_step_end: Callable[[int, float, Tensor], Tensor | None] | None = None,
+    intermediates: bool = False,
+    compile: bool = False,
+    **options: Any,
+) -> Any:
+    """Samples [B, ...] of a diffusion model: model(x [B, ...], time [B], **arguments) -> a tensor of x's shape.
+
+    x: the state to begin with, at the first level of the grid. Without it, one of `shape`, `dtype` and `device` (by default the
+        model's) is drawn. The sampler computes in float32, or in float64 if x is, and returns x's type.
+    sampler: a name of `SAMPLERS`, or a solver of your own.
+    process: "vp" (Ho et al. 2020), "stable_diffusion", "cosine", "flow", "ve" (the model is a denoiser D(x, sigma)), or a
+        `Process`. It says what `time` is.
+    prediction: what the model gives, "x0", "eps", "v", "score" or "velocity"; by default eps, velocity of a flow, x0 of "ve".
+    grid: a name of `grids.GRIDS`, with `grid_options`, or ratios sigma / alpha that fall; None: what is usual of the process.
+    guidance: see `dither.sampling.guidance`.
+    seed: an int s gives samples s, s + 1, ...; or one for each sample. A sample depends on its own seed, not on the batch.
+    clip, quantile: x0 is held to [-clip, clip]; with a quantile (0.995) to that of its absolute values, between 1 and clip, and
+        divided by it (dynamic thresholding, Saharia et al. 2022).
+    strength, start: x is data. Noise is added, and the last int(strength steps) steps are taken, or those below the ratio
+        `start` (SDEdit, Meng et al. 2022).
+    known, mask: where the mask is 0, every state is that of the data `known` [B, ...] at its level, and the result is `known`.
+        The mask expands to x's shape; between 0 and 1 it blends.
+    registers: tensors that a solver asks for by name.
+    time_dtype: of `time`; by default that of the states. model_dtype: of what the model sees; states stay as they are.
+    callback_on_step_end(step, sigma, x): sigma is the level reached; a tensor that it returns takes x's place.
+    intermediates: also return the list of the states after each step, as the model sees them.
+    compile: run `torch.compile(model)`.
+    options: of the sampler.
+    """
+    if (x is None) == (shape is None):
+        raise ValueError(f"sample: x is {'None' if x is None else 'given'} and so is shape, expected one of them")
+    from_data = start is not None or strength is not None
+    if x is None and from_data:
+        raise ValueError("sample: start or strength is given without x, expected the data to begin with")
+    if (known is None) != (mask is None):
+        raise ValueError("sample: one of known and mask is given, expected both")
+    kind, points, plan = _prepare("sample", sampler, steps, process, prediction, grid, grid_options, guidance, clip, quantile,
+                                  start, strength, known is not None, options)  # fmt: skip
+    if x is None:
+        assert shape is not None
+        state = torch.empty(*shape, dtype=dtype, device=_device_of(model) if device is None else device)
+    else:
+        instance("sample", "x", x, Tensor, "a tensor")
+        state = x
+    if not state.is_floating_point() or state.ndim < 1:
+        raise TypeError(f"sample: x is {state.dtype} of {state.ndim} dimensions, expected floats [B, ...]")
+    result_dtype = state.dtype
+    state = state.detach().to(torch.float64 if result_dtype == torch.float64 else torch.float32).contiguous()
+    seeds = None
+    if x is None or from_data or known is not None or plan.draws:
+        seeds = seeds_of("sample", seed, len(state), state.device)
+    first = points[0]
+    given = dict(registers or {})
+    if known is not None:
+        assert mask is not None and seeds is not None
+        given |= _inpainting(state, known, mask, _addressed(state, seeds, 1.0))
+    if x is None:
+        assert seeds is not None
+        state = _addressed(state, seeds, kind.prior_scale(first))
+    elif from_data:
+        assert seeds is not None
+        state = _addressed(state, seeds, first.sigma, state, first.alpha)
+
+    states: list[Tensor] = []
+    reached = [float(p.ratio) for p in points[1:]]
+    watched = callback_on_step_end is not None or intermediates
+    bar = require("tqdm", extra="sampling").tqdm(total=len(reached)) if progress else None
+
+    def ended(step: int, at: Tensor) -> Tensor | None:
+        changed = None if callback_on_step_end is None else callback_on_step_end(step, reached[step], at)
+        if changed is not None:
+            if changed.shape != at.shape or changed.device != at.device:
+                raise ValueError(f"sample: callback_on_step_end gave {list(changed.shape)} on {changed.device} at step {step}, "
+                                 f"expected {list(at.shape)} on {at.device}")  # fmt: skip
+            changed = changed.to(at.dtype).contiguous()
+        if intermediates:
+            states.append(at if changed is None else changed)
+        if bar is not None:
+            bar.update()
+        return changed
+
+    def begun(it: Evaluate, at: Tensor) -> Tensor | None:
+        return ended(it.step - 1, at) if it.step else None
+
+    try:
+        result = run_program(
+            "sample",
+            plan,
+            torch.compile(model) if compile else model,
+            state,
+            seed=seeds,
+            guide=guidance,
+            given=given,
+            arguments=arguments,
+            time_dtype=time_dtype,
+            model_dtype=model_dtype,
+            begun=begun if watched or bar is not None else None,
+        )
+        changed = ended(len(reached) - 1, result) if watched or bar is not None else None
+    finally:
+        if bar is not None:
+            bar.close()
+    result = (result if changed is None else changed).to(result_dtype)
+    return (result, states) if intermediates else result
+
+
+def _device_of(model: Any) -> torch.device:
+    tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, torch.nn.Module) else iter(())
+    found = next(tensors, None)
+    return torch.device("cpu") if found is None else found.device
+
+
+def _inpainting(x: Tensor, known: Tensor, mask: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    for name, value in (("known", known), ("mask", mask)):
+        instance("sample", name, value, Tensor, "a tensor")
+    if known.shape != x.shape:
+        raise ValueError(f"sample: known has shape {list(known.shape)}, expected {list(x.shape)}")
+    try:
+        whole = mask.to(x.device, torch.float32).expand(x.shape)
+    except RuntimeError:
+        raise ValueError(f"sample: mask has shape {list(mask.shape)}, expected one that expands to {list(x.shape)}") from None
+    if mask.ndim < x.ndim or len(mask) == 1:  # the same for all samples
+        whole = whole[:1]
+    return {KNOWN: known.to(x).contiguous(), KNOWN_NOISE: noise, MASK: whole.contiguous()}
