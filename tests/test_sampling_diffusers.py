@@ -14,10 +14,12 @@ from torch import Tensor
 from dither.sampling import solvers
 from dither.sampling.configs import schedule
 from dither.sampling.interop import from_scheduler_config
-from dither.sampling.points import VarianceExploding
+from dither.sampling.points import VarianceExploding, VariancePreserving
 from dither.sampling.program import Limits, Output
 from dither.sampling.reference import Reference
 from dither.sampling.run import compiled, run_program
+from dither.sampling.solvers import adams
+from dither.sampling.solvers.dpm_multistep import _Exponential
 
 N = 20
 SHAPE = (2, 3, 4, 4)
@@ -341,8 +343,6 @@ def test_ipndm() -> None:
 
 def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = pytest.importorskip("diffusers")
-    from dither.sampling.solvers import adams
-
     s = up(peers.PNDMScheduler(**SD, skip_prk_steps=True, steps_offset=1))
     s.set_timesteps(N)
     x, model = start(torch.float64), Net(s.alphas_cumprod)
@@ -356,15 +356,22 @@ def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_third_order_of_the_sde() -> None:
-    """Its weight of the curvature must vanish with the step; diffusers' tends to -alpha."""
-    from dither.sampling.points import VariancePreserving
-    from dither.sampling.solvers.dpm_multistep import _Exponential
-
+    """Weights of value, slope and curvature are integrals of powers, the last one's half; diffusers' SDE has another sign there."""
     process = VariancePreserving(np.linspace(0.9999, 0.01, 1000))
-    p = process.at_lam(0.5)
-    for algorithm in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"):
-        e = _Exponential.between(p, process.at_lam(0.5 + 1e-3), algorithm, False)
-        assert abs(e.curve * e.scale) < 1e-3, algorithm
+    h = 0.3
+    p, q = process.at_lam(0.5), process.at_lam(0.5 + h)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    s, weights = h * (nodes + 1) / 2, h * weights / 2
+    kernels = {
+        "dpmsolver++": q.sigma * np.exp(p.lam + s),
+        "dpmsolver": -q.alpha * np.exp(-p.lam - s),
+        "sde-dpmsolver++": 2 * q.sigma * np.exp(2 * (p.lam + s) - q.lam),
+        "sde-dpmsolver": -2 * q.alpha * np.exp(-p.lam - s),
+    }
+    for algorithm, kernel in kernels.items():
+        e = _Exponential.between(p, q, algorithm, False)
+        found = [e.scale * w for w in (e.phi, e.slope, 2 * e.curve)]
+        assert np.allclose(found, [(kernel * (s / h) ** k * weights).sum() for k in range(3)], rtol=1e-12, atol=0), algorithm
 
 
 def test_ddim_of_a_grid_that_does_not_divide_is_ddpm() -> None:
@@ -440,6 +447,26 @@ def test_programs_are_their_solvers(solver: str, options: Any, limited: bool) ->
     assert str(program)
 
 
+@pytest.mark.parametrize(
+    ("solver", "options"), [o for o in OPTIONS if o[0] != "tcd" and not (o[0] == "pndm" and o[1])], ids=label
+)
+def test_levels_of_each_sample(solver: str, options: Any) -> None:
+    """Rows of different levels are what each would be alone."""
+    process = VariancePreserving(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    grids = [np.linspace(-4, 3, 9), np.linspace(-2, 4, 9)]
+    x, z = start(torch.float64), noises(torch.float64)
+    model = lambda at, t: torch.tanh(at + t.view(-1, 1, 1, 1) / 999)
+
+    def run(at: Tensor, lams: Any, draws: Any) -> Tensor:
+        draws = iter(draws)
+        program = compiled(getattr(solvers, solver), [process.at_lam(lam) for lam in lams], process, "eps", options=options)
+        return run_program("test", program, model, at, noise_sampler=lambda a, b: next(draws))
+
+    both = run(x, np.stack(grids, 1), z)
+    alone = torch.cat([run(x[i : i + 1], grids[i], [v[i : i + 1] for v in z]) for i in range(2)])
+    assert (both - alone).abs().max() <= 1e-12
+
+
 # ---- what the papers say
 
 
@@ -450,7 +477,6 @@ def gaussian(x: Tensor, p: Any) -> Tensor:
 
 
 def error_of(solver: str, steps: int, **options: Any) -> float:
-    from dither.sampling.points import VariancePreserving
 
     process = VariancePreserving(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
     points = [process.at_lam(lam) for lam in np.linspace(-2.0, 2.0, steps + 1)]
@@ -487,7 +513,7 @@ def test_orders(solver: str, options: Any, order: int) -> None:
 
 
 def test_momentum_is_stable_where_adams_is_not() -> None:
-    """On a stiff flow: dx/dt = -k x, k h = 1.2, where Adams-Bashforth of order 2 diverges beyond 1.0 and GHVB 2 with 0.5 at 1.5."""
+    """dx/dt = -k x with k h = 1.2: Adams-Bashforth of order 2 diverges beyond 1.0, GHVB with beta 0.5 beyond 1.5."""
 
     class Decay:
         def steps(self, points: Any) -> Any:

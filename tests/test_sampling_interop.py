@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import dither
-from dither.sampling import kdiffusion
+from dither.sampling import kdiffusion, solvers
 from dither.sampling.configs import alphas_cumprod, resolution_shift, schedule
 from dither.sampling.interop import DiffusersScheduler, as_model, denoiser, edm_denoiser, from_scheduler_config
+from dither.sampling.run import compiled, run_program
 
 SHAPE = (2, 3, 8, 8)
 
@@ -257,11 +258,14 @@ def test_zero_terminal_snr_is_finite() -> None:
         assert found.isfinite().all(), sampler
     for solver in ("dpm_multistep", "dpm_singlestep", "unipc", "deis", "ghvb", "ipndm"):  # no signal at all
         points = schedule(config, 8, "ddim")[0]
-        from dither.sampling import solvers
-        from dither.sampling.run import compiled, run_program
-
         program = compiled(getattr(solvers, solver), points.points, points.process, "v", options={"order": 3})
         assert run_program("test", program, lambda x, t: torch.tanh(x), x, seed=1).isfinite().all(), solver
+
+
+def test_ipndm_begins_without_signal() -> None:
+    x = dither.noise.normal(SHAPE, seed=1)
+    found = from_scheduler_config({"_class_name": "IPNDMScheduler"}, steps=10)(lambda x, t: torch.tanh(x), x)
+    assert found.isfinite().all()
 
 
 # ---- models

@@ -1,4 +1,9 @@
-"""From the configuration of a diffusers scheduler to a process, noise levels and a solver's options."""
+"""From the configuration of a diffusers scheduler to a process, noise levels and a solver's options.
+
+Where diffusers 0.42 does otherwise: its DDIM goes num_train_timesteps // steps down whatever the next time is; PNDM with
+v_prediction mixes v of different times, where this mixes noise; the third order of sde-dpmsolver++ has a wrong sign;
+fixed_large_log is no number; IPNDM takes nothing of its first evaluation; the last bit of a logarithm may lower a time by one.
+"""
 
 from __future__ import annotations
 
@@ -199,7 +204,7 @@ def _checked_times(times: np.ndarray, n: int, steps: int) -> np.ndarray:
 
 
 def _spread(c: Mapping[str, Any], high: float, low: float, steps: int) -> np.ndarray | None:
-    """`steps` numbers from high to low as Karras et al. 2022, evenly in the logarithm, or as quantiles of a beta distribution."""
+    """`steps` numbers from high to low: of Karras et al. 2022, evenly in the logarithm, or quantiles of a beta distribution."""
     ramp = np.linspace(0, 1, steps)
     if c["use_karras_sigmas"]:
         found: np.ndarray = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
@@ -489,8 +494,8 @@ def schedule(
 ) -> tuple[Schedule, str, dict[str, Any]]:
     """Levels of a configuration, the solver's name, and its options.
 
-    sampler: a name of `KINDS` or of a solver; None, the configuration's own. given: times, or levels of a flow and of EDM, in place
-    of those that `steps` gives. mu: of `use_dynamic_shifting`.
+    sampler: a name of `KINDS` or of a solver; None, the configuration's own. given: times, or levels of a flow or of EDM, in
+    place of those that `steps` gives. mu: of `use_dynamic_shifting`.
     """
     steps = integer("schedule", "steps", steps, least=1)
     raw = read(config)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import noise
+from .. import ops
 from .._checks import integer, tensor
 from . import solvers
 from .configs import KINDS, Schedule, alphas_cumprod, read, schedule
@@ -23,7 +23,7 @@ from .program import Evaluate, Program, Row
 from .run import Seed, compiled, run_program, seeds_of
 from .runner import Runner
 
-_STREAM = 0x73616D70  # of the noise of rows_
+_Z = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
 
 
 # ---- models
@@ -32,7 +32,8 @@ _STREAM = 0x73616D70  # of the noise of rows_
 def as_model(net: Callable[..., Any], channels: int = 1) -> Callable[..., Tensor]:
     """net(x, t, **arguments) as a function that returns a tensor: of an output with `.sample`, of a tuple its first entry.
 
-    Where the output has twice as many channels as x (dimension `channels`), the first half is taken: the second is a learned variance.
+    Where the output has twice as many channels as x (dimension `channels`), the first half is taken: the second is a learned
+    variance.
     """
 
     def model(x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
@@ -56,8 +57,8 @@ def _halves(found: Tensor, x: Tensor, channels: int = 1) -> tuple[Tensor, Tensor
 def denoiser(net: Callable[..., Any], config: Any = None, channels: int = 1) -> Callable[..., Tensor]:
     """A network of diffusers as k-diffusion's D(x, sigma [B], **arguments), for x = x0 + sigma eps.
 
-    config: of its scheduler (see `from_scheduler_config`): abar and prediction_type. sigma is brought to the network's time, between
-    those of training.
+    config: of its scheduler (see `from_scheduler_config`), for abar and prediction_type. sigma becomes a time of the network,
+    between those of training.
     """
     c = read(config if config is not None else {})
     abar = c.get("alphas_cumprod")
@@ -112,7 +113,7 @@ def edm_denoiser(
 
 
 def _spread_of(config: Mapping[str, Any], points: Sequence[Point]) -> Callable[[int, Tensor], Tensor] | None:
-    """(step, what the model says of the variance) -> the learned deviation over the fixed one (Nichol & Dhariwal 2021, eq. 15)."""
+    """(step, what the model says of the variance) -> the learned deviation over the fixed one (Nichol & Dhariwal 2021)."""
     kind = config.get("variance_type")
     if kind not in ("learned", "learned_range"):
         return None
@@ -122,7 +123,7 @@ def _spread_of(config: Mapping[str, Any], points: Sequence[Point]) -> Callable[[
         share = 1 - (p.alpha * q.sigma / (q.alpha * p.sigma)) ** 2
         if kind == "learned":
             return (said / (q.sigma**2 * share)).sqrt()
-        # between the posterior's variance at -1 and that of the noise that came since at 1; their ratio is (sigma_p / sigma_q)^2
+        # -1: the posterior's variance; 1: that of the noise that came since; their ratio is (sigma_p / sigma_q)^2 (eq. 15)
         return ((said + 1) / 2 * math.log(p.sigma / q.sigma)).exp()
 
     return spread
@@ -201,13 +202,10 @@ class _Learned:
 
 
 def _noise(seeds: Tensor | None, draw: int, x: Tensor) -> Tensor:
-    """z of a row, by its address."""
-    assert seeds is not None
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    of = [
-        noise.normal(x.shape[1:], seed=int(s), stream=_STREAM, step=draw, dtype=dtype, device=x.device) for s in seeds.tolist()
-    ]
-    return torch.stack(of)
+    """z of a row, by its address: a row whose only weight is that of z."""
+    out = torch.empty_like(x)
+    ops.write("rows_", [out], [out], [x], _Z, 0, 0, seeds, draw, None, False, None)
+    return out
 
 
 def _program(plan: Schedule, solver: str, options: Mapping[str, Any]) -> Program:
@@ -238,7 +236,8 @@ def from_scheduler_config(
 
     config: a dict, a scheduler object of diffusers, or the path of a scheduler_config.json or its folder. sampler: a name of
     `dither.sampling.KINDS`; None is the configuration's own. options: of the solver, before those of the configuration.
-    mu: shift of flows with use_dynamic_shifting, see `resolution_shift`. timesteps, or sigmas of flows and EDM: in place of the grid.
+    mu: shift of flows with use_dynamic_shifting, see `resolution_shift`. timesteps, or sigmas of flows and EDM: in place of the
+    grid.
     """
     given = timesteps if sigmas is None else sigmas
     steps = len(given) if given is not None else steps
@@ -275,9 +274,9 @@ class StepOutput:
 class DiffusersScheduler:
     """A scheduler for pipelines of diffusers: `pipe.scheduler = DiffusersScheduler(pipe.scheduler, "unipc")`.
 
-    Programs run one evaluation of the model at a time. States stay in float32 between steps, whatever the model computes in, as long
-    as a step is given the sample that the one before gave. Noise: by the `generator` of `step` where there is one, as diffusers draws
-    it; else by address (`seed`).
+    Programs run one evaluation of the model at a time. States stay in float32 between steps, whatever the model computes in, as
+    long as a step is given the sample that the one before gave. Noise: by the `generator` of `step` where there is one, as
+    diffusers draws it; else by address (`seed`).
     config, sampler, options: see `from_scheduler_config`.
     """
 
@@ -290,10 +289,9 @@ class DiffusersScheduler:
         self.num_inference_steps: int | None = None
         self._begin: int | None = None
         self._run: _Steps | None = None
-        self.set_timesteps(min(50, self.config.num_train_timesteps) if not self._needs_mu() else None)
-
-    def _needs_mu(self) -> bool:
-        return bool(self.config.get("use_dynamic_shifting"))
+        # flows with a shift of their resolution wait for set_timesteps
+        most = min(50, self.config.num_train_timesteps, self.config.get("original_inference_steps", 50))
+        self.set_timesteps(None if self.config.get("use_dynamic_shifting") else most)
 
     @property
     def config(self) -> Any:

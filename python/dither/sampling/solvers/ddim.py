@@ -36,8 +36,8 @@ def ddim(run: Any, x: Any, points: Points, eta: float = 0.0, use_clipped_model_o
 def ddpm(run: Any, x: Any, points: Points, variance_type: str = "fixed_small") -> Any:
     """Ancestral sampling (Ho, Jain & Abbeel 2020, algorithm 2): the posterior of the next state, given x and x0.
 
-    variance_type: "fixed_small", the posterior's; "fixed_large", of the noise that came since (their section 3.2); with "_log", the
-    same. There is no noise in a state that is to be clean.
+    variance_type: "fixed_small", the posterior's; "fixed_large", of the noise that came since (section 3.2); the same with
+    "_log". There is no noise in a state that is to be clean.
     """
     one_of("ddpm", "variance_type", variance_type, VARIANCES)
     for _, p, q in run.steps(points):

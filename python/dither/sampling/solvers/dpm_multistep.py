@@ -1,8 +1,8 @@
 """DPM-Solver and DPM-Solver++ with all options of diffusers, as recurrences: see `dither.sampling.solvers`.
 
-All are one step of an exponential integrator. For models of x0 (++), x' = sigma'/sigma x + integral of e^lam x0; for models of noise,
-x' = alpha'/alpha x - integral of e^-lam eps; what is integrated is a polynomial in lam through values at several levels. The SDE's
-steps have twice the integral, or twice its exponent, and noise.
+All are steps of an exponential integrator: x' / sigma' = x / sigma + integral of e^lam x0 for models of x0 (++), and
+x' / alpha' = x / alpha - integral of e^-lam eps for models of noise. What is integrated is a polynomial in lam through values
+at several levels. Steps of SDEs have twice the integral, or twice its exponent, and noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
 
 @dataclass
 class _Exponential:
-    """From p to q: x' = of_x x + scale (phi D0 + slope D1 + curve D2) + deviation z, D1 and D2 differences over the whole step."""
+    """From p to q: x' = of_x x + scale (phi D0 + slope D1 + curve D2) + deviation z, D1 and D2 differences per whole step."""
 
     of_x: Level
     scale: Level
@@ -78,7 +78,8 @@ def dpm_multistep(
     """DPM-Solver (Lu et al. 2022a) and DPM-Solver++ (2022b) from values at earlier levels, of diffusers' options.
 
     lower_order_final: of fewer than 15 steps the last is of order 1 and the one before of at most 2; so is the last with
-    euler_at_final, or if it ends clean. solver_type is about order 2: "heun" integrates the slope exactly.
+    euler_at_final, or if it ends clean. solver_type is about order 2: "heun" integrates the slope exactly. Order 3 has half
+    of the curvature, as in the authors' code.
     """
     _check("dpm_multistep", algorithm, solver_type, order)
     past: list[Any] = []

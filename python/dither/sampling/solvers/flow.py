@@ -10,8 +10,8 @@ from ..points import Points
 def heun_flow(run: Any, x: Any, points: Points) -> Any:
     """Heun's method on dx = x0 d alpha + eps d sigma: for a flow, the mean of the velocities at both ends of a step.
 
-    The last step is Euler's where it ends clean. For VE it is EDM's (Karras et al. 2022, algorithm 1); for other processes another
-    method of order 2.
+    The last step is Euler's where it ends clean. For VE it is EDM's (Karras et al. 2022, algorithm 1); for other processes
+    another method of order 2.
     """
     for _, p, q in run.steps(points):
         out = run.evaluate(x, p)

@@ -37,8 +37,8 @@ def unipc(
 ) -> Any:
     """UniPC (Zhao et al. 2023): a predictor, and a corrector that uses the next step's evaluation, so that it costs none.
 
-    solver_type: "bh1" or "bh2", their B(h). predict_x0: of x0, else of the noise. disable_corrector: numbers of steps that are not
-    corrected. lower_order_final: a step that is the n-th from the end is of order n at most.
+    solver_type: "bh1" or "bh2", their B(h). predict_x0: of x0, else of the noise. disable_corrector: numbers of steps that are
+    not corrected. lower_order_final: a step that is the n-th from the end is of order n at most.
     """
     one_of("unipc", "solver_type", solver_type, ("bh1", "bh2"))
     past: list[tuple[Any, Level]] = []  # x0 or eps and lam, newest first
