@@ -356,7 +356,7 @@ def test_a_wrong_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_third_order_of_the_sde() -> None:
-    """Weights of value, slope and curvature are integrals of powers, the last one's half; diffusers' SDE has another sign there."""
+    """Weights of value, slope and curvature are integrals of powers, the last half of it; diffusers' SDE has a wrong sign."""
     process = VariancePreserving(np.linspace(0.9999, 0.01, 1000))
     h = 0.3
     p, q = process.at_lam(0.5), process.at_lam(0.5 + h)

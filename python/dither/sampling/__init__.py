@@ -3,6 +3,10 @@
 from . import grids as grids
 from . import kdiffusion as kdiffusion
 from . import solvers as solvers
+from .interop import DiffusersScheduler as DiffusersScheduler
+from .interop import denoiser as denoiser
+from .interop import edm_denoiser as edm_denoiser
+from .interop import from_scheduler_config as from_scheduler_config
 from .points import Flow as Flow
 from .points import Point as Point
 from .points import Process as Process

@@ -358,11 +358,20 @@ class DiffusersScheduler:
                 return i
         raise ValueError(f"step: no step begins at time {time:g}, expected one of {self._times}")
 
+    def _entry(self, timestep: Any) -> int:
+        """Of `timesteps`; where it is one of its entries itself, without asking the device for its value."""
+        if (
+            isinstance(timestep, Tensor)
+            and timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+        ):
+            return int(timestep.storage_offset())
+        return self.index_for_timestep(timestep)
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The state as the model sees it: itself, but for EDM, whose c_in is applied."""
         if self.schedule.sigma_data is None:
             return sample
-        i = self.index_for_timestep(timestep) if self._run is None else self._run.index
+        i = self._entry(timestep) if self._run is None else self._run.index
         return sample / math.sqrt(float(self._evaluations[i].point.sigma) ** 2 + self.schedule.sigma_data**2)
 
     def _point(self, timestep: Any) -> Point:
@@ -409,7 +418,7 @@ class DiffusersScheduler:
             chosen = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
             known = inspect.signature(getattr(solvers, self._solver)).parameters
             options = {**self._found, **{k: v for k, v in chosen.items() if k in known and v is not None}}
-            begin = self._begin if self._begin is not None else self.index_for_timestep(timestep)
+            begin = self._begin if self._begin is not None else self._entry(timestep)
             drawn = generator is not None or variance_noise is not None
             self._run = _Steps(self, options, begin, sample, drawn or self._spread is not None)
         run = self._run

@@ -81,7 +81,7 @@ def pndm(run: Any, x: Any, points: Points, skip_prk_steps: bool = True) -> Any:
         if skip_prk_steps and i == 0:
             then = run.evaluate(_step(x, out, past, [1.0], p, q), q) if not q.clean else out
             x = _along(x, (out.eps + then.eps) * 0.5, p, q)
-        elif not skip_prk_steps and i < 3:
+        elif not skip_prk_steps and i < 3 and not q.clean:
             middle = _middle(run.process, p, q)
             second = run.evaluate(_along(x, out.eps, p, middle), middle).eps
             third = run.evaluate(_along(x, second, p, middle), middle).eps
