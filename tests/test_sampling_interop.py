@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import dither
-from dither.sampling import kdiffusion, solvers
-from dither.sampling.configs import KINDS, alphas_cumprod, resolution_shift, schedule
+from dither.sampling import grids, kdiffusion, solvers
+from dither.sampling.configs import KINDS, alphas_cumprod, schedule
 from dither.sampling.interop import DiffusersScheduler, as_model, denoiser, edm_denoiser, from_scheduler_config
 from dither.sampling.run import compiled, run_program
 
@@ -403,8 +403,9 @@ def test_another_class_has_its_own_defaults() -> None:
 
 
 def test_the_shift_of_a_resolution() -> None:
-    assert resolution_shift(256) == pytest.approx(0.5) and resolution_shift(4096) == pytest.approx(1.15)
     s = DiffusersScheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True})
+    s.set_timesteps(4, mu=math.log(grids.resolution_shift(256)))
+    assert s.timesteps[1] == pytest.approx(1000 * math.exp(0.5) * 0.667 / (1 + (math.exp(0.5) - 1) * 0.667), rel=1e-3)
     s.set_timesteps(4, mu=math.log(3.0))
     assert s.timesteps[1] == pytest.approx(1000 * 3 * 0.667 / (1 + 2 * 0.667), rel=1e-3)
     assert np.all(np.diff(s.timesteps.numpy()) < 0)

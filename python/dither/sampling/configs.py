@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from .._checks import integer, one_of
-from .._extras import require
-from . import solvers
+from . import grids, solvers
 from .points import Flow, Point, Process, VarianceExploding, VariancePreserving
 from .program import Limits
 
@@ -92,10 +91,6 @@ _DEFAULTS: dict[str, Any] = {
     "use_dynamic_shifting": False,
     "time_shift_type": "exponential",
     "shift_terminal": None,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
     "stochastic_sampling": False,
     "sigma_min": 0.002,
     "sigma_max": 80.0,
@@ -134,8 +129,8 @@ def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
         with np.errstate(all="ignore"):
             curve = _CURVES[name](t)
             betas = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
-    abar = np.cumprod(1 - betas)
-    return zero_terminal_snr(abar) if c["rescale_betas_zero_snr"] else abar
+    process = VariancePreserving.of_betas(betas)
+    return (process.zero_terminal_snr() if c["rescale_betas_zero_snr"] else process).alphas_cumprod
 
 
 def _laplace(t: np.ndarray) -> np.ndarray:
@@ -148,12 +143,6 @@ _CURVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "exp": lambda t: np.exp(-12 * t),
     "laplace": _laplace,
 }
-
-
-def zero_terminal_snr(abar: np.ndarray) -> np.ndarray:
-    """sqrt(abar) shifted and scaled, so that no signal is left at the last time (Lin et al. 2024, algorithm 1)."""
-    root = np.sqrt(abar)
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
 
 # ---- times
@@ -204,17 +193,17 @@ def _checked_times(times: np.ndarray, n: int, steps: int) -> np.ndarray:
 
 
 def _spread(c: Mapping[str, Any], high: float, low: float, steps: int) -> np.ndarray | None:
-    """`steps` numbers from high to low: of Karras et al. 2022, evenly in the logarithm, or quantiles of a beta distribution."""
-    ramp = np.linspace(0, 1, steps)
-    if c["use_karras_sigmas"]:
-        found: np.ndarray = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    elif c["use_exponential_sigmas"]:
-        found = np.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
-    elif c["use_beta_sigmas"]:  # Lee, Chun & Kim 2024
-        found = low + require("scipy.stats", extra="sampling").beta.ppf(1 - ramp, 0.6, 0.6) * (high - low)
-    else:
-        return None
-    return found
+    """`steps` levels from high to low, where the configuration says how."""
+    for name in ("karras", "exponential", "beta"):
+        if c[f"use_{name}_sigmas"]:
+            return _between(name, high, low, steps)
+    return None
+
+
+def _between(name: str, high: float, low: float, steps: int, **options: Any) -> np.ndarray:
+    """A grid's levels without its last, 0. One step begins at the noisiest."""
+    found: np.ndarray = getattr(grids, name)(max(steps, 2), low, high, **options)[:-1]
+    return found[:steps]
 
 
 def _points(ratios: np.ndarray, times: np.ndarray, last: float) -> list[Point]:
@@ -313,18 +302,11 @@ def _continuous(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
     return Schedule(VariancePreserving(abar), points, c["prediction"], scale=scale)
 
 
-def resolution_shift(tokens: int, config: Mapping[str, Any] | None = None) -> float:
-    """mu of an image of `tokens` tokens: linear between `base_shift` and `max_shift` (Esser et al. 2024, as Flux uses it)."""
-    c = {**_DEFAULTS, **(config or {})}
-    share = (tokens - c["base_image_seq_len"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
-    return float(c["base_shift"] + share * (c["max_shift"] - c["base_shift"]))
-
-
 def _shifted(c: Mapping[str, Any], levels: np.ndarray) -> np.ndarray:
     """Levels of a flow, moved to more noise: k s / (1 + (k - 1) s) (Esser et al. 2024, equation 23)."""
     if c["use_dynamic_shifting"]:
         if c["mu"] is None:
-            raise ValueError("schedule: mu is None, expected a number, for use_dynamic_shifting (see resolution_shift)")
+            raise ValueError("schedule: mu is None, expected a number for use_dynamic_shifting, ln of grids.resolution_shift")
         one_of("schedule", "time_shift_type", c["time_shift_type"], ("exponential", "linear"))
         k = math.exp(c["mu"]) if c["time_shift_type"] == "exponential" else c["mu"]
     else:
@@ -352,13 +334,10 @@ def _edm(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
     """Karras et al. 2022; the model's time is ln(sigma) / 4."""
     low, high, rho = c["sigma_min"], c["sigma_max"], c["rho"]
     one_of("schedule", "sigma_schedule", c["sigma_schedule"], ("karras", "exponential"))
-    ramp = np.linspace(0, 1, steps)
     if given is not None:
         sigmas = np.asarray(given, dtype=np.float64)
-    elif c["sigma_schedule"] == "karras":
-        sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     else:
-        sigmas = np.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
+        sigmas = _between(c["sigma_schedule"], high, low, steps, **({"rho": rho} if c["sigma_schedule"] == "karras" else {}))
     process = VarianceExploding()
     points = [process.at(float(s)) for s in sigmas]
     last = process.at(low) if c["final_sigmas_type"] == "sigma_min" else CLEAN

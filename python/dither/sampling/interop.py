@@ -236,8 +236,8 @@ def from_scheduler_config(
 
     config: a dict, a scheduler object of diffusers, or the path of a scheduler_config.json or its folder. sampler: a name of
     `dither.sampling.KINDS`; None is the configuration's own. options: of the solver, before those of the configuration.
-    mu: shift of flows with use_dynamic_shifting, see `resolution_shift`. timesteps, or sigmas of flows and EDM: in place of the
-    grid.
+    mu: of flows with use_dynamic_shifting, ln of `grids.resolution_shift`. timesteps, or sigmas of flows and EDM: in place of
+    the grid.
     """
     given = timesteps if sigmas is None else sigmas
     steps = len(given) if given is not None else steps

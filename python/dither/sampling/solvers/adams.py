@@ -78,7 +78,9 @@ def pndm(run: Any, x: Any, points: Points, skip_prk_steps: bool = True) -> Any:
     for i, p, q in run.steps(points):
         out = run.evaluate(x, p)
         past = [out.eps, *past][:4]
-        if skip_prk_steps and i == 0:
+        if np.any(p.alpha == 0):  # all is noise, whose slope says nothing yet
+            x = _step(x, out, past[:1], [1.0], p, q)
+        elif skip_prk_steps and i == 0:
             then = run.evaluate(_step(x, out, past, [1.0], p, q), q) if not q.clean else out
             x = _along(x, (out.eps + then.eps) * 0.5, p, q)
         elif not skip_prk_steps and i < 3 and not q.clean:
@@ -94,7 +96,7 @@ def pndm(run: Any, x: Any, points: Points, skip_prk_steps: bool = True) -> Any:
 
 def _middle(process: Any, p: Point, q: Point) -> Point:
     """Half way in time, where times are whole numbers; else in lam."""
-    if hasattr(process, "at_time"):
+    if hasattr(process, "at_time") and p.time == int(p.time) and q.time == int(q.time):
         found: Point = process.at_time(int(p.time - (p.time - q.time) // 2))
         return found
     middle: Point = process.at_lam((p.lam + q.lam) / 2)

@@ -31,6 +31,8 @@ def tcd(run: Any, x: Any, points: Points, eta: float = 0.3) -> Any:
 
     The model jumps to the time (1 - eta) t of the next time t, from where noise leads to t. eta: 0, deterministic; 1, as `lcm`.
     """
+    if not hasattr(run.process, "at_time"):
+        raise TypeError(f"tcd: process is {type(run.process).__name__}, expected one of discrete times")
     last = len(points) - 2
     for i, p, q in run.steps(points):
         out = run.evaluate(x, p)
@@ -38,5 +40,5 @@ def tcd(run: Any, x: Any, points: Points, eta: float = 0.3) -> Any:
         s = run.process.at_time(int((1 - eta) * q.time + 1e-6)) if q.sigma > 0 else q
         x = out.x0 * s.alpha + out.eps * s.sigma
         if i < last and q.sigma > s.sigma:
-            x = x * (q.alpha / s.alpha) + run.noise() * np.sqrt(1 - (q.alpha / s.alpha) ** 2)
+            x = x * (q.alpha / s.alpha) + run.noise() * np.sqrt(np.maximum(0.0, 1 - (q.alpha / s.alpha) ** 2))
     return x
