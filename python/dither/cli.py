@@ -1,4 +1,4 @@
-"""The command line: `python -m dither info | demo | bench`.
+"""The command line: `python -m dither info | demo | bench | samplers`.
 
 Exit status: 0; 1 where a package or a file is missing; 2 for arguments that are refused; 130 after Ctrl-C.
 """
@@ -45,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=("cpu", "cuda"))
     bench.add_argument("--threads", type=_count, metavar="N", help="of the CPU")
     bench.set_defaults(run=_bench)
+
+    samplers = commands.add_parser("samplers", help="diffusion samplers by name")
+    samplers.add_argument("--markdown", action="store_true", help="the table of the documentation")
+    samplers.set_defaults(run=_samplers)
     return parser
 
 
@@ -79,6 +83,12 @@ def _bench(args: argparse.Namespace) -> None:
     from .bench import main as run
 
     run(args.families, json=args.json, markdown=args.markdown, quick=args.quick, device=args.device, threads=args.threads)
+
+
+def _samplers(args: argparse.Namespace) -> None:
+    from .sampling import samplers_table
+
+    print(samplers_table(markdown=args.markdown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

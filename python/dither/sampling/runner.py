@@ -93,7 +93,7 @@ class Runner:
         limits = program.limits
         self._most = None
         if limits.most is not None and limits.quantile is None:
-            self._most = torch.tensor([limits.most], dtype=torch.float32, device=device)
+            self._most = torch.tensor([limits.most], dtype=torch.float64, device=device)
         self._evaluations = [it for it in program.instructions if isinstance(it, Evaluate)]
         self._times: dict[tuple[int, torch.dtype], dict[int, Tensor]] = {}
 

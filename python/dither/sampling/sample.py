@@ -78,14 +78,21 @@ SAMPLERS: dict[str, Sampler] = _samplers()
 """Every recurrence of `dither.sampling.solvers`; one of yours is `SAMPLERS["mine"] = Sampler("mine", mine)`."""
 
 
-def samplers_table() -> str:
-    """Of `SAMPLERS`, in markdown."""
-    lines = ["| sampler | evaluations per step | noise | what it is | options |", "|---|--:|---|---|---|"]
+def samplers_table(markdown: bool = True) -> str:
+    """Of `SAMPLERS`: evaluations of the model for each step of twelve, whether noise is drawn, source, options."""
+    rows = []
     for s in SAMPLERS.values():
         calls = "" if s.evaluations is None else f"{s.evaluations:.2g}"
         noise = {None: "", True: "yes", False: "no"}[s.stochastic]
         options = ", ".join(k if v is inspect.Parameter.empty else f"{k}={v!r}" for k, v in s.options.items())
-        lines.append(f'| `"{s.name}"` | {calls} | {noise} | {s.summary} | {options and f"`{options}`"} |')
+        rows.append((s.name, calls, noise, s.summary, options))
+    if markdown:
+        lines = ["| sampler | evaluations per step | noise | what it is | options |", "|---|--:|---|---|---|"]
+        lines += [f'| `"{name}"` | {" | ".join(said)} | {options and f"`{options}`"} |' for name, *said, options in rows]
+    else:
+        rows.insert(0, ("sampler", "evaluations", "noise", "what it is", "options"))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join([*(f"{cell:{w}}" for cell, w in zip(row, widths)), row[3]]) for row in rows]
     return "\n".join(lines)
 
 
