@@ -171,9 +171,9 @@ def test_schedules_are_diffusers():
     diffusers = pytest.importorskip("diffusers")
     pairs = [
         (LINEAR, {}),
-        (VariancePreserving.scaled_linear(), dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)),
-        (VariancePreserving.cosine(), dict(beta_schedule="squaredcos_cap_v2")),
-        (LINEAR.zero_terminal_snr(), dict(rescale_betas_zero_snr=True)),
+        (VariancePreserving.scaled_linear(), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        (VariancePreserving.cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
+        (LINEAR.zero_terminal_snr(), {"rescale_betas_zero_snr": True}),
     ]
     for process, config in pairs:  # theirs are products in float32
         want = diffusers.DDIMScheduler(**config).alphas_cumprod.double().numpy()
