@@ -112,6 +112,23 @@ def test_samples_are_the_solvers(name, options, kind, prediction):
     assert torch.equal(got, sample(as_model(process, prediction), x, name, 7, **settings))
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler(name):
+    """With its defaults: the solver itself, each sample by itself, and what is known stays."""
+    if SAMPLERS[name].evaluations is None:
+        pytest.skip("asks for a process or options of its own")
+    process, levels = PROCESSES["vp"], grids.trailing(8, PROCESSES["vp"])
+    settings = {"prediction": "v", "grid": "trailing", "seed": 5, "dtype": F64}
+    model = as_model(process, "v")
+    got = sample(model, None, name, 8, shape=SHAPE, **settings)
+    want = by_reference(name, {}, process, "v", levels, drawn(5, START), 5)
+    assert torch.allclose(got, want, rtol=0, atol=1e-10)
+    mask, known = (normal(2) > 0).double(), normal(1)
+    filled = sample(model, None, name, 8, shape=SHAPE, known=known, mask=mask, **settings)
+    assert torch.equal(filled[mask == 0], known[mask == 0]) and bool(filled.isfinite().all())
+    assert torch.equal(sample(model, None, name, 8, shape=(1, *SHAPE[1:]), **settings), got[:1])
+
+
 @pytest.mark.parametrize("limits", [{}, {"clip": 0.7}, {"clip": 1.5, "quantile": 0.9}])
 @pytest.mark.parametrize("inpaint", [False, True])
 @pytest.mark.parametrize("name, options", CASES)
