@@ -27,13 +27,15 @@ KNOWN, KNOWN_NOISE, MASK = "known", "known_noise", "mask"
 class Symbol:
     """A tensor of the program. value: what it is in terms of others, unless it is a model's output, noise or given.
 
-    known: what it is where the mask is 0.
+    known: what it is where the mask is 0. span: the levels between which noise is added, where the solver says so.
     """
 
-    __slots__ = ("kind", "known", "name", "value")
+    __slots__ = ("kind", "known", "name", "span", "value")
 
-    def __init__(self, name: str, kind: str, value: Linear | None = None, known: Linear | None = None) -> None:
-        self.name, self.kind, self.value, self.known = name, kind, value, known
+    def __init__(
+        self, name: str, kind: str, value: Linear | None = None, known: Linear | None = None, span: tuple[Point, ...] = ()
+    ) -> None:
+        self.name, self.kind, self.value, self.known, self.span = name, kind, value, known, span
 
     def __repr__(self) -> str:
         return self.name
@@ -135,10 +137,10 @@ class Trace:
         """A tensor that is given when the program runs: conditions, means, masks' contents."""
         return Linear({self.given.setdefault(name, Symbol(name, "given")): 1.0})
 
-    def noise(self) -> Linear:
-        """Standard normal, new at each call."""
+    def noise(self, *span: Point) -> Linear:
+        """Standard normal, new at each call. span: the two levels that a noise sampler is asked for, if not the step's."""
         self._draws += 1
-        return Linear({Symbol(f"z{self._draws - 1}", "noise"): 1.0})
+        return Linear({Symbol(f"z{self._draws - 1}", "noise", span=span): 1.0})
 
     def keep(self, x: Linear) -> None:
         """Make x a tensor of its own: for states that later ones go on from, but that the model does not see."""
@@ -237,6 +239,8 @@ class Row:
     """[R + 2] or [G, R + 2]: outputs[0] is this where the mask is 0."""
     step: int = 0
     dead: list[str] = field(default_factory=list)
+    span: tuple[Point, ...] = ()
+    """The levels between which the noise is added, where the solver says so."""
 
 
 @dataclass
@@ -437,7 +441,9 @@ class _Lowering:
         names, known = [s.name for s, _ in rows], None
         if first is not None:
             weights, known = weights[..., :-1, :], weights[..., -1, :]
-        self.out.append(Row(names, [s.name for s in inputs], weights, derived, draw, bool(limited), known, self.step))
+        span = noises[0].span if noises else ()
+        given = [s.name for s in inputs]
+        self.out.append(Row(names, given, weights, derived, draw, bool(limited), known, self.step, span=span))
         self.ready.update(s for s, _ in rows)
 
     def _split(self, symbol: Symbol, value: Linear) -> None:

@@ -31,7 +31,7 @@ class Reference:
     def register(self, name: str) -> Tensor:
         return self._given[name]
 
-    def noise(self) -> Tensor:
+    def noise(self, *span: Point) -> Tensor:
         assert self._noise is not None, "this solver draws noise"
         return self._noise()
 

@@ -143,16 +143,22 @@ def _bad_output(owner: str, raw: Any, x: Tensor, it: Evaluate) -> Exception:
 
 
 def _levels(program: Program, x: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """For a noise sampler as k-diffusion's: sigma of a row's last evaluation, and of the next."""
+    """For a noise sampler as k-diffusion's: sigma of a row's last evaluation, and of the next; on the CPU, free to read."""
+
+    def level(p: Point) -> Tensor:
+        return torch.tensor(float(np.max(p.ratio)), dtype=x.dtype)
+
     found: dict[int, tuple[Tensor, Tensor]] = {}
     waiting: list[int] = []
-    now = x.new_zeros(())
+    now = end = torch.zeros((), dtype=x.dtype)
     for it in program.instructions:
         if isinstance(it, Evaluate):
-            level = x.new_tensor(np.max(it.point.ratio))
-            found.update(dict.fromkeys(waiting, (now, level)))
-            waiting, now = [], level
+            then = level(it.point)
+            found.update(dict.fromkeys(waiting, (now, then)))
+            waiting, now = [], then
+        elif isinstance(it, Row) and it.span:
+            found[id(it)] = (level(it.span[0]), level(it.span[1]))
         elif isinstance(it, Row):
             waiting.append(id(it))
-    found.update({i: (now, x.new_zeros(())) for i in waiting})
+    found.update(dict.fromkeys(waiting, (now, end)))
     return found
