@@ -1,7 +1,8 @@
 """Packages that the library itself does without: pip installs them with an extra."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TypeVar
 
@@ -32,3 +33,17 @@ def with_progress(items: Iterable[_T], title: str, unit: str) -> Iterable[_T]:
     except MissingExtra:
         return items
     return tqdm(items, desc=title, unit=unit, disable=None, leave=False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def progress(total: int, disable: bool | None) -> Iterator[Callable[[], object] | None]:
+    """A bar of tqdm's, `disable` being its (None: shown on terminals); what moves it on, or None where there is none."""
+    try:
+        tqdm = None if disable else require("tqdm.auto", extra="demo").tqdm
+    except MissingExtra:
+        tqdm = None
+    if tqdm is None:
+        yield None
+        return
+    with tqdm(total=total, disable=disable) as bar:
+        yield None if bar.disable else bar.update
