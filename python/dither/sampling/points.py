@@ -12,7 +12,7 @@ import numpy as np
 
 from .._checks import one_of
 
-Level = Any  # a float, or an array of one for each row (sample or frame)
+Level = Any  # a float; an array of one for each row (sample or frame); or [1, n]: one for each element of a sample
 
 
 @dataclass(frozen=True)

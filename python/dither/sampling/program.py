@@ -230,9 +230,9 @@ class Row:
     outputs: list[str]
     inputs: list[str]
     weights: np.ndarray
-    """[J, R + 2], or [G, J, R + 2] where levels differ by rows."""
+    """[J, R + 2], or [G, J, R + 2] where levels differ by rows, or [1, n, J, R + 2] where they differ by elements."""
     derived: np.ndarray | None
-    """[R] or [G, R]."""
+    """[R], [G, R] or [1, n, R]."""
     draw: int | None
     limited: bool = False
     known: np.ndarray | None = None

@@ -42,7 +42,9 @@ class _Prepared:
         weights = np.insert(weights, [len(row.outputs)] * len(copies), weights[..., copies, :], axis=-2)
         first = np.concatenate([derived, 0 * derived[..., :1], 0 * derived[..., :1]], -1)[..., None, :]
         table = torch.from_numpy(np.ascontiguousarray(np.concatenate([first, weights], -2)))
-        self.by = int(table.ndim == 3)
+        self.by = table.ndim - 2
+        if self.by == 2:  # by elements
+            table = table[0].movedim(0, -1).contiguous()
         self.table = table.to(device) if self.by else table.unsqueeze(0)
         self.take = _taker([slots[name] for name in names])
         self.outputs = [slots[name] for name in row.outputs]
@@ -55,7 +57,8 @@ class _Prepared:
         self.limited = row.limited
         self.derived: Tensor | None = None
         if row.limited:  # x0 alone, for its quantile
-            self.derived = torch.cat([torch.zeros_like(self.table[:, :1]), self.table[:, :1]], 1)
+            only = self.table[:1] if self.by == 2 else self.table[:, :1]
+            self.derived = torch.cat([torch.zeros_like(only), only], 0 if self.by == 2 else 1)
 
 
 def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
