@@ -4,6 +4,8 @@
 sigma eps; lam = ln(alpha / sigma).
 """
 
+from .accelerated import accelerated_ddim as accelerated_ddim
+from .accelerated import accelerated_ddpm as accelerated_ddpm
 from .adams import deis as deis
 from .adams import ghvb as ghvb
 from .adams import heavy_ball as heavy_ball
@@ -32,6 +34,11 @@ from .euler import heun as heun
 from .euler import heunpp2 as heunpp2
 from .euler import restart as restart
 from .flow import heun_flow as heun_flow
+from .langevin_correctors import annealed_langevin as annealed_langevin
+from .langevin_correctors import reverse_diffusion as reverse_diffusion
 from .multistep import gradient_estimation as gradient_estimation
 from .multistep import lms as lms
+from .residual import mean_reverting as mean_reverting
+from .residual import rddm as rddm
+from .residual import sgmse as sgmse
 from .unipc import unipc as unipc
