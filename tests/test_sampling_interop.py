@@ -452,3 +452,47 @@ def test_a_latent_pipeline_whose_noise_is_scaled(unet: Any, scheduler: str) -> N
     found = images(pipeline, DiffusersScheduler(theirs), **options)
     # measured 2e-3: random networks make large latents, and diffusers rounds states of 157 times the noise
     assert np.abs(found - expected).max() < 5e-3 and expected.std() > 0.1
+
+
+def test_generators_of_each_sample() -> None:
+    peers = pytest.importorskip("diffusers")
+    theirs = peers.DDIMScheduler(clip_sample=False)
+    x = dither.noise.normal(SHAPE, seed=1)
+    found = []
+    for s in (theirs, DiffusersScheduler(theirs)):
+        s.set_timesteps(6)
+        state, generators = x, [torch.Generator().manual_seed(i) for i in (3, 8)]
+        for t in s.timesteps:
+            state = s.step(torch.tanh(state), t, state, eta=1.0, generator=generators).prev_sample
+        found.append(state)
+    assert (found[0] - found[1]).abs().max() < 1e-5 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_noise_of_training(name: str) -> None:
+    """add_noise, scale_noise and get_velocity at a time for each sample."""
+    peers = pytest.importorskip("diffusers")
+    theirs = getattr(peers, name)()
+    ours = DiffusersScheduler(theirs)
+    clean, z = dither.noise.normal(SHAPE, seed=2), dither.noise.normal(SHAPE, seed=3)
+    for s in (theirs, ours):
+        s.set_timesteps(10)
+    times = ours.timesteps[[2, 7]]
+    method = "scale_noise" if name.startswith("Flow") else "add_noise"
+    arguments = (clean, times, z) if name.startswith("Flow") else (clean, z, times)
+    assert (getattr(theirs, method)(*arguments) - getattr(ours, method)(*arguments)).abs().max() < 1e-6
+    if name == "DDIMScheduler":
+        times = torch.tensor([17, 333])  # of training, not of this run
+        assert (theirs.add_noise(clean, z, times) - ours.add_noise(clean, z, times)).abs().max() < 1e-6
+        assert (theirs.get_velocity(clean, z, times) - ours.get_velocity(clean, z, times)).abs().max() < 1e-6
+
+
+def test_a_pipeline_may_change_the_configuration() -> None:
+    s = DiffusersScheduler({"clip_sample": False}, "ddim")
+    s.set_timesteps(10)
+    before, program = s.timesteps, s._whole
+    s.set_timesteps(10)
+    assert s._whole is program  # compiled once
+    s._internal_dict = type(s.config)({**s.config, "steps_offset": 1})
+    s.set_timesteps(10)
+    assert torch.equal(s.timesteps, before + 1)

@@ -281,8 +281,9 @@ class DiffusersScheduler:
     """
 
     def __init__(self, config: Any, sampler: str | None = None, *, seed: Seed = None, **options: Any) -> None:
-        self._source = config
-        self._internal_dict: Any = _Config({k: v for k, v in read(config).items() if k != "alphas_cumprod"})
+        found = read(config)
+        self._abar, self._asked = found.pop("alphas_cumprod", None), ""
+        self._internal_dict: Any = _Config(found)
         self._internal_dict.setdefault("num_train_timesteps", 1000)
         self._sampler, self.seed, self.options = sampler, seed, options
         self.order = 1
@@ -321,14 +322,18 @@ class DiffusersScheduler:
             self.timesteps, self._begin = torch.zeros(0), None
             return
         self.num_inference_steps = integer("set_timesteps", "num_inference_steps", num_inference_steps, least=1)
-        self.schedule, self._solver, found = schedule(
-            self._source, num_inference_steps, self._sampler, mu=mu, given=None if given is None else [float(g) for g in given]
-        )
-        self._found = {**found, **self.options}
-        self._spread = _spread_of(self.config, self.schedule.points) if self._solver == "ddpm" else None
-        self._whole = _program(self.schedule, self._solver, self._found)
-        self._evaluations = [it for it in self._whole.instructions if isinstance(it, Evaluate)]
-        self._times = [self._time(it.point) for it in self._evaluations]
+        levels = None if given is None else [float(g) for g in given]
+        # with the configuration, which a pipeline may have changed
+        asked = repr((num_inference_steps, levels, mu, sorted(self.config.items())))
+        if asked != self._asked:
+            self._asked = asked
+            config = {**self.config, "alphas_cumprod": self._abar}
+            self.schedule, self._solver, found = schedule(config, num_inference_steps, self._sampler, mu=mu, given=levels)
+            self._found = {**found, **self.options}
+            self._spread = _spread_of(self.config, self.schedule.points) if self._solver == "ddpm" else None
+            self._whole = _program(self.schedule, self._solver, self._found)
+            self._evaluations = [it for it in self._whole.instructions if isinstance(it, Evaluate)]
+            self._times = [self._time(it.point) for it in self._evaluations]
         dtype = torch.int64 if self.schedule.whole else torch.float32
         self.timesteps = torch.tensor(self._times, dtype=dtype, device=device)
         self.sigmas = torch.tensor([float(p.sigma) for p in self.schedule.points])
@@ -508,8 +513,12 @@ class _Steps:
             except StopIteration as end:
                 self.state, self.over = end.value, True
         self.sample = self.state.to(sample.dtype)
-        k, m = to_x0(owner.schedule.prediction, p)
-        return lambda: (state * float(k) + output * float(m)).to(sample.dtype)
+
+        def x0() -> Tensor:
+            k, m = to_x0(owner.schedule.prediction, p)
+            return (state * float(k) + output * float(m)).to(sample.dtype)
+
+        return x0
 
 
 def _normal(generator: torch.Generator, like: Tensor, dtype: torch.dtype) -> Tensor:
