@@ -371,8 +371,9 @@ class _Lowering:
     def _emit(self, group: list[_Define]) -> None:
         if not group:
             return
-        virtual = set().union(*(self._virtual(d.symbol) for d in group)) - self.ready
-        for s in sorted((s for s in virtual if s.kind == "combined"), key=str):
+        found = set().union(*(self._virtual(d.symbol) for d in group)) - self.ready
+        virtual = sorted(found, key=str)  # in every process the same order, and so the same bits
+        for s in [s for s in virtual if s.kind == "combined"]:
             assert s.value is not None
             self.out.append(Combine(s.name, [r.name for r in s.value.terms], Point(1.0, 0.0, 0.0), self.step))
             self.ready.add(s)
