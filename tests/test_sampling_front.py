@@ -12,9 +12,9 @@ from dither import noise, ops, sampling
 from dither.cli import main
 from dither.sampling import SAMPLERS, Flow, VarianceExploding, VariancePreserving, grids, program, sample, solvers
 from dither.sampling.points import PREDICTIONS, to_x0
-from dither.sampling.program import Limits
+from dither.sampling.program import Limits, Symbol
 from dither.sampling.reference import Reference
-from dither.sampling.run import START
+from dither.sampling.run import START, compiled
 
 F64 = torch.float64
 DOC = pathlib.Path(__file__).parents[1] / "docs" / "sampling.md"
@@ -178,6 +178,21 @@ def test_a_program_prints():
     masked = str(program("euler", 1, process="ve", grid=[8, 0], inpaint=True))
     assert masked.splitlines()[0] == "   0  x1 = 1 x where mask, else 1 known + 8 known_noise"
     assert masked.splitlines()[2] == "   0  x2 = 1 m0 where mask, else 1 known"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_programs_repeat(name, monkeypatch):
+    """Every compilation gives the same rows, wherever symbols lie in memory: the same bits in every process."""
+    if SAMPLERS[name].evaluations is None:
+        pytest.skip("asks for a process or options of its own")
+    process = PROCESSES["vp"]
+    points = [process.at(r) for r in grids.karras(12, 0.02, 100.0)]
+    texts = set()
+    for salt in range(6):
+        monkeypatch.setattr(Symbol, "__hash__", lambda symbol: hash((symbol.name, salt)))  # noqa: B023
+        for limits in (Limits(), Limits(1.0)):
+            texts.add(str(compiled(SAMPLERS[name].solver, points, process, "v", limits)))
+    assert len(texts) == 2
 
 
 def test_programs_are_kept():
