@@ -9,6 +9,7 @@ model's output. Run on tensors (`dither.sampling.reference`), the same function 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -265,6 +266,15 @@ class Program:
     draws: int
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """Runners, by device and kind."""
+
+    @functools.cached_property
+    def registers(self) -> list[str]:
+        """Names of the tensors that must be given."""
+        written, read = {"x"}, set()
+        for it in self.instructions:
+            read.update([it.state] if isinstance(it, Evaluate) else it.inputs)
+            written.update([it.output] if isinstance(it, Combine) else it.outputs)
+        return sorted(read - written)
 
     def __str__(self) -> str:
         lines = []

@@ -80,6 +80,9 @@ def run_program(
     runner = Runner.of(program, device, half, noise_sampler is not None)
     times = runner.times(batch, time_dtype or state.dtype)
     keywords = dict(arguments or {})
+    for name in program.registers:
+        if name not in (given or {}):
+            raise ValueError(f"{owner}: registers lack {name!r}, expected {', '.join(map(repr, program.registers))}")
 
     shape = x.shape
 
