@@ -53,6 +53,11 @@ class Sampler:
         return None if self._traced is None else self._traced.draws > 0
 
     @property
+    def registers(self) -> list[str]:
+        """Names of the tensors that it asks for."""
+        return [] if self._traced is None else self._traced.registers
+
+    @property
     def _traced(self) -> Program | None:
         return None if inspect.Parameter.empty in self.options.values() else _traced(self.solver)
 
@@ -60,10 +65,14 @@ class Sampler:
 @functools.cache
 def _traced(solver: Callable[..., Any]) -> Program | None:
     process = VariancePreserving.linear()
-    try:
-        return compiled(solver, [process.at(r) for r in grids.trailing(12, process)], process, "eps")
-    except (ValueError, TypeError, AttributeError, NotImplementedError):  # of another process
-        return None
+    points = [process.at(r) for r in grids.trailing(12, process)]
+    for levels in (points, points[:-1]):  # some end before 0
+        try:
+            with np.errstate(all="ignore"):
+                return compiled(solver, levels, process, "eps")
+        except (ValueError, TypeError, AttributeError, NotImplementedError):  # of another process
+            continue
+    return None
 
 
 def _samplers() -> dict[str, Sampler]:
@@ -82,9 +91,11 @@ def samplers_table(markdown: bool = True) -> str:
     """Of `SAMPLERS`: evaluations of the model for each step of twelve, whether noise is drawn, source, options."""
     rows = []
     for s in SAMPLERS.values():
-        calls = "" if s.evaluations is None else f"{s.evaluations:.2g}"
+        calls = "" if s.evaluations is None else f"{round(s.evaluations, 1):g}"
         noise = {None: "", True: "yes", False: "no"}[s.stochastic]
-        options = ", ".join(k if v is inspect.Parameter.empty else f"{k}={v!r}" for k, v in s.options.items())
+        options = ", ".join(k + _default(v) for k, v in s.options.items())
+        if s.registers:
+            options = "; ".join([*filter(None, [options]), "registers " + ", ".join(s.registers)])
         rows.append((s.name, calls, noise, s.summary, options))
     if markdown:
         lines = ["| sampler | evaluations per step | noise | what it is | options |", "|---|--:|---|---|---|"]
@@ -94,6 +105,10 @@ def samplers_table(markdown: bool = True) -> str:
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(f"{cell:{w}}" for cell, w in zip(row, widths)), row[3]]) for row in rows]
     return "\n".join(lines)
+
+
+def _default(value: Any) -> str:
+    return "" if value is inspect.Parameter.empty else f"={getattr(value, '__name__', repr(value))}"
 
 
 # ---- programs
