@@ -235,7 +235,7 @@ def levels(owner: str, grid: Any, steps: int, process: Process, **options: Any) 
     if grid is None:
         grid = usual(process)
     if not isinstance(grid, str):
-        return _own(owner, grid)
+        return own(owner, grid)
     make = nearest(owner, "grid", grid, GRIDS)
     takes = inspect.signature(make).parameters
     if "process" in takes:
@@ -259,7 +259,8 @@ def extent(process: Process) -> tuple[float, float]:
     return 1e-3, 1e3  # of a flow: all but a thousandth of its times
 
 
-def _own(owner: str, grid: Any) -> Ratios:
+def own(owner: str, grid: Any) -> Ratios:
+    """A grid of one's own, checked."""
     found = np.asarray(grid.detach().cpu() if isinstance(grid, Tensor) else grid, dtype=np.float64)
     fine = found.ndim == 1 and len(found) > 1 and bool(np.all(np.diff(found) < 0)) and found[-1] >= 0
     if not fine:  # also of NaN

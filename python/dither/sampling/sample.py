@@ -142,17 +142,14 @@ def _prediction(owner: str, prediction: str | None, process: Process) -> str:
     return prediction
 
 
-def _solver(owner: str, sampler: str | Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    solver = sampler if callable(sampler) else grids.nearest(owner, "sampler", sampler, SAMPLERS).solver
+def _check_options(owner: str, solver: Callable[..., Any], options: Mapping[str, Any]) -> None:
     takes = list(inspect.signature(solver).parameters.values())[3:]
-    if not any(p.kind is p.VAR_KEYWORD for p in takes):
-        for name in options:
-            if name not in {p.name for p in takes}:
-                called = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", "this one")
-                expected = ", ".join(p.name for p in takes) or "none"
-                raise TypeError(f"{owner}: {name} is no argument, and no option of {called}, whose options are: {expected}")
-    found: Callable[..., Any] = solver
-    return found
+    if any(p.kind is p.VAR_KEYWORD for p in takes):
+        return
+    for name in options:
+        if name not in {p.name for p in takes}:
+            called, expected = getattr(solver, "__name__", "this solver"), ", ".join(p.name for p in takes) or "none"
+            raise TypeError(f"{owner}: {name} is no argument, and no option of {called}, whose options are: {expected}")
 
 
 def _begin(owner: str, levels: np.ndarray, start: float | None, strength: float | None) -> np.ndarray:
@@ -181,6 +178,15 @@ def _limits(owner: str, clip: float | None, quantile: float | None) -> Limits:
     return Limits(float("inf") if most is None else most, share)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    process: Process
+    first: Point
+    reached: list[float]
+    """Ratios after each step."""
+    program: Program
+
+
 def program(
     sampler: str | Callable[..., Any] = "dpmpp_2m",
     steps: int = 20,
@@ -198,11 +204,11 @@ def program(
     **options: Any,
 ) -> Program:
     """What `sample` runs, with the same arguments; `print` shows it as a table."""
-    return _prepare("program", sampler, steps, process, prediction, grid, grid_options, guidance, clip, quantile, start,
-                    strength, inpaint, options)[2]  # fmt: skip
+    settings = (prediction, grid, grid_options, guidance, clip, quantile, start, strength, inpaint, options)
+    return _planned("program", sampler, steps, process, *settings).program
 
 
-def _prepare(
+def _planned(
     owner: str,
     sampler: str | Callable[..., Any],
     steps: int,
@@ -217,30 +223,46 @@ def _prepare(
     strength: float | None,
     inpaint: bool,
     options: Mapping[str, Any],
-) -> tuple[Process, list[Point], Program]:
-    """A program, kept for the next time where everything it is made of can be looked up."""
-    solver = _solver(owner, sampler, options)
+) -> _Plan:
+    """As planned before, where everything that a plan is made of can be looked up."""
+    solver = sampler if callable(sampler) else grids.nearest(owner, "sampler", sampler, SAMPLERS).solver
     kind = _process(owner, process)
     integer(owner, "steps", steps, least=1)
-    levels = grids.levels(owner, grid, steps, kind, **(grid_options or {}))
-    levels = _begin(owner, levels, start, strength)
-    points = [kind.at(r) for r in levels]
-    said, limits = _prediction(owner, prediction, kind), _limits(owner, clip, quantile)
-    key: Any = (solver, kind, said, tuple(levels), limits.most, limits.quantile, inpaint, tuple(sorted(options.items())))
+    if grid is not None and not isinstance(grid, str):
+        grid = tuple(grids.own(owner, grid).tolist())
+    limits, settings = (clip, quantile), (start, strength, inpaint, tuple(options.items()))
+    plan = _plan.__wrapped__ if guidance is not None else _plan
+    key = (owner, solver, steps, kind, prediction, grid, tuple((grid_options or {}).items()), *limits, *settings)
     try:
-        found = None if guidance is not None else _PROGRAMS.get(key)
-    except TypeError:  # an option has no hash
-        key, found = None, None
-    if found is None:
-        found = compiled(solver, points, kind, said, limits, guidance, options, inpaint)
-        if key is not None and guidance is None:
-            if len(_PROGRAMS) >= 64:
-                del _PROGRAMS[next(iter(_PROGRAMS))]
-            _PROGRAMS[key] = found
-    return kind, points, found
+        hash(key)
+    except TypeError:  # an option has none
+        plan = _plan.__wrapped__
+    return plan(*key, guidance)
 
 
-_PROGRAMS: dict[Any, Program] = {}
+@functools.lru_cache(64)
+def _plan(
+    owner: str,
+    solver: Callable[..., Any],
+    steps: int,
+    process: Process,
+    prediction: str | None,
+    grid: str | tuple[float, ...] | None,
+    grid_options: tuple[tuple[str, Any], ...],
+    clip: float | None,
+    quantile: float | None,
+    start: float | None,
+    strength: float | None,
+    inpaint: bool,
+    options: tuple[tuple[str, Any], ...],
+    guidance: Any,
+) -> _Plan:
+    _check_options(owner, solver, dict(options))
+    levels = _begin(owner, grids.levels(owner, grid, steps, process, **dict(grid_options)), start, strength)
+    points = [process.at(r) for r in levels]
+    said, limits = _prediction(owner, prediction, process), _limits(owner, clip, quantile)
+    found = compiled(solver, points, process, said, limits, guidance, dict(options), inpaint)
+    return _Plan(process, points[0], levels[1:].tolist(), found)
 
 
 # ---- samples
@@ -322,8 +344,8 @@ def sample(
         raise ValueError("sample: start or strength is given without x, expected the data to begin with")
     if (known is None) != (mask is None):
         raise ValueError("sample: one of known and mask is given, expected both")
-    kind, points, plan = _prepare("sample", sampler, steps, process, prediction, grid, grid_options, guidance, clip, quantile,
-                                  start, strength, known is not None, options)  # fmt: skip
+    settings = (prediction, grid, grid_options, guidance, clip, quantile, start, strength, known is not None, options)
+    plan = _planned("sample", sampler, steps, process, *settings)
     if x is None:
         assert shape is not None
         state = torch.empty(*shape, dtype=dtype, device=_device_of(model) if device is None else device)
@@ -335,22 +357,21 @@ def sample(
     result_dtype = state.dtype
     state = state.detach().to(torch.float64 if result_dtype == torch.float64 else torch.float32).contiguous()
     seeds = None
-    if x is None or from_data or known is not None or plan.draws:
+    if x is None or from_data or known is not None or plan.program.draws:
         seeds = seeds_of("sample", seed, len(state), state.device)
-    first = points[0]
     given = dict(registers or {})
     if known is not None:
         assert mask is not None and seeds is not None
         given |= _inpainting(state, known, mask, _addressed(state, seeds, 1.0))
     if x is None:
         assert seeds is not None
-        state = _addressed(state, seeds, kind.prior_scale(first))
+        state = _addressed(state, seeds, plan.process.prior_scale(plan.first))
     elif from_data:
         assert seeds is not None
-        state = _addressed(state, seeds, first.sigma, state, first.alpha)
+        state = _addressed(state, seeds, plan.first.sigma, state, plan.first.alpha)
 
     states: list[Tensor] = []
-    reached = [float(p.ratio) for p in points[1:]]
+    reached = plan.reached
     watched = callback_on_step_end is not None or intermediates
     bar = require("tqdm", extra="sampling").tqdm(total=len(reached)) if progress else None
 
@@ -373,7 +394,7 @@ def sample(
     try:
         result = run_program(
             "sample",
-            plan,
+            plan.program,
             torch.compile(model) if compile else model,
             state,
             seed=seeds,
