@@ -3,7 +3,8 @@
 Common arguments:
 
     model: D(x, sigma, **extra_args) -> x0, of x's shape; sigma [B] in x's dtype.
-    x [B, ...]: the noisy state at sigmas[0], float32 or float64 (others are computed in float32).
+    x [B, ...]: the noisy state at sigmas[0]. If it is neither float32 nor float64, the state is float32, and the model is given
+        copies of x's type.
     sigmas: levels that fall, down to 0 at the end or to the last one wanted; a tensor or numbers.
     extra_args: keyword arguments of the model.
     callback: called after the first evaluation of each step with a dict of x, i, sigma, sigma_hat, denoised.
@@ -47,7 +48,8 @@ NoiseSampler = Callable[[Any, Any], Tensor]
 
 def sigmas_of(owner: str, sigmas: Any) -> list[float]:
     """As numbers; they must fall, and may end with 0."""
-    given = torch.as_tensor(sigmas).detach().cpu().double()
+    given = sigmas if isinstance(sigmas, Tensor) else torch.as_tensor(sigmas, dtype=torch.float64)
+    given = given.detach().cpu().double()
     if given.ndim != 1 or len(given) < 2:
         raise ValueError(f"{owner}: sigmas has shape {list(given.shape)}, expected [n], n at least 2")
     values: list[float] = given.tolist()
@@ -97,7 +99,10 @@ def _run(
 
         watch = observe if callback is not None or advance is not None else None
         noise = noise_sampler if program.draws else None
-        return run_program(name, program, model, x, seed=seed, arguments=extra_args, noise_sampler=noise, evaluated=watch)
+        # a model of half precision is given x and sigma as k-diffusion gives them; the state stays in float32
+        kind = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else None
+        options: dict[str, Any] = {"noise_sampler": noise, "evaluated": watch, "model_dtype": kind, "time_dtype": kind}
+        return run_program(name, program, model, x, seed=seed, arguments=extra_args, **options)
 
 
 def _sampler(
@@ -296,7 +301,7 @@ def sample_dpm_adaptive(
     keywords = dict(extra_args or {})
 
     def call(at: Tensor, p: Point) -> Tensor:
-        found = model(at, at.new_full((len(at),), float(p.time)), **keywords)
+        found = model(at.to(x.dtype), x.new_full((len(at),), float(p.time)), **keywords)
         if not isinstance(found, Tensor) or found.shape != at.shape:
             given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{name}: the model gave {given} at sigma {float(p.time):g}, expected floats {list(at.shape)}")

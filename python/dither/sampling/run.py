@@ -23,11 +23,16 @@ def seeds_of(owner: str, seed: Seed, batch: int, device: torch.device) -> Tensor
     """One for each sample: an int s gives s, s + 1, ...; None draws them from torch's generator of the CPU."""
     if seed is None:
         return torch.randint(2**63 - 1, (batch,)).to(device)
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return torch.arange(seed, seed + batch, device=device)
+    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63 - batch:
+            raise ValueError(f"{owner}: seed is {seed}, expected {batch} numbers of 64 bits from it on")
+        return torch.arange(int(seed), int(seed) + batch, device=device)
     if isinstance(seed, Tensor) and seed.dtype != torch.int64:
         raise TypeError(f"{owner}: seed is {seed.dtype}, expected int64")
-    found = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    found = torch.as_tensor(seed)
+    if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
+        raise TypeError(f"{owner}: seed is {seed!r}, expected integers")
+    found = found.to(device, torch.int64)
     if found.shape != (batch,):
         raise ValueError(f"{owner}: seed has shape {list(found.shape)}, expected [{batch}], one for each sample")
     return found

@@ -166,17 +166,18 @@ def er_sde(
     x: Any,
     points: Points,
     s_noise: float = 1.0,
-    noise_scaler: Callable[[Level], Level] = er_sde_noise,
+    noise_scaler: Callable[[Level], Level] | None = None,
     max_stage: int = 3,
 ) -> Any:
     """Extended reverse-time SDE solver (Cui et al. 2023, algorithms 1 to 3), on x / alpha and r = sigma / alpha.
 
-    s_noise: the noise is multiplied by it. noise_scaler: phi(r) of the SDE, a function of numpy arrays; r is the probability
-    flow, r^2 the reverse SDE. max_stage: order, 1 to 3. Integrals of 1 / phi are by Gauss-Legendre quadrature in ln r, where
-    the authors sum 200 rectangles.
+    s_noise: the noise is multiplied by it. noise_scaler: phi(r) of the SDE, a function of numpy arrays (None: `er_sde_noise`);
+    r is the probability flow, r^2 the reverse SDE. max_stage: order, 1 to 3. Integrals of 1 / phi are by Gauss-Legendre
+    quadrature in ln r, where the authors sum 200 rectangles.
     """
     if max_stage not in (1, 2, 3):
         raise ValueError(f"er_sde: max_stage is {max_stage}, expected 1, 2, 3")
+    phi = noise_scaler or er_sde_noise
     past: list[Any] = []  # divided differences of x0 at the last step, of order 0 and up
     ratios: list[Level] = []  # of the last steps, newest first
     for _, p, q in run.steps(points):
@@ -185,17 +186,18 @@ def er_sde(
             x = new * q.alpha if q.clean else toward(x, new, p, q)
             continue
         s, t = p.ratio, q.ratio
-        scale = noise_scaler(t)
-        r = scale / noise_scaler(s)
+        scale = phi(t)
+        r = scale / phi(s)
         x = x * (q.alpha / p.alpha * r) + new * (q.alpha * (1 - r))
         current = [new]
         step = t - s
         for k in range(1, min(max_stage, len(ratios) + 1)):
             # divided difference of order k, and the k-th moment of the step under 1 / phi
             current.append((current[-1] - past[k - 1]) * (k / (s - ratios[k - 1])))
-            moment = _moment(noise_scaler, k - 1, t, s)
+            moment = _moment(phi, k - 1, t, s)
             x = x + current[-1] * (q.alpha * (step**k / k + moment * scale))
-        noise = q.alpha * np.sqrt(np.maximum(0.0, t**2 - (s * r) ** 2)) * s_noise
+        rest = 1 - (s * r / t) ** 2
+        noise = q.sigma * np.sqrt(np.where(rest > 1e-12, rest, 0.0)) * s_noise  # of the flow there is but rounding
         x = x + run.noise(p, q) * noise if np.any(noise > 0) else x
         past, ratios = current, [s, *ratios][:2]
     return x
