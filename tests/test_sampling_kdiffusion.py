@@ -169,6 +169,24 @@ def test_limits_hold_x0(name: str, options: dict[str, Any]) -> None:
             assert ours.abs().max() <= 0.5 + 1e-12
 
 
+@pytest.mark.parametrize(("name", "options"), [s for s in SOLVERS if s[0] != "restart" and "s_tmin" not in s[1]])
+def test_each_sample_may_have_levels_of_its_own(name: str, options: dict[str, Any]) -> None:
+    grids = [karras(12), karras(12, 0.1, 9.0)]
+    solver = getattr(solvers, name)
+    model = lambda x, t: posterior(x, 1.0, t.view(-1, 1, 1, 1))
+
+    def found(points: list[Point], x: Tensor, noises: list[Tensor]) -> Tensor:
+        points = points[:-1] if name == "dpm_solver" else points
+        return run_program("test", compiled(solver, points, VE, options=options), model, x, noise_sampler=sampler_of(noises))
+
+    both = found([VE.at(np.array(s)) for s in zip(*grids)], START, NOISES)
+    for i, grid in enumerate(grids):
+        alone = found([VE.at(s) for s in grid], START[i : i + 1], [z[i : i + 1] for z in NOISES])
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"restart: levels differ by samples"):
+        compiled(solvers.restart, [VE.at(np.array(s)) for s in zip(*grids)], VE)
+
+
 @pytest.mark.parametrize(("name", "options"), SOLVERS, ids=IDS)
 def test_flows_begin_without_signal(name: str, options: dict[str, Any]) -> None:
     process = Flow()
@@ -512,7 +530,7 @@ def test_er_sde_as_published() -> None:
     ours = kdiffusion.sample_er_sde(denoiser, START, SIGMAS, disable=True, noise_sampler=sampler_of(NOISES))
     phi = solvers.dpm.er_sde_noise
     coarse, fine = ((er_sde_of_sums(phi, n) - ours).abs().max() for n in (200, 200_000))
-    assert fine < 2e-6 and coarse < 2e-3  # an error of 1 / n: the authors' is theirs
+    assert fine < 2e-6 and coarse < 2e-3  # measured: 6.3e-7 and 6.3e-4, an error of the sums that goes with 1 / n
 
 
 def test_er_sde_between_flow_and_sde() -> None:
@@ -586,7 +604,7 @@ def test_adaptive_steps_follow_the_tolerance(order: int, least: float) -> None:
         )
         found[rtol] = float((y - exact(x, 5.0)).abs().max()), info["n_accept"]
     (rough, few), (fine, many) = found[1e-2], found[1e-4]
-    assert fine < rough / 20 and few < many < few * 30
+    assert fine < rough / 20 and few < many < few * 30  # measured: 1/89 and 1/37
 
 
 STOCHASTIC: list[tuple[str, dict[str, Any], float]] = [
@@ -659,7 +677,7 @@ def test_brownian_noise_keeps_samples_when_steps_change() -> None:
         return float((a - b).pow(2).mean().sqrt())
 
     path, fresh = change(True), change(False)
-    assert path < 0.75 * fresh
+    assert path < 0.25 * fresh  # measured: 0.14
 
 
 def test_brownian_noise_of_bad_arguments() -> None:
@@ -814,5 +832,5 @@ def test_estimation_counts_the_last_noise() -> None:
         few = kdiffusion.sample_gradient_estimation(denoiser, START, karras(8), ge_gamma=gamma, disable=True)
         return float((few - many).pow(2).mean().sqrt())
 
-    assert error(2.0) < 0.8 * error(1.0)
+    assert error(2.0) < 0.65 * error(1.0)  # measured: 0.52
     assert inspect.signature(gradient_estimation).parameters["ge_gamma"].default == 2.0

@@ -35,8 +35,8 @@ from .immediate import Immediate
 from .points import Flow, Point, Process, VarianceExploding
 from .program import Evaluate, Program
 from .run import Seed, compiled, run_program, seeds_of
-from .solvers._steps import ancestral, renoised, slope
-from .solvers.dpm import THIRDS, dpm_solver_step, orders_of_fast
+from .solvers._steps import renoised, slope
+from .solvers.dpm import THIRDS, ancestral_above, dpm_solver_step, orders_of_fast
 
 BrownianTreeNoiseSampler = BrownianNoise
 
@@ -321,9 +321,7 @@ def sample_dpm_adaptive(
         while s < end - 1e-5:
             t = min(end, s + size.h)
             p, q = _VE.at(math.exp(-s)), _VE.at(math.exp(-t))
-            down, noise = ancestral(run, p, q, eta)
-            if eta and down.ratio < last.ratio:  # not below the end
-                down, noise = last, math.sqrt(max(0.0, q.ratio**2 - last.ratio**2))
+            down, noise = ancestral_above(run, p, q, eta, last)
             out = run.evaluate(state, p)
             eps = slope(run, out, state, p)
             better, rough = dpm_solver_step(run, state, eps, p, down, order, (0.5,) if order == 2 else THIRDS)

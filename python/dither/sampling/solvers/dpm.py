@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -238,16 +237,22 @@ def dpm_solver_step(run: Any, x: Any, eps: Any, p: Point, q: Point, order: int, 
     return [third, second]
 
 
+def ancestral_above(run: Any, p: Point, q: Point, eta: Level, last: Point) -> tuple[Point, Level]:
+    """`ancestral`, going down to `last` at most."""
+    down, noise = ancestral(run, p, q, eta)
+    if np.any(noise > 0) and np.any(down.ratio < last.ratio):
+        down = run.process.at(np.maximum(down.ratio, last.ratio))
+        noise = q.alpha * np.sqrt(np.maximum(0.0, q.ratio**2 - down.ratio**2))
+    return down, noise
+
+
 def dpm_solver(run: Any, x: Any, points: Points, orders: Sequence[int] = (), eta: float = 0.0, s_noise: float = 1.0) -> Any:
     """DPM-Solver of given orders, 1 to 3 and as many evaluations a step (Lu et al. 2022); the noise is what is predicted.
 
     orders: of each step; those that are missing have order 3. The last level has noise. eta, s_noise: as `euler_ancestral`.
     """
     for i, p, q in run.steps(points):
-        down, noise = ancestral(run, p, q, eta)
-        last = points[-1]
-        if np.any(noise > 0) and np.all(down.ratio < last.ratio):  # not below the end
-            down, noise = last, q.alpha * math.sqrt(float(q.ratio) ** 2 - float(last.ratio) ** 2)
+        down, noise = ancestral_above(run, p, q, eta, points[-1])
         order = orders[i] if i < len(orders) else 3
         eps = slope(run, run.evaluate(x, p), x, p)
         x = dpm_solver_step(run, x, eps, p, down, order, (0.5,) if order == 2 else THIRDS)[0]

@@ -149,7 +149,9 @@ def restart(
     segments: (levels, times, low, high) of each, in sigma / alpha: where the level nearest to low is reached, noise leads to
     high, and `levels` levels of Karras' grid with `rho` lead down again, `times` times. s_noise: the noise is multiplied by it.
     """
-    ratios = np.array([float(p.ratio) for p in points])
+    ratios = np.array([p.ratio for p in points])
+    if ratios.ndim > 1:
+        raise ValueError("restart: levels differ by samples, expected the same for all")
     for n, times, low, high in segments:
         if not (n >= 2 and n == int(n) and times >= 1 and times == int(times) and 0 < low < high < INF):
             raise ValueError(
