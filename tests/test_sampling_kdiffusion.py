@@ -754,6 +754,8 @@ def test_bad_arguments() -> None:
         kdiffusion.sample_restart(denoiser, START, SIGMAS, segments=[(1, 2, 0.06, 0.3)])
     with pytest.raises(ValueError, match=r"goes up to 0.3, expected more than its level 1"):
         kdiffusion.sample_restart(denoiser, START, levels, segments=[(3, 2, 0.06, 0.3)])
+    with pytest.raises(ValueError, match=r"sample_euler_ancestral_RF: a sigma is 2, expected at most 1"):
+        kdiffusion.sample_euler_ancestral_RF(denoiser, START, levels)
     with pytest.raises(ValueError, match=r"mu is 1.0, expected 0 <= mu < 1"):
         kdiffusion.sample_gradient_estimation(denoiser, START, levels, mu=1)
     with pytest.raises(ValueError, match=r"max_stage is 4"):
@@ -806,6 +808,20 @@ def test_input_is_left_alone_and_arguments_arrive() -> None:
         kdiffusion.sample_euler(denoiser, START, SIGMAS, disable=True),
         kdiffusion.sample_euler(denoiser, START.transpose(1, 2).contiguous().transpose(1, 2), np.array(SIGMAS), disable=True),
     )
+
+
+def test_no_samples_and_new_seeds() -> None:
+    assert kdiffusion.sample_dpmpp_sde(denoiser, START[:0], SIGMAS, disable=True).shape == (0, 3, 4, 4)
+    for sample in (
+        lambda **o: kdiffusion.sample_euler_ancestral(denoiser, START, SIGMAS, disable=True, **o),
+        lambda **o: kdiffusion.sample_dpm_adaptive(denoiser, START, 0.1, 5.0, eta=1.0, disable=True, **o),
+    ):
+        torch.manual_seed(1)
+        first, second = sample(), sample()
+        torch.manual_seed(1)
+        assert torch.equal(sample(), first) and not torch.equal(first, second)
+        assert torch.equal(sample(seed=7), sample(seed=torch.tensor([7, 8])))
+        assert torch.equal(sample(seed=np.int64(7)), sample(seed=[7, 8]))
 
 
 def test_progress(capfd: pytest.CaptureFixture[str]) -> None:

@@ -162,11 +162,17 @@ def _sampler(
     return sample
 
 
+def _of_flow(sigma: float) -> Point:
+    if sigma > 1:
+        raise ValueError(
+            f"euler_ancestral_rf: a sigma is {sigma:g}, expected at most 1, as flows have x = (1 - sigma) x0 + sigma eps"
+        )
+    return Point(1 - sigma, sigma, sigma)
+
+
 sample_euler = _sampler(solvers.euler)
 sample_euler_ancestral = _sampler(solvers.euler_ancestral)
-sample_euler_ancestral_RF = _sampler(
-    solvers.euler_ancestral_rf, "euler_ancestral_RF", level=lambda s: Point(1 - s, s, s), process=Flow()
-)
+sample_euler_ancestral_RF = _sampler(solvers.euler_ancestral_rf, "euler_ancestral_RF", level=_of_flow, process=Flow())
 sample_heun = _sampler(solvers.heun)
 sample_heunpp2 = _sampler(solvers.heunpp2)
 sample_dpm_2 = _sampler(solvers.dpm_2)
