@@ -97,11 +97,31 @@ class _Define:
     symbol: Symbol
 
 
+@dataclass(frozen=True)
+class At:
+    """Where a model is asked: for guidance, whose weights may depend on it. call: how many evaluations were before."""
+
+    point: Point
+    prediction: str
+    step: int = 0
+    call: int = 0
+
+    @property
+    def x0(self) -> tuple[Level, Level]:
+        return to_x0(self.prediction, self.point)
+
+    @property
+    def eps(self) -> tuple[Level, Level]:
+        return to_eps(self.prediction, self.point)
+
+
 @dataclass
 class _Evaluate:
     state: Symbol
     outputs: list[Symbol]
-    point: Point
+    at: At
+    branches: list[str]
+    combined: Symbol | None
 
 
 @dataclass
@@ -129,7 +149,9 @@ class Trace:
         self.start = Symbol("x", "given")
         self.given: dict[str, Symbol] = {}
         self._ops: list[_Step | _Define | _Evaluate] = []
-        self._states = self._draws = self._calls = 0
+        self._states = self._draws = self._calls = self._step = 0
+        self._raws: dict[tuple[str, int], Linear] = {}
+        self._renoising: set[Symbol] = set()
 
     def x(self) -> Linear:
         return Linear({self.start: 1.0})
@@ -167,25 +189,44 @@ class Trace:
         """The model's output for state x."""
         self._keep_seen(x, point)
         ((state, _),) = x.terms.items()
+        at = At(point, self.prediction, self._step, self._calls)
         n = str(self._calls)
         self._calls += 1
-        if self.guide is None:
-            raws = [Symbol("m" + n, "raw")]
-            m = Linear({raws[0]: 1.0})
-        else:
-            raws = [Symbol(branch + n, "raw") for branch in self.guide.branches(point)]
-            weights = self.guide.weights(point)
-            m = Linear(dict(zip(raws, weights or [1.0] * len(raws))))
-            if weights is None:  # they depend on the outputs
-                m = Linear({Symbol("m" + n, "combined", m): 1.0})
-        self._ops.append(_Evaluate(state, raws, point))
+        m, renoising = self._output(state, at)
 
-        def of(weights: tuple[Level, Level], name: str, kind: str) -> Linear:
+        def of(weights: tuple[Level, Level], m: Linear, name: str, kind: str) -> Linear:
             return Linear({Symbol(name + n, kind, Linear(dict(x.terms)) * weights[0] + m * weights[1]): 1.0})
 
-        x0 = of(to_x0(self.prediction, point), "D", "limited" if self.limits else "output")
-        eps = of(to_eps(self.prediction, point), "eps", "output") if np.all(point.sigma != 0) else None
+        x0 = of(at.x0, m, "D", "limited" if self.limits else "output")
+        eps = of(at.eps, renoising, "eps", "output") if np.all(point.sigma != 0) else None
+        if renoising is not m and eps is not None:
+            self._renoising.update(eps.terms)
         return Output(x0, eps)
+
+    def _output(self, state: Symbol, at: At) -> tuple[Linear, Linear]:
+        """The raw output that x0 is taken from, and that which eps is: one, but where guidance says otherwise (CFG++)."""
+        names = ["m"] if self.guide is None else self.guide.names(at)
+        symbols = {name: Symbol(f"{name}{at.call}", "raw") for name in names}
+        self._raws.update({(name, at.call): Linear({s: 1.0}) for name, s in symbols.items()})
+        here = Linear({state: 1.0})
+        weights = {"m": 1.0} if self.guide is None else self.guide.weights(at)
+        combined = None
+        if weights is None:  # they depend on the outputs
+            combined = Symbol(f"m{at.call}", "combined", Linear(dict.fromkeys([*symbols.values(), state], 1.0)))
+        if names:
+            self._ops.append(_Evaluate(state, list(symbols.values()), at, names, combined))
+
+        def total(weights: Any) -> Linear:
+            found = Linear({})
+            for key, k in weights.items():
+                if np.any(k != 0):
+                    output = key if isinstance(key, tuple) else (key, at.call)
+                    found = found + (here if key == "x" else self._raws[output]) * k
+            return found
+
+        m = total(weights) if combined is None else Linear({combined: 1.0})
+        renoising = None if self.guide is None else self.guide.renoising(at)
+        return m, m if renoising is None else total(renoising)
 
     def denoised(self, x: Linear, point: Point) -> Linear:
         """x0 as the model sees it."""
@@ -195,13 +236,17 @@ class Trace:
         """Number, point and next point of each step."""
         for i, (p, q) in enumerate(itertools.pairwise(points)):
             self._ops.append(_Step(i))
-            self._end = q
+            self._end, self._step = q, i
             yield i, p, q
 
     def lower(self, result: Linear) -> Program:
         self._keep_seen(result, self._end)
         ((last, _),) = result.terms.items()
-        return _Lowering(self._ops, self.start, last, self.limits).program()
+        lowering = _Lowering(self._ops, self.start, last, self.limits)
+        program = lowering.program()
+        if len(self._renoising) > 1 and not self._renoising & lowering.uses.keys():
+            raise ValueError("sample: the guide changes eps, which this solver does not use; expected one that does, as ddim")
+        return program
 
 
 # ---- the program
@@ -217,7 +262,9 @@ class Evaluate:
     step: int
     first: bool
     """Whether this is the first evaluation of its step."""
-    denoised: str | None = None
+    call: int = 0
+    branches: list[str] = field(default_factory=list)
+    """What the outputs are to guidance."""
     dead: list[str] = field(default_factory=list)
 
 
@@ -246,11 +293,12 @@ class Row:
 
 @dataclass
 class Combine:
-    """output = the guided model output of `inputs`, whose weights depend on them."""
+    """output = the guided model output of `inputs`, whose weights depend on them. inputs: of `branches`, and the state."""
 
     output: str
     inputs: list[str]
-    point: Point
+    branches: list[str]
+    at: At
     step: int = 0
     dead: list[str] = field(default_factory=list)
 
@@ -337,8 +385,12 @@ class _Lowering:
                 continue
             self._emit(pending)
             pending, self.step = [], step
-            self.out.append(Evaluate(op.state.name, [s.name for s in op.outputs], op.point, step, first))
+            outputs = [s.name for s in op.outputs]
+            self.out.append(Evaluate(op.state.name, outputs, op.at.point, step, first, op.at.call, op.branches))
             self.ready.update(op.outputs)
+            if op.combined is not None:
+                self.out.append(Combine(op.combined.name, [*outputs, op.state.name], op.branches, op.at, step))
+                self.ready.add(op.combined)
             first = False
         self._emit(pending)
         self._mark_dead()
@@ -383,10 +435,6 @@ class _Lowering:
             return
         found = set().union(*(self._virtual(d.symbol) for d in group)) - self.ready
         virtual = sorted(found, key=str)  # in every process the same order, and so the same bits
-        for s in [s for s in virtual if s.kind == "combined"]:
-            assert s.value is not None
-            self.out.append(Combine(s.name, [r.name for r in s.value.terms], Point(1.0, 0.0, 0.0), self.step))
-            self.ready.add(s)
         limited = [s for s in virtual if s.kind == "limited"]
         # x0 and eps that come again; those that are the raw output itself need no copy
         again = [s for s in virtual if s.kind != "combined" and self.uses[s] > 1 and not self._is_alias(s)]
@@ -402,7 +450,10 @@ class _Lowering:
             for s in sorted({*limited, *again}, key=str):
                 assert s.value is not None
                 single = [(s, Linear({s: 1.0}) if s.kind == "limited" else self._value(s))]
-                self._row(single, [s] if s.kind == "limited" else [])
+                if s.kind == "limited" or self._fits(single, []):
+                    self._row(single, [s] if s.kind == "limited" else [])
+                else:
+                    self._split(*single[0])
             self._emit(group)
             return
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,7 @@ def run_program(
             raise ValueError(f"{owner}: registers lack {name!r}, expected {', '.join(map(repr, program.registers))}")
 
     shape = x.shape
+    guided = None if guide is None else guide.running(model, keywords)
 
     def checked(raw: Any, at: Tensor, it: Evaluate) -> Tensor:
         if not isinstance(raw, Tensor) or raw.shape != shape or raw.device != device or not raw.is_floating_point():
@@ -98,10 +100,10 @@ def run_program(
 
     def call(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
         time = times[id(it)]
-        if guide is None:
+        if guided is None:
             found = [checked(model(at, time, **keywords), at, it)]
         else:
-            found = [checked(raw, at, it) for raw in guide.evaluate(model, at, time, it.outputs, keywords)]
+            found = [checked(raw, at, it) for raw in guided.evaluate(at, time, it)]
         if evaluated is not None and it.first:
             evaluated(it, at, found)
         return found
@@ -113,8 +115,8 @@ def run_program(
         def noise(row: Row) -> Tensor:
             return noise_sampler(*levels[id(row)]).to(state).contiguous()
 
-    combine = None if guide is None else guide.combine
-    with torch.no_grad():
+    combine = None if guided is None else guided.combine
+    with torch.no_grad(), guided or contextlib.nullcontext():
         result = runner(call, state, seeds, given, noise, combine, begun)
         if result is state:
             result = state.clone()
