@@ -1,6 +1,7 @@
 """Sampling from diffusion models and flows: solvers as programs, run by one kernel call a step."""
 
 from . import grids as grids
+from . import guidance as guidance
 from . import kdiffusion as kdiffusion
 from . import solvers as solvers
 from .interop import DiffusersScheduler as DiffusersScheduler

@@ -7,6 +7,8 @@ become part of the sampler's own rows and cost nothing. Where they depend on the
 they are found per sample from inner products (`dither.ops.gram_`), on the device and without waiting for it.
 
 Guides combine: `a + b` adds their corrections, `Interval`, `Rescale` and `Omegance` wrap one. They hold no state of a run.
+Scales by sample (arrays) in guides whose weights depend on the outputs are copied to the device at each evaluation; PAG and SEG
+wait for it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .. import ops
 from .._checks import instance, integer, is_real, number, tensor
 from ..tokens import METHODS, Method, patch
 from .points import Level, Point
-from .program import MOST_INPUTS, At, Combine, Evaluate
+from .program import MOST_INPUTS, At, Combine, Evaluate, Program
 
 Weights = dict[Any, Level]
 """By branch; "x" is the state; (branch, n): of the n-th evaluation, an earlier one."""
@@ -62,6 +64,12 @@ class Guide:
     branches: dict[str, Branch]
     base: str = "cond"
     batched: bool = True
+
+    @property
+    def programs(self) -> dict[Any, Program]:
+        """Those of `sample` with this guide, which is not to be changed from then on."""
+        found: dict[Any, Program] = self.__dict__.setdefault("_programs", {})
+        return found
 
     def weights(self, at: At) -> Weights | None:
         """Of the branches' outputs, raw as the model gives them."""

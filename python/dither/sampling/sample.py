@@ -17,6 +17,7 @@ from .. import ops
 from .._checks import instance, integer, number, one_of
 from .._extras import require
 from . import grids, solvers
+from .guidance import Guide
 from .points import PREDICTIONS, Flow, Point, Process, VarianceExploding, VariancePreserving
 from .program import KNOWN, KNOWN_NOISE, MASK, Evaluate, Limits, Program
 from .run import START, Seed, compiled, run_program, seeds_of
@@ -231,13 +232,21 @@ def _planned(
     if grid is not None and not isinstance(grid, str):
         grid = tuple(grids.own(owner, grid).tolist())
     limits, settings = (clip, quantile), (start, strength, inpaint, tuple(options.items()))
-    plan = _plan.__wrapped__ if guidance is not None else _plan
     key = (owner, solver, steps, kind, prediction, grid, tuple((grid_options or {}).items()), *limits, *settings)
     try:
         hash(key)
     except TypeError:  # an option has none
-        plan = _plan.__wrapped__
-    return plan(*key, guidance)
+        return _plan.__wrapped__(*key, guidance)
+    if guidance is None:
+        return _plan(*key, None)
+    instance(owner, "guidance", guidance, Guide, "a Guide of dither.sampling.guidance")
+    plans = guidance.programs  # they live as long as the guide
+    if key not in plans:
+        if len(plans) >= 64:
+            del plans[next(iter(plans))]
+        plans[key] = _plan.__wrapped__(*key, guidance)
+    found: _Plan = plans[key]
+    return found
 
 
 @functools.lru_cache(64)
