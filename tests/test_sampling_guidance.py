@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dither import tokens
 from dither.sampling import guidance as g
-from dither.sampling import solvers
+from dither.sampling import sample, solvers
 from dither.sampling.points import Flow, VarianceExploding, VariancePreserving, to_eps, to_x0
 from dither.sampling.program import Evaluate
 from dither.sampling.reference import Reference
@@ -802,3 +803,100 @@ def test_what_does_not_go_together_is_an_error():
             sampled(solvers.ddim, VE, "x0", guide, Mixture(VE, "x0"), x)
     with pytest.raises(ValueError, match=r"omega is of \[7\], expected what broadcasts to \[2, 4, 4\]"):
         sampled(solvers.ddim, VE, "x0", g.Omegance(torch.ones(7), COND), Mixture(VE, "x0"), x)
+
+
+class Asked(TorchDispatchMode):
+    """Which operators make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero):
+            self.waited.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["cfg", "apg", "rescale", "adaptive", "adaptive-skip", "zero-star", "omegance-map", "apg+nag"])
+def test_guides_ask_the_device_for_nothing(name):
+    guide, x = CASES[name][0](), normal(*SHAPE)
+    program = program_of(solvers.ddim, VE, "score", guide)
+    waited = []
+    with guide.running(lambda y, time, logits: y * logits[:, 1].view(-1, 1, 1, 1) * 0.01 + 0.1) as running:
+        for it in program.instructions:
+            with Asked() as asked:
+                if isinstance(it, Evaluate):
+                    outputs = running.evaluate(x, torch.full((len(x),), 0.5, dtype=x.dtype), it)
+                elif hasattr(it, "at"):
+                    running.combine(it, [*outputs, x], torch.empty_like(x))
+            waited += asked.waited
+    assert bool(waited) == (name == "adaptive-skip")
+
+
+@pytest.mark.parametrize("name", ["cfg", "apg", "rescale", "adaptive", "omegance-map", "factorized", "apg+nag"])
+def test_models_of_half_precision(name):
+    model = Mixture(VE, "x0")
+    x = normal(*SHAPE).float() * 8
+    seen = []
+
+    def half(y, time, logits):
+        seen.append(y.dtype)
+        return model(y.float(), time, logits).bfloat16()
+
+    got = sample(half, x, "ddim", 7, process=VE, grid=RATIOS, guidance=CASES[name][0](), model_dtype=torch.bfloat16)
+    want = sample(model, x, "ddim", 7, process=VE, grid=RATIOS, guidance=CASES[name][0]())
+    assert set(seen) == {torch.bfloat16} and got.dtype == torch.float32
+    assert (got - want).square().mean().sqrt() < 0.05 * want.std()
+
+
+def test_noise_awareness_by_arguments():
+    model, x = Mixture(VE, "x0"), normal(*SHAPE) * 8
+    told = lambda y, time, logits, blind: model(y, torch.where(blind > 0, NULL, time), logits)
+    guide = g.NAG(0.7, arguments={"blind": torch.ones(3)}, cond={**COND, "blind": torch.zeros(3)})
+    got = sampled(solvers.ddim, VE, "x0", guide, told, x)
+    want = sampled(solvers.ddim, VE, "x0", g.NAG(0.7, NULL, cond=COND), model, x)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c, u: g.CFG(3.0, c, u),
+        lambda c, u: g.Rescale(g.Interval(g.APG(3.0, c, u), 0.5)),
+        lambda c, u: g.AdaptiveGuidance(3.0, c, u, below=2.0),
+        lambda c, u: g.CFGZeroStar(3.0, c, u) + g.NAG(0.5, 0.0),
+    ],
+)
+def test_guided_runs_can_be_captured(make):
+    """No evaluation waits for the device."""
+    net = nn.Conv2d(2, 2, 3, padding=1).cuda()
+    c, u = ({"shift": torch.full((3, 1, 1, 1), s, device="cuda")} for s in (1.0, -1.0))
+    guide, x = make(c, u), torch.randn(3, 2, 8, 8, device="cuda")
+    seeds = torch.arange(3, device="cuda")
+
+    def run():
+        return sample(lambda y, t, shift: net(y) * 0.1 + shift, x, "dpmpp_2m", 6, process="ve", guidance=guide, seed=seeds)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = run()
+    x.normal_()
+    graph.replay()
+    torch.testing.assert_close(captured, run())
+
+
+def test_sample_takes_guides():
+    model, x = Mixture(VE, "x0"), normal(*SHAPE) * 8
+    guide = g.CFG(3.0, COND, UNCOND)
+    got = sample(model, x, "dpmpp_2m", 7, process=VE, grid=RATIOS, guidance=guide)
+    torch.testing.assert_close(got, sampled(solvers.dpmpp_2m, VE, "x0", guide, model, x), rtol=1e-12, atol=1e-12)
+    again = sample(model, x, "dpmpp_2m", 7, process=VE, grid=RATIOS, guidance=guide)
+    assert torch.equal(got, again) and len(guide.programs) == 1
+    with pytest.raises(TypeError, match="sample: guidance is dict, expected a Guide"):
+        sample(model, x, process=VE, guidance={})
