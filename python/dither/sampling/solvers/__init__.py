@@ -25,6 +25,9 @@ from .dpm import er_sde as er_sde
 from .dpm import res_multistep as res_multistep
 from .dpm_multistep import dpm_multistep as dpm_multistep
 from .dpm_multistep import dpm_singlestep as dpm_singlestep
+from .dpm_v3 import Statistics as Statistics
+from .dpm_v3 import dpm_solver_v3 as dpm_solver_v3
+from .dpm_v3 import fit_statistics as fit_statistics
 from .euler import dpm_2 as dpm_2
 from .euler import dpm_2_ancestral as dpm_2_ancestral
 from .euler import euler as euler

@@ -60,8 +60,8 @@ def mean_reverting(run: Any, x: Any, points: Points, solver: Callable[..., Any] 
 def rddm(run: Any, x: Any, points: Points, eta: float = 0.0) -> Any:
     """Residual denoising diffusion (Liu et al. 2024, equation 13), of a model of x0 or of the noise.
 
-    A model of the residual is one of x0: mu - residual. eta: 0, deterministic: DDIM's step of a mean-reverting diffusion; 1: the
-    posterior of the paper's chain, which is that of ResShift too (Yue et al. 2023, equation 7).
+    A model of the residual is one of x0: mu - residual. eta: 0, deterministic: DDIM's step of a mean-reverting diffusion; 1:
+    the posterior of the paper's chain, which is that of ResShift too (Yue et al. 2023, equation 7).
     """
     shifted = _Shifted(run)
     x = x - shifted.mu * (1 - points[0].alpha)
