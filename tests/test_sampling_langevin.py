@@ -52,7 +52,8 @@ def test_words_are_their_letters(word):
     assert torch.allclose(found.x, y, atol=1e-14)
     assert torch.allclose(found.velocity, w, atol=1e-14)
     assert torch.equal(found.samples[-1], found.x)
-    assert found.evaluations == 3 + (word[0] == "b" and word[-1] != "o" or word.count("b") == 2 and word[0] != "a") * 1
+    again = word in ("baoab", "obabo", "babo")  # the first b of the first step needs a score that later ones have
+    assert found.evaluations == 3 + again
 
 
 def test_overdamped_methods_are_their_formulas():

@@ -1,0 +1,219 @@
+"""From data back to noise, and edits by way of it. All levels are given as for sampling, from the noisiest to the cleanest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._checks import integer, number, tensor
+from . import solvers
+from .points import Points, VarianceExploding
+from .program import Evaluate, Program, Row
+from .run import START, Seed, compiled, run_program, seeds_of
+
+Model = Callable[..., Tensor]
+_FRAME = VarianceExploding()  # the solvers here stay on the levels that are given
+
+
+def ddim_invert(model: Model, x: Tensor, points: Points, prediction: str = "eps", *, iterations: int = 1, **run: Any) -> Tensor:
+    """The noise that DDIM, or Euler's method, makes x of, nearly; with more `iterations` a step, exactly.
+
+    x [B, ...]: data of the last level. Iterations converge where steps are small: each makes the error smaller by a factor of
+    about a step's change in ln(sigma / alpha) times how strongly the model's output depends on x. run: the keywords of
+    `run_program`: arguments, guide, model_dtype.
+    """
+    _check("ddim_invert", points)
+    integer("ddim_invert", "iterations", iterations, 1)
+    program = _compiled(solvers.ddim_inverse, points[::-1], prediction, run, iterations=iterations)
+    return run_program("ddim_invert", program, model, x, **run)
+
+
+@dataclass
+class Pair:
+    """The last two states of BDIA: together they determine every other."""
+
+    x: Tensor
+    before: Tensor
+
+
+def bdia_sample(
+    model: Model, x: Tensor | Pair, points: Points, prediction: str = "eps", *, gamma: float = 1.0, **run: Any
+) -> Pair:
+    """Samples by BDIA-DDIM, whose `x` is the result; `bdia_invert` of the pair gives the start again, but for rounding.
+
+    x: noise of the first level, or what `bdia_invert` gave. gamma: in (0, 1]; 1 is of order 2. Rounding is that of the largest
+    states, and grows by 1 / gamma a step on the way back.
+    """
+    return _bdia("bdia_sample", model, x, points, prediction, gamma, 1.0, run)
+
+
+def bdia_invert(
+    model: Model, x: Tensor | Pair, points: Points, prediction: str = "eps", *, gamma: float = 1.0, **run: Any
+) -> Pair:
+    """The way back of `bdia_sample`: the pair at the noisiest level, of which `bdia_sample` makes x again.
+
+    x: data of the last level, of which the first step is DDIM's inverse; or a pair that `bdia_sample` gave.
+    """
+    _check("bdia_invert", points, 3)
+    if not isinstance(x, Pair):
+        x = Pair(x, ddim_invert(model, x, points[-2:], prediction, **run))
+    return _bdia("bdia_invert", model, x, points[::-1], prediction, gamma, -1.0, run)
+
+
+def _bdia(owner: str, model: Model, x: Any, points: Points, prediction: str, gamma: float, power: float, run: Any) -> Pair:
+    _check(owner, points if power > 0 else points[::-1], 3)
+    gamma = number(owner, "gamma", gamma, above=0, most=1) ** power
+    given, start = ({"before": x.x.contiguous()}, x.before) if isinstance(x, Pair) else (None, x)
+    program = _compiled(solvers.bdia, points, prediction, run, gamma=gamma, pair=given is not None)
+    last = max(it.step for it in program.instructions)
+    seen: list[Tensor] = []
+
+    def begun(it: Evaluate, state: Tensor) -> None:
+        if it.step == last:
+            seen.append(state.clone())
+
+    end = run_program(owner, program, model, start, given=given, begun=begun, **run)
+    return Pair(end, seen[0].to(end.dtype))
+
+
+@dataclass
+class NoiseMaps:
+    """What `ddpm_invert` found."""
+
+    states: list[Tensor]
+    """x at every level but the last, [B, ...]; the first is the noisiest."""
+    noises: list[Tensor]
+    """The noise of every step but the last, which has none."""
+    residual: Tensor
+    """Data less the result of the last step."""
+
+
+def ddpm_invert(
+    model: Model, x: Tensor, points: Points, prediction: str = "eps", *, eta: float = 1.0, seed: Seed = None, **run: Any
+) -> NoiseMaps:
+    """The noises with which DDPM comes by x: an edit-friendly space (Huberman-Spiegelglas, Kulikov & Michaeli 2024).
+
+    Every level's state is x with noise of its own, drawn by address; the noise of a step is what leads from one to the next. It
+    is not white: its variance is above 1, and noises of neighbouring steps are correlated, so that it holds what x is made of.
+    eta: as DDIM's; 1 is DDPM.
+    """
+    owner = "ddpm_invert"
+    _check(owner, points)
+    number(owner, "eta", eta, above=0, most=1)
+    tensor(owner, "x", x)
+    wide = x if x.dtype == torch.float64 else x.float()
+    seeds = seeds_of(owner, seed, len(x), x.device)
+
+    def noisy(i: int) -> Tensor:
+        """x at level i."""
+        return _row([wide.contiguous()], [float(points[i].alpha), 0, float(points[i].sigma)], seeds, START + 2 + i)
+
+    program = _compiled(solvers.ddim, points, prediction, run, eta=eta)
+    rows = _noisy_rows(program)
+    states: list[Tensor] = []
+    noises: list[Tensor] = []
+    now: dict[str, Tensor] = {}
+
+    def begun(it: Evaluate, state: Tensor) -> None:
+        states.append(state.clone())
+        now[it.state] = state
+
+    def evaluated(it: Evaluate, _: Tensor, outputs: Sequence[Tensor]) -> None:
+        now.update(zip(it.outputs, (o.contiguous() for o in outputs)))
+
+    def noise(*_: Tensor) -> Tensor:
+        row = rows[len(noises)]
+        goal = noisy(row.step + 1)
+        k = row.weights[0] / row.weights[0, -1]
+        known = [now[name] for name in row.inputs]
+        noises.append(_row([goal, *known], [1 / row.weights[0, -1], *-k[:-2], 0, 0]))
+        return noises[-1]
+
+    end = run_program(owner, program, model, noisy(0), noise_sampler=noise, begun=begun, evaluated=evaluated, **run)
+    return NoiseMaps(states, noises, wide - end)
+
+
+def ddpm_replay(
+    model: Model,
+    maps: NoiseMaps,
+    points: Points,
+    prediction: str = "eps",
+    *,
+    eta: float = 1.0,
+    skip: int = 0,
+    residual: bool = True,
+    **run: Any,
+) -> Tensor:
+    """The data again, or with other `arguments` (conditions) an edit of them. Levels, prediction and eta: of the inversion.
+
+    skip: steps that are left out, from the noisiest: more keep more of the data. residual: False leaves out what the last step,
+    which has no noise, misses.
+    """
+    owner = "ddpm_replay"
+    _check(owner, points)
+    if len(maps.states) != len(points) - 1:
+        raise ValueError(f"{owner}: maps has {len(maps.states)} states, expected {len(points) - 1}, one for each step")
+    if integer(owner, "skip", skip, 0) >= len(maps.states):
+        raise ValueError(f"{owner}: skip is {skip}, expected less than {len(maps.states)}, the number of steps")
+    program = _compiled(solvers.ddim, points[skip:], prediction, run, eta=eta)
+    left = len(_noisy_rows(program))
+    noises = iter(maps.noises[len(maps.noises) - left :])
+    end = run_program(owner, program, model, maps.states[skip], noise_sampler=lambda *_: next(noises), **run)
+    return end + maps.residual if residual else end
+
+
+def ddcm_edit(
+    model: Model,
+    x: Tensor,
+    points: Points,
+    prediction: str = "eps",
+    *,
+    source: Mapping[str, Any],
+    target: Mapping[str, Any],
+    eta: float = 1.0,
+    **run: Any,
+) -> Tensor:
+    """x, edited without an inversion (Xu et al. 2024): what it is by the conditions `target`, where `source` gives x itself.
+
+    source, target: the model's keyword arguments. run: as for `ddim_invert`, and seed.
+    """
+    _check("ddcm_edit", points)
+    number("ddcm_edit", "eta", eta, least=0, most=1)
+    turns = itertools.cycle((source, target))
+    program = _compiled(solvers.ddcm, points, prediction, run, eta=eta)
+
+    def of_turn(at: Tensor, time: Tensor, **arguments: Any) -> Tensor:
+        return model(at, time, **arguments, **next(turns))
+
+    return run_program("ddcm_edit", program, of_turn, x, **run)
+
+
+def _check(owner: str, points: Points, least: int = 2) -> None:
+    if len(points) < least:
+        raise ValueError(f"{owner}: points has {len(points)} levels, expected at least {least}")
+    for i, (p, q) in enumerate(itertools.pairwise(points)):
+        if not bool(np.all(p.ratio > q.ratio)):
+            raise ValueError(f"{owner}: points[{i}] has sigma / alpha {p.ratio} and points[{i + 1}] {q.ratio}, expected less")
+
+
+def _compiled(solver: Any, points: Points, prediction: str, run: Mapping[str, Any], **options: Any) -> Program:
+    return compiled(solver, points, _FRAME, prediction, guide=run.get("guide"), options=options)
+
+
+def _noisy_rows(program: Program) -> list[Row]:
+    return [it for it in program.instructions if isinstance(it, Row) and it.draw is not None]
+
+
+def _row(inputs: list[Tensor], weights: Sequence[float], seeds: Tensor | None = None, draw: int = 0) -> Tensor:
+    """A new tensor: the inputs and noise (the last weight) with weights; the one before it is of no use here."""
+    out = [torch.empty_like(inputs[0])]
+    table = torch.tensor([[[0.0] * len(weights), [float(w) for w in weights]]], dtype=torch.float64)
+    ops.write("rows_", out, out, inputs, table, 0, 0, seeds, draw, None, False, None)
+    return out[0]
