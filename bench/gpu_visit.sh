@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # All that a machine with a GPU should do, in under ten minutes: build for its GPU, run the tests on it, compare the bits of CPU
-# and CUDA, time private steps and the kernels. It installs nothing: torch, numpy, pybind11, cmake, ninja, nvcc, pytest and scipy
-# must be there; peers are timed where they are installed.
+# and CUDA, time private steps, samplers (by calls, and captured as CUDA graphs, which must give the same bits) and the kernels.
+# It installs nothing: torch, numpy, pybind11, cmake, ninja, nvcc, pytest and scipy must be there; peers are timed where they are
+# installed.
 #   PYTHON=python3 OUT=bench/results bash bench/gpu_visit.sh
-# writes to $OUT: build.log, tests.log, bits.log, steps.log, bench.log, <date>-<gpu>.json and .md,
-# <date>-<gpu>-private-steps.json and .md. The exit status is 0 if all of it succeeded.
+# writes to $OUT: build.log, tests.log, bits.log, steps.log, samplers.log, bench.log, <date>-<gpu>.json and .md,
+# <date>-<gpu>-private-steps.json and .md, <date>-<gpu>-samplers.json and .md. The exit status is 0 if all of it succeeded.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -50,6 +51,7 @@ phase tests 240 "$OUT/tests.log" "$PYTHON" -m pytest -q $workers -k "cuda and no
 phase bits 90 "$OUT/bits.log" "$PYTHON" bench/compare_bits.py
 result="$OUT/$(date +%F)-$gpu"
 phase steps 90 "$OUT/steps.log" "$PYTHON" bench/private_steps.py --device cuda --models 784 28 transformer --out "$result-private-steps"
+phase samplers 60 "$OUT/samplers.log" "$PYTHON" bench/samplers.py --device cuda --cuda-graph --rounds 5 --out "$result-samplers"
 phase bench 240 "$OUT/bench.log" "$PYTHON" -m dither bench --device cuda --json "$result.json" --markdown "$result.md"
 echo "after $SECONDS s: ${#failed[@]} failed ${failed[*]}"
 [ "${#failed[@]}" -eq 0 ]
