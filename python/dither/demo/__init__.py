@@ -1,9 +1,10 @@
 """The demonstration behind `python -m dither demo`: gradient noise, fused optimizers, N:M sparsity, privacy, fewer
-tokens and optimal transport on real digits.
+tokens, optimal transport and sampling on real digits.
 
 Gradient noise: a network of 20 hidden layers of 50 ReLU units from a poor initialisation, after Neelakantan et al. 2015,
 "Adding Gradient Noise Improves Learning for Very Deep Networks", where it was MNIST. Optimizers, sparsity and privacy:
 small classifiers. Tokens: a small transformer. Transport: samples of digits, and the colours of two photographs.
+Sampling: a small diffusion model.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the demonstration measures: three networks, in several ways each, over several seeds; a transformer; transport."""
+"""What the demonstration measures: three networks, in several ways each, over several seeds; a transformer; transport; samplers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .. import optim, sparsity
 from .._extras import require
 from .data import digits
 from .private import EPSILONS, PrivateRun, train_privately
+from .sampling import QUICK_BUDGET, Budget, SamplingResults, measure_sampling
 from .tokens import QUICK_PLAN, Plan, TokenResults, measure_tokens
 from .train import Arm, Run, train
 from .transport import QUICK_SIZES, Sizes, TransportResults, measure_transport
@@ -79,11 +80,19 @@ class Settings:
     epsilons: tuple[float, ...] = EPSILONS
     tokens: Plan = field(default_factory=Plan)
     transport: Sizes = field(default_factory=Sizes)
+    sampling: Budget = field(default_factory=Budget)
     grid: bool = True
 
 
 QUICK = Settings(
-    seeds=2, deep_steps=800, small_steps=200, epsilons=(8.0,), tokens=QUICK_PLAN, transport=QUICK_SIZES, grid=False
+    seeds=2,
+    deep_steps=800,
+    small_steps=200,
+    epsilons=(8.0,),
+    tokens=QUICK_PLAN,
+    transport=QUICK_SIZES,
+    sampling=QUICK_BUDGET,
+    grid=False,
 )
 
 
@@ -99,6 +108,7 @@ class Results:
     private: dict[float, list[PrivateRun]]
     tokens: TokenResults
     transport: TransportResults
+    sampling: SamplingResults
     grid: dict[tuple[float, float], float]
     seconds: float
 
@@ -115,7 +125,8 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
     deep_runs = len(DEEP_ARMS) * settings.seeds + len(grid_arms)
     total = deep_runs * settings.deep_steps + (len(SMALL_ARMS) + len(SPARSE_ARMS)) * settings.seeds * settings.small_steps
     epsilons = (math.inf, *reversed(settings.epsilons))
-    total += len(epsilons) * settings.seeds * settings.private_steps + settings.tokens.steps + settings.transport.steps
+    total += len(epsilons) * settings.seeds * settings.private_steps
+    total += settings.tokens.steps + settings.transport.steps + settings.sampling.steps
     threads, begin = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1)
     try:
@@ -129,7 +140,9 @@ def measure(settings: Settings, device: str = "cpu") -> Results:
                     runs.append(train_privately(epsilon, data, settings.private_steps, seed, bar))
             found = measure_tokens(data, settings.tokens, bar)
             moved = measure_transport(data, settings.transport, bar)
+            sampled = measure_sampling(data, settings.sampling, bar)
             grid = {at: train(arm, DEEP, data, settings.deep_steps, 0, bar).validation for at, arm in grid_arms.items()}
     finally:
         torch.set_num_threads(threads)
-    return Results(settings, device, deep, small, sparse, private, found, moved, grid, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return Results(settings, device, deep, small, sparse, private, found, moved, sampled, grid, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,21 +98,34 @@ def _sliced(x: Tensor, y: Tensor, n_projections: int) -> float:
     return float(distance)
 
 
+def unit_pixels(data: Digits) -> Callable[[Tensor], Tensor]:
+    """Images as they are in the data to pixels in [0, 1], float64."""
+    images = torch.cat([part.images for part in data])
+    low, high = images.min(), images.max()
+    return lambda x: ((x - low) / (high - low)).clamp(0, 1).double()
+
+
+def divergence_to(real: Tensor) -> Callable[[Tensor], float]:
+    """The Sinkhorn divergence of a sample from digits with pixels in [0, 1], both [n, 64]."""
+    reg = BLUR * float(transport.PointCloud(real, real).matrix().mean())
+    return lambda x: float(transport.sinkhorn_divergence(x, real, reg, tol=1e-4))
+
+
 def _digit_distances(data: Digits, seed: int) -> dict[str, Distances]:
     """Thirds of all digits: to learn from, to compare with, and other real ones."""
     images, labels = (torch.cat(parts) for parts in zip(*data))
-    images = ((images - images.min()) / (images.max() - images.min())).double()
+    images = unit_pixels(data)(images)
     order = noise.uniform(len(labels), dtype=torch.float64, device=labels.device, seed=seed, stream=30).argsort()
     fit, real, other = order.split(len(order) // 3)[:3]
     real = images[real]
     samples = {"other real digits": images[other], **_samples(images[fit], labels[fit], seed)}
-    reg = BLUR * float(transport.PointCloud(real, real).matrix().mean())
+    divergence = divergence_to(real)
     mean, covariance = _moments(real)
     found = {}
     for name, x in samples.items():
         m, c = _moments(x)
         found[name] = Distances(
-            float(transport.sinkhorn_divergence(x, real, reg, tol=1e-4)),
+            divergence(x),
             float(transport.bures_wasserstein_distance(m, mean, c, covariance)),
             _sliced(x, real, 200),
         )
