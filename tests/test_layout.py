@@ -70,7 +70,7 @@ EDGES: dict[str, set[str] | None] = {
     "privacy": {"ops", "noise", "optim", "_checks", "_extras"},
     "tokens": {"ops", "noise", "_checks", "_extras"},
     "transport": {"ops", "noise", "_checks", "_extras"},
-    "sampling": {"ops", "noise", "_checks", "_extras"},
+    "sampling": {"ops", "noise", "tokens", "_checks", "_extras"},
     "bench": EVERYTHING,
     "cli": EVERYTHING,
     "demo": EVERYTHING,
