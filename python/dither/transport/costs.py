@@ -144,9 +144,9 @@ class Costs:
     x: Tensor
     y: Tensor | None
     ground: int
-    spread: float
-    """The largest difference of two costs, or a bound of it."""
-    largest: float
+    spreads: tuple[float, ...]
+    """The largest difference of two costs, or a bound of it: of each problem, or one for all, as x is."""
+    magnitudes: tuple[float, ...]
     """The largest size of a cost, or a bound of it: what rounding is relative to."""
     forbidden: bool = False
     """Whether some pair costs inf."""
@@ -165,15 +165,17 @@ class Costs:
         """An operator on them."""
         write(name, list(out), *self.arguments(narrow), 1 / reg, narrow, *given, *out)
 
-    def coarse(self, reg: float) -> bool:
+    def coarse(self, reg: float) -> list[bool]:
         """Whether sweeps in float32 come near the solution: C / reg, of which P is the exponential, keeps some digits."""
-        return self.x.dtype == torch.float32 and self.largest / reg < 512
+        return [self.x.dtype == torch.float32 and size / reg < 512 for size in self.magnitudes]
 
-    def select(self, problems: Tensor | slice) -> Costs:
+    def select(self, problems: Sequence[int]) -> Costs:
         """Some problems of the batch."""
-        x, y = (t if t is None or t.shape[0] == 1 else t[problems] for t in (self.x, self.y))
-        assert x is not None
-        return replace(self, x=x, y=y)
+        if self.x.shape[0] == 1:
+            return self
+        at = slice(problems[0], problems[0] + 1) if len(problems) == 1 else list(problems)
+        spreads, magnitudes = (tuple(each[i] for i in problems) for each in (self.spreads, self.magnitudes))
+        return replace(self, x=self.x[at], y=None if self.y is None else self.y[at], spreads=spreads, magnitudes=magnitudes)
 
     def transposed(self) -> Costs:
         """From columns to rows."""
@@ -206,6 +208,15 @@ def is_numpy(m: Any) -> bool:
     return not isinstance(m.x if isinstance(m, PointCloud) else m, Tensor)
 
 
+def _ranges(x: Tensor) -> tuple[list[float], list[float]]:
+    """The least and the largest cost of each problem."""
+    if not x.numel():
+        return [0.0] * len(x), [0.0] * len(x)
+    rows = x.flatten(1)
+    least, most = torch.stack([rows.amin(1), rows.amax(1)]).tolist()
+    return least, most
+
+
 def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
     """The costs, and whether they are a batch."""
     if isinstance(m, PointCloud):
@@ -217,26 +228,25 @@ def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
         every = torch.cat([x, y], 1) if 0 not in (x.shape[1], y.shape[1]) else x.new_zeros(1, 1, 1)
         sides = (every.amax(1) - every.amin(1)).double()
         far = sides.sum(-1) if m.cost == "l1" else sides.square().sum(-1)
-        spread = float((far.sqrt() if m.cost == "euclidean" else far).max())
-        costs = Costs(x.contiguous(), y.mT.contiguous(), GROUNDS[m.cost], spread, spread)
+        spreads = tuple((far.sqrt() if m.cost == "euclidean" else far).tolist())
+        costs = Costs(x.contiguous(), y.mT.contiguous(), GROUNDS[m.cost], spreads, spreads)
     else:
         c = as_tensor(owner, "M", m).detach()
         if c.dim() not in (2, 3):
             raise ValueError(f"{owner}: M has shape {list(c.shape)}, expected [n, m] or [B, n, m]")
         batched = c.dim() == 3
-        spread, largest, forbidden = 0.0, 0.0, False
-        if c.numel():
-            least, most = (float(v) for v in c.aminmax())
-            if not least > -torch.inf:  # NaN too
-                raise ValueError(f"{owner}: M contains {least}, expected finite costs, or inf for a pair that is forbidden")
-            forbidden = most == torch.inf
-            if forbidden:
-                most = float(torch.where(c < torch.inf, c, least).max())
-            if most < torch.inf:
-                spread, largest = most - least, max(most, -least)
         x = c if batched else c.unsqueeze(0)
-        x = x[:1] if x.stride(0) == 0 else x  # one for all, where it was expanded
-        costs = Costs(x.contiguous(), None, 0, spread, largest, forbidden)
+        x = (x[:1] if x.stride(0) == 0 else x).contiguous()  # one for all, where it was expanded
+        least, most = _ranges(x)
+        for low in least:
+            if not low > -torch.inf:  # NaN too
+                raise ValueError(f"{owner}: M contains {low}, expected finite costs, or inf for a pair that is forbidden")
+        forbidden = torch.inf in most
+        if forbidden:
+            most = _ranges(torch.where(x < torch.inf, x, x.amin((1, 2), keepdim=True)))[1]
+        ranges = [(low, high) if high < torch.inf else (0.0, 0.0) for low, high in zip(least, most)]
+        spreads, magnitudes = tuple(high - low for low, high in ranges), tuple(max(high, -low) for low, high in ranges)
+        costs = Costs(x, None, 0, spreads, magnitudes, forbidden)
     if 0 in costs.size:
         raise ValueError(f"{owner}: M has shape {list(m.shape)}, expected at least one row and one column")
     return costs, batched

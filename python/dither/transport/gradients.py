@@ -226,7 +226,15 @@ class Solution:
     def _column_solve(self, problem: int, left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
         one = slice(problem, problem + 1)
         weights = torch.where(self.a > 0, left, 0), torch.where(self.b > 0, right, 0)
-        given = (self.costs.select(one), self.reg, weights[0][one], self.b[one], self.f[one], self.g[one], weights[1][one])
+        given = (
+            self.costs.select([problem]),
+            self.reg,
+            weights[0][one],
+            self.b[one],
+            self.f[one],
+            self.g[one],
+            weights[1][one],
+        )
         fits = rhs.shape[1] <= DIRECT
         solved = _core.schur_solve(*given, rhs[one], _EXACT, _EXACT, PRODUCTS[0 if fits else 1])
         if fits and not solved.converged:

@@ -63,7 +63,7 @@ def solve_newton(p: Problem, reg: float, tol: float, steps: int, counts: Counts,
 
     warm: from p.f and p.g, where these are near after as many Sinkhorn iterations.
     """
-    narrow = p.costs.coarse(reg)
+    narrow = p.costs.coarse(reg)[0]
     if warm and p.sweep(reg, warm, NEAR, narrow, counts)[0] <= NEAR:
         error = semidual(p, reg, tol, min(steps, WARM), counts, narrow and tol >= 1e-5)
         if error <= tol:
@@ -77,7 +77,7 @@ def follow_path(p: Problem, reg: float, tol: float, steps: int, counts: Counts, 
     reg f and reg g are nearly linear in reg, and go on from the last two levels along a line.
     """
     levels = [reg]
-    while levels[-1] * factor < p.costs.spread / 4:
+    while levels[-1] * factor < p.costs.spreads[0] / 4:
         levels.append(levels[-1] * factor)
     p.f.zero_()
     p.g.zero_()
@@ -85,7 +85,7 @@ def follow_path(p: Problem, reg: float, tol: float, steps: int, counts: Counts, 
     before = None
     for level in reversed(levels):
         last = level == reg
-        narrow = p.costs.coarse(level)
+        narrow = p.costs.coarse(level)[0]
         error = semidual(p, level, tol if last else LEVEL, steps, counts, narrow and not (last and tol < 1e-5))
         if not last:
             now = p.f.clone(), p.g.clone()

@@ -231,26 +231,28 @@ def solve(
     errors = wa.new_full((batch,), torch.inf)
 
     def one(i: int) -> Problem:
-        return Problem(costs.select(slice(i, i + 1)), *(t[i : i + 1] for t in (wa, wb, f, g)))
+        return Problem(costs.select([i]), *(t[i : i + 1] for t in (wa, wb, f, g)))
 
     if method == "sns":
         for i in range(batch):
             counts = Counts()
             errors[i] = sparse_newton(one(i), reg, goal, counts)
             _note(counts, i, done, history)
-    slow = torch.ones(batch, dtype=torch.bool)
+    slow = list(range(batch))
     if free:
-        errors, slow = iterate(owner, costs, reg, rho, wa, wb, f, g, goal, max_iterations, done[0], history), ~slow
+        errors, slow = iterate(owner, costs, reg, rho, wa, wb, f, g, goal, max_iterations, done[0], history), []
     elif method in ("auto", "sinkhorn"):
         slow = _iterate(costs, reg, wa, wb, f, g, goal, max_iterations, method == "auto", errors, done[0], history)
     if method in ("auto", "newton"):
-        for i in slow.nonzero().flatten().tolist():
+        for i in slow:
             counts = Counts()
             warm = 1 if method == "auto" else 20 if warmstart is not None else 0
             errors[i] = solve_newton(one(i), reg, goal, min(STEPS, max_iterations), counts, warm)
             _note(counts, i, done, history)
-    if not free and costs.largest / reg > _DIGITS:
-        errors = torch.maximum(errors, _plan_errors(costs, reg, wa, wb, f, g))
+    far = [size / reg > _DIGITS for size in costs.magnitudes]
+    if not free and any(far):
+        plan_errors = _plan_errors(costs, reg, wa, wb, f, g)
+        errors = torch.where(errors.new_tensor(far, dtype=torch.bool), torch.maximum(errors, plan_errors), errors)
     worst = float(errors.max()) if batch else 0.0
     wa, wb = given
     for potential, by in zip((f, g), moved):
@@ -262,7 +264,7 @@ def solve(
         which = f"{late} of {batch} problems have" if batch > 1 else "the marginals have"
         share = worst * (tol / goal if goal else 1)  # of the sum, as tol is
         status = f"not converged: {which} an error of {share:.1e}, tol is {tol:.1e}, after {int(done[0].max())} iterations"
-        rounding = torch.finfo(torch.float64).eps * costs.largest / reg
+        rounding = torch.finfo(torch.float64).eps * max(costs.magnitudes) / reg
         if rounding > tol:
             status += f"; rounding alone, of costs over reg, leaves up to {rounding:.1e}"
         if warn:
@@ -376,52 +378,56 @@ def _iterate(
     errors: Tensor,
     done: Tensor,
     history: list[list[float]],
-) -> Tensor:
-    """Sinkhorn's iterations on all problems. look: leave those to Newton that are told to take long; returns which, [B]."""
-    live = torch.arange(a.shape[0], device=a.device)
-    slow = torch.zeros(a.shape[0], dtype=torch.bool)
-    narrow = costs.coarse(reg)
-    step, omega = _LOOK if look else 200, 1.0
-    foretold: dict[int, float] = {}
-    while len(live):
-        part = costs if len(live) == a.shape[0] else costs.select(live)
-        pf, pg, pa, pb = f[live], g[live], a[live], b[live]
-        step = min(step, most - int(done.max()))
-        goal = max(tol, _FLOOR * float(pa.sum(1).max())) if narrow else tol
-        found = _core.sweep(part, reg, pa, pb, pf, pg, step, goal, narrow, omega=omega)
-        f[live], g[live], errors[live] = pf, pg, found.last
-        done[live] += found.done
-        counts = found.done.tolist()
-        for i, count, trace in zip(live.tolist(), counts, found.errors.tolist()):
-            history[i] += trace[:count]
-        over = found.last <= goal
-        if narrow:
-            # float32 has done what it can for those that are there, or no longer come closer
-            narrow = not bool(over.all()) and bool((found.last < 0.5 * found.errors[:, 0]).any())
-            over = (found.last <= tol) & (goal == tol)  # what it says below its floor is rounding
-        spent = int(done.max()) >= most
-        if look and not spent:
-            going = [(i, *_forecast(history[i], tol, omega)) for i, o in zip(live.tolist(), over.tolist()) if not o]
-            # Rates rise as iterations go on, and a forecast says too little: what was spent counts against the next, and one
-            # that says more than the last is not believed.
-            most_left = max(_SPENT + _LOOK - int(done.max()), _SPENT // 2)
-            late = []
-            for i, left, _ in going:
-                if left * _slowing(history[i]) > most_left or left > max(_LOOK, foretold.get(i, math.inf)):
-                    late.append(i)
-            slow[late] = True
-            foretold = {i: left for i, left, _ in going}
-            over = over | torch.isin(live, live.new_tensor(late))
-            omega = min((best for i, _, best in going if i not in late), default=1.0)
-        live = live[~over]
-        if spent:
-            break
-    if len(live):  # g has moved since
-        part = costs if len(live) == a.shape[0] else costs.select(live)
-        pf, pg = f[live], g[live]
-        errors[live] = _core.sweep(part, reg, a[live], b[live], pf, pg, 1, math.inf).last
-        f[live], g[live] = pf, pg
-    return slow
+) -> list[int]:
+    """Sinkhorn's iterations on all problems, each as if alone. look: leave those to Newton, and return, that will take long."""
+    batch = a.shape[0]
+    live, slow, unfinished = list(range(batch)), [], []
+    narrow = [each for each in costs.coarse(reg) for _ in range(batch // len(costs.magnitudes))]
+    omega, foretold, spent = [1.0] * batch, [math.inf] * batch, [0] * batch
+    step = _LOOK if look else 200
+
+    def sweep(some: list[int], *options: Any) -> _core.Swept:
+        if len(some) == batch:
+            return _core.sweep(costs, reg, a, b, f, g, *options)
+        pf, pg = f[some], g[some]
+        found = _core.sweep(costs.select(some), reg, a[some], b[some], pf, pg, *options)
+        f[some], g[some] = pf, pg
+        return found
+
+    while live:
+        alike: dict[tuple[bool, int], list[int]] = {}
+        for i in live:
+            alike.setdefault((narrow[i], min(step, most - spent[i])), []).append(i)
+        live = []
+        for (coarse, iterations), some in alike.items():
+            goal = max(tol, _FLOOR) if coarse else tol
+            found = sweep(some, iterations, goal, coarse, (1.0, 1.0), f.new_tensor([omega[i] for i in some]))
+            errors[some] = found.last
+            for i, count, trace in zip(some, found.done.tolist(), found.errors.tolist()):
+                history[i] += trace[:count]
+                spent[i] += count
+                last = trace[count - 1]
+                if coarse:  # float32 has done what it can where it is there, or no longer comes closer
+                    narrow[i] = goal < last < 0.5 * trace[0]
+                if last <= tol == goal:  # what float32 says below its floor is rounding
+                    continue
+                if spent[i] >= most:
+                    unfinished.append(i)
+                    continue
+                if look:
+                    # Rates rise as iterations go on, and a forecast says too little: what was spent counts against the next,
+                    # and one that says more than the last is not believed.
+                    left, omega[i] = _forecast(history[i], tol, omega[i])
+                    most_left = max(_SPENT + _LOOK - spent[i], _SPENT // 2)
+                    if left * _slowing(history[i]) > most_left or left > max(_LOOK, foretold[i]):
+                        slow.append(i)
+                        continue
+                    foretold[i] = left
+                live.append(i)
+    if unfinished:  # g has moved since
+        errors[unfinished] = sweep(unfinished, 1, math.inf).last
+    done += done.new_tensor(spent)
+    return sorted(slow)
 
 
 def _forecast(trace: list[float], tol: float, omega: float) -> tuple[float, float]:
