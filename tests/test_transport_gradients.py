@@ -43,6 +43,20 @@ def test_first_and_second_derivatives(output):
     assert gradcheck(function, given) and gradgradcheck(function, given)
 
 
+@pytest.mark.parametrize("output", ["value", "value_linear", "plan"])
+def test_derivatives_are_those_of_costs_near_0(output):
+    """Costs of 1e6 more move values by as much as mass does."""
+    found, look = [], uniform(2, 4, 5, seed=4)
+    for more in (0, 1e6):
+        a, b, m = weights(2, 4), weights(2, 5, seed=1), (uniform(2, 4, 5, seed=2) + more).requires_grad_()
+        mix = look if output == "plan" else look[:, 0, 0]
+        slopes = grad((OUTPUTS[output](solved(a, b, m)) * mix).sum(), (a, b, m), create_graph=True)
+        again = grad(sum((s * uniform(*s.shape, seed=5)).sum() for s in slopes), (a, b, m))
+        found.append([*slopes, *again])
+    for near, far in zip(*found):
+        torch.testing.assert_close(far, near, rtol=1e-7, atol=1e-7)
+
+
 @each_output
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "l1", "cosine"])
 def test_derivatives_in_points(cost, output):

@@ -10,7 +10,7 @@ import torch
 
 import dither
 from dither import reference
-from dither.transport import PointCloud, sinkhorn, sinkhorn2, solve
+from dither.transport import PointCloud, partial, sinkhorn, sinkhorn2, solve
 from dither.transport.costs import prepared
 from machines import machine
 
@@ -806,6 +806,30 @@ CLOUDS = [
 def test_clouds_refuse(given, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         PointCloud(*given)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("method", ["auto", "newton", "sinkhorn", "sns"])
+def test_what_all_costs_share_costs_no_digits(method, dtype):
+    """Each problem its own: the steps and plans are those of the costs without."""
+    reg, options = 0.1 if method in ("sinkhorn", "sns") else 0.005, {"tol": 1e-9}
+    shared = torch.tensor([1e6, 0, -3e5], dtype=dtype).view(3, 1, 1)
+    far = uniform(3, 20, 20, dtype=dtype) + shared
+    far[:, 3, :5] = math.inf
+    near = far - shared
+    far_from, near_to = solve(None, None, far, reg, method, **options), solve(None, None, near, reg, method, **options)
+    assert far_from.converged and torch.equal(far_from.iterations, near_to.iterations)
+    torch.testing.assert_close(far_from.plan, near_to.plan, rtol=1e-6, atol=1e-9)
+    for name in ("value", "value_linear"):
+        got, want = (getattr(r, name) for r in (far_from, near_to))
+        more = shared.flatten() * near_to.plan.double().sum((1, 2))
+        torch.testing.assert_close(got, want + more, rtol=1e-7 if dtype == F32 else 1e-14, atol=1e-7)
+    image, wanted = (r.barycentric_map(values=uniform(3, 20, 2)) for r in (far_from, near_to))
+    torch.testing.assert_close(image, wanted, rtol=1e-6, atol=1e-9)
+    again = solve(None, None, far, reg, method, warmstart=far_from.potentials, **options)
+    assert method == "sns" or (again.iterations < near_to.iterations).all()
+    part, wanted = (partial(None, None, m, 0.1, 0.5) for m in (far, near))
+    torch.testing.assert_close(part, wanted, rtol=1e-5, atol=1e-9)
 
 
 def test_clouds_show_their_sizes():

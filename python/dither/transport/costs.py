@@ -150,6 +150,8 @@ class Costs:
     """The largest size of a cost, or a bound of it: what rounding is relative to."""
     forbidden: bool = False
     """Whether some pair costs inf."""
+    offsets: tuple[float, ...] = ()
+    """What was taken from all costs of a problem."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -174,8 +176,9 @@ class Costs:
         if self.x.shape[0] == 1:
             return self
         at = slice(problems[0], problems[0] + 1) if len(problems) == 1 else list(problems)
-        spreads, magnitudes = (tuple(each[i] for i in problems) for each in (self.spreads, self.magnitudes))
-        return replace(self, x=self.x[at], y=None if self.y is None else self.y[at], spreads=spreads, magnitudes=magnitudes)
+        names = ("spreads", "magnitudes", *(("offsets",) if self.offsets else ()))
+        each: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in problems) for name in names}
+        return replace(self, x=self.x[at], y=None if self.y is None else self.y[at], **each)
 
     def transposed(self) -> Costs:
         """From columns to rows."""
@@ -217,8 +220,12 @@ def _ranges(x: Tensor) -> tuple[list[float], list[float]]:
     return least, most
 
 
-def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
-    """The costs, and whether they are a batch."""
+def prepared(owner: str, m: Any, offset: bool = False) -> tuple[Costs, bool]:
+    """The costs, and whether they are a batch.
+
+    offset: less the least cost of a problem where that is more than twice their spread: what is left is exact (Sterbenz 1974),
+    and the costs' digits are no longer spent on what all of them share.
+    """
     if isinstance(m, PointCloud):
         x, y = (t.detach() for t in m._tensors)
         batched = x.dim() == 3
@@ -245,8 +252,14 @@ def prepared(owner: str, m: Any) -> tuple[Costs, bool]:
         if forbidden:
             most = _ranges(torch.where(x < torch.inf, x, x.amin((1, 2), keepdim=True)))[1]
         ranges = [(low, high) if high < torch.inf else (0.0, 0.0) for low, high in zip(least, most)]
-        spreads, magnitudes = tuple(high - low for low, high in ranges), tuple(max(high, -low) for low, high in ranges)
-        costs = Costs(x, None, 0, spreads, magnitudes, forbidden)
+        spreads = tuple(high - low for low, high in ranges)
+        offsets: tuple[float, ...] = ()
+        if offset and any(abs(low) > 2 * (high - low) for low, high in ranges):
+            offsets = tuple(low if abs(low) > 2 * (high - low) else 0.0 for low, high in ranges)
+            x = x - x.new_tensor(offsets).view(-1, 1, 1)
+            ranges = [(low - by, high - by) for (low, high), by in zip(ranges, offsets)]
+        magnitudes = tuple(max(high, -low) for low, high in ranges)
+        costs = Costs(x, None, 0, spreads, magnitudes, forbidden, offsets)
     if 0 in costs.size:
         raise ValueError(f"{owner}: M has shape {list(m.shape)}, expected at least one row and one column")
     return costs, batched

@@ -52,7 +52,10 @@ def inputs_of(weights: Sequence[Tensor], m: Any) -> Inputs | None:
 
 @dataclass(frozen=True)
 class Solution:
-    """Converged potentials f [B, n] and g [B, m] of given weights and costs, detached; cost: of points, or None."""
+    """Converged potentials f [B, n] and g [B, m] of given weights and costs, detached; cost: of points, or None.
+
+    Plans and derivatives are those of `costs`, less their offsets; values are of the costs as they were given.
+    """
 
     costs: Costs
     points: tuple[Tensor, ...]
@@ -73,10 +76,16 @@ class Solution:
         return self.rho == (math.inf, math.inf)
 
     @functools.cached_property
+    def offset(self) -> Tensor:
+        """What was taken from all costs, [B] or [1]."""
+        return self.f.new_tensor(self.costs.offsets or (0.0,))
+
+    @functools.cached_property
     def values(self) -> tuple[Tensor, Tensor]:
         """<P, C> and the value, [B]."""
         rows, costs, columns = _core.plan_sums(self.costs, self.reg, self.f, self.g)
-        linear, value = costs.sum(1), rows.new_zeros(rows.shape[0])
+        taken = self.offset * rows.sum(1)
+        linear, value = costs.sum(1) + taken, taken.clone()
         for w, s, potential, rho in ((self.a, rows, self.f, self.rho[0]), (self.b, columns, self.g, self.rho[1])):
             value += self.reg * torch.where(s > 0, s * (potential - w.log()), 0).sum(1)
             if rho < math.inf:
@@ -129,9 +138,10 @@ class Solution:
         return _block(self.b.numel(), self.points[0].shape[2], self.cost)
 
     def between(self, points: Sequence[Tensor]) -> Tensor:
-        """The costs, [B, n, m] in float64, with derivatives of any order."""
+        """The costs less their offset, [B, n, m] in float64, with derivatives of any order."""
         if self.cost is None:
-            return points[0].double()
+            c = points[0].double()
+            return c - self.offset.view(-1, 1, 1) if self.costs.offsets else c
         x, y = (p.double() for p in points)
         return between(x, y, self.cost)
 
@@ -142,7 +152,8 @@ class Solution:
 
     def linear(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
         """<P, C>, [B]."""
-        return self.products(u, v, a.unsqueeze(1), b.unsqueeze(1), points, linear=True)[2]
+        rows, _, found = self.products(u, v, a.unsqueeze(1), b.unsqueeze(1), points, linear=True)
+        return found + self.offset * (a * rows.squeeze(1)).sum(1)
 
     def dual(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
         """The value, [B], as u and v bound it from below."""
@@ -154,7 +165,7 @@ class Solution:
 
     def _dual_of_weights(self, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
         masses = a.sum(1), b.sum(1)
-        value = self.reg * (masses[0] if self.balanced else masses[0] * masses[1])
+        value = (self.reg + self.offset) * masses[0] if self.balanced else self.reg * masses[0] * masses[1]
         for w, potential, rho, kappa in zip((a, b), (u, v), self.rho, self.kappa):
             value = value + (w * (self.reg * potential if kappa == 0 else -rho * torch.expm1(-kappa * potential))).sum(1)
         return value
@@ -226,15 +237,8 @@ class Solution:
     def _column_solve(self, problem: int, left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
         one = slice(problem, problem + 1)
         weights = torch.where(self.a > 0, left, 0), torch.where(self.b > 0, right, 0)
-        given = (
-            self.costs.select([problem]),
-            self.reg,
-            weights[0][one],
-            self.b[one],
-            self.f[one],
-            self.g[one],
-            weights[1][one],
-        )
+        costs = self.costs.select([problem])
+        given = (costs, self.reg, weights[0][one], self.b[one], self.f[one], self.g[one], weights[1][one])
         fits = rhs.shape[1] <= DIRECT
         solved = _core.schur_solve(*given, rhs[one], _EXACT, _EXACT, PRODUCTS[0 if fits else 1])
         if fits and not solved.converged:

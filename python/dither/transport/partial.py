@@ -30,7 +30,7 @@ def partial(
     owner = "partial"
     reg, tol = number(owner, "reg", reg, above=0), number(owner, "tol", tol, least=0)
     integer(owner, "max_iterations", max_iterations, 1)
-    costs, batched = prepared(owner, M)
+    costs, batched = prepared(owner, M, offset=True)
     wa, wb = (w.detach() for w in weights_of(owner, a, b, M, costs, batched, equal=False))
     most = float(torch.minimum(wa.sum(1), wb.sum(1)).min()) if len(wa) else 0.0
     mass = most if m is None else number(owner, "m", m, above=0, most=most * (1 + 1e-9))

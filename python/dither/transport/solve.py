@@ -71,10 +71,12 @@ class Transport:
         Of the constants that can be added to f and taken from g, the one by which a . f = b . g.
         """
         f, g = self._potentials
-        return self._out(f), self._out(g)
+        by = self._solution.offset.unsqueeze(1) / (2 * self.reg)
+        return self._out(f + by), self._out(g + by)
 
     @functools.cached_property
     def _potentials(self) -> tuple[Tensor, Tensor]:
+        """Of the costs less their offset."""
         s, given = self._solution, self._inputs
         a, b, f, g = (s.a, s.b, s.f, s.g) if given is None else (given.a, given.b, *gradients.potentials(s, given))
         return gradients.centred(f, g, a, b) if s.balanced else (f, g)
@@ -103,8 +105,9 @@ class Transport:
             raise ValueError(f"{owner}: z is given, expected None where M is a matrix")
         elif values is None:
             raise ValueError(f"{owner}: values is None, expected [m, e] where M is a matrix")
-        elif inverse:
-            points = (points[0].mT,)
+        else:
+            c = points[0] - s.offset.to(points[0].dtype).view(-1, 1, 1)
+            points = (c.mT if inverse else c,)
         potential = self._potentials[0 if inverse else 1]
         if values is not None:
             carried = as_tensor(owner, "values", values)
@@ -195,6 +198,7 @@ def solve(
     (`dither.transport.unbalanced`).
 
     float32 costs are taken as they are: sweeps near the solution compute in float64, and reach any tol that float64 costs do.
+    What all costs of a matrix share costs no digits, but for those of potentials that hold it.
     Where a, b, M or the points require gradients, the plan, the potentials and the values have them, of first and second order
     (`dither.transport.gradients`). b's are those of b scaled to a's sum: b . grad = 0. The value's gradients in weights of 0
     are one-sided. Under torch.compile, solve breaks the graph.
@@ -205,9 +209,9 @@ def solve(
     tol = number(owner, "tol", tol, least=0)
     integer(owner, "max_iterations", max_iterations, 1)
     instance(owner, "warn", warn, bool, "a bool")
-    costs, batched = prepared(owner, M)
     rho = (math.inf, math.inf) if unbalanced is None else penalties(owner, "unbalanced", unbalanced)
     free = rho != (math.inf, math.inf)
+    costs, batched = prepared(owner, M, offset=not free)
     if free:
         one_of(owner, "method", method, ("auto", "sinkhorn"), " with `unbalanced`")
     weights = weights_of(owner, a, b, M, costs, batched, equal=not free)
@@ -216,6 +220,9 @@ def solve(
     if costs.forbidden and not free:
         _has_pairs(owner, costs, *weights)
     f, g = _start(owner, warmstart, weights, batched)
+    if warmstart is not None and costs.offsets:
+        for potential in (f, g):
+            potential -= f.new_tensor(costs.offsets).unsqueeze(1) / (2 * reg)
     wa, wb = weights
     batch = wa.shape[0]
     done = wa.new_zeros(batch, dtype=torch.int64), wa.new_zeros(batch, dtype=torch.int64)
