@@ -773,7 +773,8 @@ BAD = [
     ({"M": C.index_fill(0, torch.tensor(2), math.inf)}, ValueError, "solve: row 2 of M allows no pair, expected one for every"),
     ({"M": C.index_fill(1, torch.tensor(4), math.inf)}, ValueError, "solve: column 4 of M allows no pair, expected one"),
     ({"a": A[:3]}, ValueError, "solve: a has shape [3], expected [4]"),
-    ({"a": A.float()}, ValueError, "solve: a is torch.float32 on cpu, expected torch.float64 on cpu like M"),
+    ({"a": A.long()}, TypeError, "solve: a is torch.int64, expected torch.float32 or torch.float64"),
+    ({"a": A.to("meta")}, ValueError, "solve: a is on meta, expected cpu like M"),
     ({"a": -A}, ValueError, f"solve: a contains {-float(A[0])}, expected finite weights that are not negative"),
     ({"b": B * math.nan}, ValueError, "solve: b contains nan, expected finite weights that are not negative"),
     ({"a": 0 * A, "b": 0 * B}, ValueError, "solve: a has a sum of 0, expected a finite one above 0"),
@@ -806,6 +807,22 @@ CLOUDS = [
 def test_clouds_refuse(given, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         PointCloud(*given)
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+@pytest.mark.parametrize("dtypes", [(F64, F64, F32), (F32, F32, F64), (F32, F64, F32), (None, F64, F32)])
+def test_weights_and_costs_have_their_own_types(dtypes, numpy):
+    """Weights are widened, costs are what they are: the plan has their type, gradients those of what was given."""
+    given = [None if d is None else t.to(d) for t, d in zip((weights(4), weights(5, seed=1), uniform(4, 5)), dtypes)]
+    wanted = solve(*(None if t is None else t.double() for t in given), 0.1) if dtypes[2] == F64 else None
+    found = solve(*((None if t is None else t.numpy()) if numpy else t for t in given), 0.1)
+    assert found.converged and torch.as_tensor(found.plan).dtype == dtypes[2]
+    if wanted is not None:
+        assert found.value == pytest.approx(wanted.value, rel=1e-12)
+    if not numpy:
+        inputs = [t.requires_grad_() for t in given if t is not None]
+        slopes = torch.autograd.grad(solve(*given, 0.1).value, inputs)
+        assert [s.dtype for s in slopes] == [t.dtype for t in inputs]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])

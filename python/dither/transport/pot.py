@@ -35,7 +35,7 @@ def sinkhorn(
 ) -> Any:
     """The plan [n, m] as `ot.sinkhorn` gives it, or the costs <P, M> [k] where b is [m, k]; with `log` a dict too.
 
-    a and b may be empty: uniform weights. Lists and arrays take the widest type among them; tensors must agree. method: POT's
+    a and b may be empty: uniform weights. Lists and arrays take the widest type among them. method: POT's
     names all stand for one solver, `solve`'s "auto", in the log domain; or "auto", "newton", "sns". stopThr bounds the L1 error
     of the marginals, which POT's L2 norm never exceeds. warmstart: (log u, log v); where b is [m, k], a list of k such pairs,
     or one of [n, k] and [m, k]. POT's other options, which tune its own iterations, are ignored.

@@ -182,8 +182,8 @@ def solve(
     """Entropic optimal transport from a to b with costs M.
 
     M: [n, m] or [B, n, m], a tensor or a numpy array of float32 or float64, or a `PointCloud`; inf forbids a pair. a: [n] or
-    [B, n], b: [m] or [B, m], not negative, of equal sums (to 1e-5 in float32, 1e-8 in float64; b is then scaled to a's);
-    None: uniform with sum 1. A weight of 0 takes its row or column out of the plan.
+    [B, n], b: [m] or [B, m], float32 or float64 whatever M is, not negative, of equal sums (to 1e-5, to 1e-8 where all are
+    float64; b is then scaled to a's); None: uniform with sum 1. A weight of 0 takes its row or column out of the plan.
     method: "sinkhorn", iterations in the log domain (Cuturi 2013); "newton", on the semi-dual along a path of shrinking reg
     (`dither.transport.newton`); "auto", Sinkhorn with over-relaxation, and Newton for the problems where the rate of the first
     iterations foretells more of them than Newton takes; "sns", the algorithm of Tang et al. 2024 as published, dense and to
@@ -291,14 +291,15 @@ def _note(counts: Counts, i: int, done: tuple[Tensor, Tensor], history: list[lis
 def weights_of(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool, equal: bool = True) -> tuple[Tensor, Tensor]:
     """Both as [B, n] and [B, m] in float64; equal: of equal sums."""
     sizes, batch = costs.size, m.shape[0] if batched else 1
-    found = []
+    found, dtypes = [], {costs.x.dtype}
     for name, w, size in (("a", a, sizes[0]), ("b", b, sizes[1])):
         if w is None:
             found.append(costs.x.new_full((batch, size), 1 / size, dtype=torch.float64))
             continue
         t = as_tensor(owner, name, w)
-        if t.dtype != costs.x.dtype or t.device != costs.x.device:
-            raise ValueError(f"{owner}: {name} is {t.dtype} on {t.device}, expected {costs.x.dtype} on {costs.x.device} like M")
+        dtypes.add(t.dtype)
+        if t.device != costs.x.device:
+            raise ValueError(f"{owner}: {name} is on {t.device}, expected {costs.x.device} like M")
         if t.shape != (size,) and (t.shape != (batch, size) or not batched):
             raise ValueError(f"{owner}: {name} has shape {list(t.shape)}, expected [{size}]" + f" or {[batch, size]}" * batched)
         if not bool((t >= 0).all() and (t < torch.inf).all()):
@@ -312,7 +313,7 @@ def weights_of(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool, 
             raise ValueError(f"{owner}: {name} has a sum of {float(mass[i]):g}, expected a finite one above 0")
     if not equal:
         return wa, wb
-    slack = 1e-5 if costs.x.dtype == torch.float32 else 1e-8
+    slack = 1e-5 if torch.float32 in dtypes else 1e-8
     apart = (masses[1] - masses[0]).abs() > slack * masses[0]
     if bool(apart.any()):
         i = int(apart.nonzero()[0])
