@@ -455,6 +455,26 @@ def test_refusals(call, message):
         call()
 
 
+def test_warnings_point_at_the_users_line():
+    c, few = tensor(rng_of(0).random((3, 4))), {"max_iterations": 1, "tol": 1e-15}
+    x, y, turned = c[:, :2], c[:2, 2:], c[:, :3] @ c[:, :3].T
+    calls = [
+        lambda: solve(None, None, c, 0.1, **few),
+        lambda: transport.sinkhorn(None, None, c, 0.1, numItermax=1, stopThr=1e-15),
+        lambda: transport.partial(None, None, c, 0.1, 0.5, **few),
+        lambda: transport.sinkhorn_divergence(x, y, 0.1, **few),
+        lambda: transport.SinkhornDivergence(blur=0.3, tol=0)(*tensor(rng_of(1).random((2, 30, 2)))),
+        lambda: transport.barycenter(torch.eye(3).double(), turned, 0.1, **few),
+        lambda: transport.convolutional_barycenter(X, 0.01, **few),
+        lambda: transport.bures_wasserstein_barycenter(X, torch.stack([X, 2 * X, X + turned]), num_iter=1, eps=1e-15),
+    ]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert caught and {(w.filename, w.lineno) for w in caught} == {(__file__, call.__code__.co_firstlineno)}
+
+
 def test_batches_of_none():
     none = torch.zeros(0, 3, 2, dtype=F64)
     assert solve(None, None, none, 0.1).plan.shape == solve(None, None, none, 0.1, unbalanced=1.0).plan.shape == none.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, integer, number
+from . import _warn
 from .costs import as_tensor
 
 
@@ -127,5 +127,5 @@ def _projections(
             bias = 0.5 * (bias + log_p - smooth(bias))
     else:
         if warn:
-            warnings.warn(f"{owner}: not converged: error {error:.1e}, tol {tol:.1e}", stacklevel=3)
+            _warn.warn(f"{owner}: not converged: error {error:.1e}, tol {tol:.1e}")
     return log_p.exp().to(a.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import instance, number, one_of, tensor
-from . import _core, gradients
+from . import _core, _warn, gradients
 from .costs import Cost, PointCloud, costs_of, points_of, prepared
 from .gradients import Solution, inputs_of
 from .solve import solve
@@ -94,7 +93,7 @@ def _self_value(
     else:
         if warn:
             late = float(found.last.max())
-            warnings.warn(f"{owner}: not converged: marginals of a self term have an error of {late:.1e}", stacklevel=4)
+            _warn.warn(f"{owner}: not converged: marginals of a self term have an error of {late:.1e}")
     points = tuple(t.detach() for t in points_of(m))
     solution = Solution(costs, points, reg, held, held, f, f, m.cost if isinstance(m, PointCloud) else None, rho)
     inputs = inputs_of((a, a), m)

@@ -7,7 +7,6 @@ those on the range that is left. Repeated eigenvalues are no difficulty (`matrix
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from .. import noise
 from .._checks import integer, number, tensor
 from ..ops import apply
+from . import _warn
 
 Moments = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(mean [d], covariance [d, d], step) -> the expected gradient [d] and Hessian [d, d] of a potential under that Gaussian."""
@@ -205,7 +205,7 @@ def bures_wasserstein_barycenter(
         if torch.linalg.matrix_norm(S - before) <= eps * torch.linalg.matrix_norm(S):
             break
     else:
-        warnings.warn(f"{owner}: no convergence to eps = {eps:g} in {num_iter} steps", RuntimeWarning, stacklevel=2)
+        _warn.warn(f"{owner}: no convergence to eps = {eps:g} in {num_iter} steps", RuntimeWarning)
     return share @ m, S
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import integer, number
-from . import _core
+from . import _core, _warn
 from .costs import is_numpy, prepared
 from .solve import weights_of
 
@@ -46,7 +45,7 @@ def partial(
     else:
         g = _filled(wb, -_core.soft_minimum(across, reg, f), mass)  # what is moved is m in any case
         if warn:
-            warnings.warn(f"{owner}: not converged: rows move by {error:.1e} after {max_iterations} iterations", stacklevel=2)
+            _warn.warn(f"{owner}: not converged: rows move by {error:.1e} after {max_iterations} iterations")
     plan = costs.plan(reg, f, g).to(costs.x.dtype)
     plan = plan if batched else plan[0]
     return plan.cpu().numpy() if is_numpy(M) else plan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, integer, number, one_of
-from . import _core, gradients
+from . import _core, _warn, gradients
 from .costs import Costs, PointCloud, as_points, as_tensor, is_numpy, points_of, prepared
 from .gradients import Inputs, Solution, inputs_of
 from .newton import STEPS, Counts, Problem, solve_newton
@@ -275,7 +274,7 @@ def solve(
         if rounding > tol:
             status += f"; rounding alone, of costs over reg, leaves up to {rounding:.1e}"
         if warn:
-            warnings.warn(f"solve: {status}", stacklevel=3)  # torch.compiler.disable is between
+            _warn.warn(f"solve: {status}")
     errors = errors * unit.squeeze(1)
     history = [[float(u) * e for e in trace] for u, trace in zip(unit, history)]
     solution = Solution(costs, points_of(M), reg, wa, wb, f, g, M.cost if isinstance(M, PointCloud) else None, rho)
