@@ -431,6 +431,9 @@ def test_nan_stays_nan(call):
     [
         (lambda: solve(tensor([1e308, 1e308]), tensor([1e308, 1e308]), X[:2, :2], 1), "solve: a has a sum of inf, expected"),
         (lambda: solve(None, None, PointCloud(X, X * NAN), 1), "PointCloud: y has values that are not finite"),
+        (lambda: transport.partial(None, None, X, 1e-320), "partial: reg is .*, expected more"),
+        (lambda: transport.sinkhorn_divergence(X, X, 1e-320), "sinkhorn_divergence: reg is .*, expected more"),
+        (lambda: transport.barycenter(X, X, 1e-320), "barycenter: reg is .*, expected more"),
         (lambda: transport.barycenter(X[:, :0], X, 1), r"barycenter: A has shape \[3, 0\], expected \[n, S\] with"),
         (lambda: transport.barycenter(X, X * NAN, 1), "barycenter: M has costs that are not finite"),
         (lambda: transport.convolutional_barycenter(X[:0], 1), r"A has shape \[0, 3\], expected .* at least one"),

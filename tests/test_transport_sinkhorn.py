@@ -780,6 +780,7 @@ BAD = [
     ({"a": 0 * A, "b": 0 * B}, ValueError, "solve: a has a sum of 0, expected a finite one above 0"),
     ({"b": 2 * B}, ValueError, "solve: b has a sum of 2, expected 1 like a"),
     ({"reg": 0}, ValueError, "solve: reg is 0, expected 0 < reg < inf"),
+    ({"reg": 1e-320}, ValueError, "solve: reg is 9.99989e-321, expected more: costs over reg leave the range of numbers"),
     ({"method": "exact"}, ValueError, "solve: method is 'exact', expected 'auto', 'sinkhorn', 'newton', 'sns'"),
     ({"tol": -1}, ValueError, "solve: tol is -1, expected 0 <= tol < inf"),
     ({"max_iterations": 0}, ValueError, "solve: max_iterations is 0, expected at least 1"),

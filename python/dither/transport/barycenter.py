@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import instance, integer, number
 from . import _warn
-from .costs import as_tensor
+from .costs import as_tensor, regularisation
 
 
 def barycenter(
@@ -41,7 +41,7 @@ def barycenter(
         raise ValueError(f"{owner}: M is {got}, expected {expected}")
     if not bool(m.isfinite().all()):
         raise ValueError(f"{owner}: M has costs that are not finite, expected finite ones")
-    reg = number(owner, "reg", reg, above=0)
+    reg = regularisation(owner, reg)
     logits = -m.double() / reg
     found = _projections(
         owner, a.mT, weights, lambda t: (logits + t.unsqueeze(-2)).logsumexp(-1), debiased, tol, max_iterations, warn
@@ -67,7 +67,7 @@ def convolutional_barycenter(
     a = as_tensor(owner, "A", A)
     if a.dim() < 2 or not a.numel():
         raise ValueError(f"{owner}: A has shape {list(a.shape)}, expected [S, height, width] with at least one histogram")
-    reg = number(owner, "reg", reg, above=0)
+    reg = regularisation(owner, reg)
     sides = [torch.linspace(0, 1, size, dtype=torch.float64, device=a.device) for size in a.shape[1:]]
     logits = [-(s.unsqueeze(1) - s).square() / reg for s in sides]
 

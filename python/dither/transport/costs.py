@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import one_of, tensor
+from .._checks import number, one_of, tensor
 from ..ops import write
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
@@ -88,6 +88,14 @@ class PointCloud:
             return 1 - unit(x) @ unit(y).mT
         c = torch.cdist(x, y, p=1 if self.cost == "l1" else 2, compute_mode="donot_use_mm_for_euclid_dist")
         return c.square() if self.cost == "sqeuclidean" else c
+
+
+def regularisation(owner: str, reg: Any) -> float:
+    """reg as a float above 0, by which costs can be divided."""
+    reg = number(owner, "reg", reg, above=0)
+    if 1.5 / reg == float("inf"):  # potentials are kept in powers of 2: log2 e / reg
+        raise ValueError(f"{owner}: reg is {reg:g}, expected more: costs over reg leave the range of numbers")
+    return reg
 
 
 def costs_of(owner: str, cost: Cost, x: Any, y: Any) -> PointCloud | Tensor:

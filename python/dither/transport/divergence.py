@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import instance, number, one_of, tensor
 from . import _core, _warn, gradients
-from .costs import Cost, PointCloud, costs_of, points_of, prepared
+from .costs import Cost, PointCloud, costs_of, points_of, prepared, regularisation
 from .gradients import Solution, inputs_of
 from .solve import solve
 from .unbalanced import exponents, penalties, raised
@@ -43,6 +43,7 @@ def sinkhorn_divergence(
     A tensor, [B] in float64 or without dimension, with gradients of first and second order; a number for numpy arrays.
     """
     owner = "sinkhorn_divergence"
+    reg = regularisation(owner, reg)
     instance(owner, "debiased", debiased, bool, "a bool")
     costs = costs_of(owner, cost, x, y)
     rho = penalties(owner, "unbalanced", math.inf if unbalanced is None else unbalanced)

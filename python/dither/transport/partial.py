@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import integer, number
 from . import _core, _warn
-from .costs import is_numpy, prepared
+from .costs import is_numpy, prepared, regularisation
 from .solve import weights_of
 
 
@@ -27,7 +27,7 @@ def partial(
     two of its three projections made one.
     """
     owner = "partial"
-    reg, tol = number(owner, "reg", reg, above=0), number(owner, "tol", tol, least=0)
+    reg, tol = regularisation(owner, reg), number(owner, "tol", tol, least=0)
     integer(owner, "max_iterations", max_iterations, 1)
     costs, batched = prepared(owner, M, offset=True)
     wa, wb = (w.detach() for w in weights_of(owner, a, b, M, costs, batched, equal=False))

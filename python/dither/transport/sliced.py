@@ -8,6 +8,7 @@ theorem), exact wherever the cost is differentiable; they cannot be differentiat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,19 +82,42 @@ def _points(owner: str, name: str, x: Any, like: Tensor | None = None) -> Tensor
         )
     if like is not None and x.dtype != like.dtype:
         raise TypeError(f"{owner}: {name} is {x.dtype}, expected {like.dtype}")
+    if like is not None:
+        _beside(owner, name, x, like)
     return x
 
 
-def _weights(owner: str, name: str, w: Any, points: Tensor) -> Tensor | None:
-    if w is not None and tensor(owner, name, w).shape not in (points.shape[:1], points.shape):
-        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys([points.shape[:1], points.shape]))
+def _beside(owner: str, name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{owner}: {name} is on {x.device}, expected {like.device} like the points")
+
+
+def _weights(owner: str, name: str, w: Any, points: Tensor, shapes: Sequence[torch.Size]) -> Tensor | None:
+    """`w`, None or of one of the shapes; on the CPU, where looking is no waiting, not negative and of positive sums."""
+    if w is None:
+        return None
+    if tensor(owner, name, w).shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"{owner}: {name} has shape {list(w.shape)}, expected {expected}")
+    _beside(owner, name, w, points)
+    if w.device.type == "cpu" and not torch.compiler.is_compiling():
+        held = w.detach().to(_dtype(points))
+        if not bool((held >= 0).all()):
+            raise ValueError(f"{owner}: {name} contains {float(held[~(held >= 0)][0]):g}, expected weights >= 0")
+        sums = held.sum(0, dtype=torch.float64).flatten()
+        good = (sums > 0) & (sums < torch.inf)
+        if not bool(good.all()):
+            raise ValueError(f"{owner}: {name} sums to {float(sums[~good][0]):g}, expected a positive number")
     return w  # type: ignore[no-any-return]
+
+
+def _dtype(points: Tensor) -> torch.dtype:
+    return torch.float64 if points.dtype == torch.float64 else torch.float32
 
 
 def _costs(u: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, p: float) -> Tensor:
     """Costs [rows] of rows u [rows, n] and v [rows, m], with weights of a row each or of all."""
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype = _dtype(u)
     a, b = (None if w is None else w.to(dtype).expand(x.shape) for w, x in ((a, u), (b, v)))
     wanted = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in (u, v, a, b))
     return apply(_Rows, u.to(dtype), v.to(dtype), a, b, p, wanted)[0].to(u.dtype)  # type: ignore[no-any-return]
@@ -118,7 +142,8 @@ def wasserstein_1d(
     p = _power(op, p)
     u = _points(op, "u_values", u_values)
     v = _points(op, "v_values", v_values, u)
-    weights = _weights(op, "u_weights", u_weights, u), _weights(op, "v_weights", v_weights, v)
+    given = ("u_weights", u_weights, u), ("v_weights", v_weights, v)
+    weights = [_weights(op, name, w, x, (x.shape[:1], x.shape)) for name, w, x in given]
     rows = lambda x: x.movedim(0, -1).reshape(-1, len(x))
     a, b = (w if w is None or w.dim() == 1 else rows(w) for w in weights)
     return _costs(rows(u), rows(v), a, b, p).reshape(u.shape[1:])
@@ -163,8 +188,7 @@ def _clouds(op: str, X_s: Any, X_t: Any, a: Any, b: Any) -> None:
         raise ValueError(f"{op}: X_s has shape {list(X_s.shape)}, expected [n, d]")
     _points(op, "X_t", X_t, X_s)
     for name, w, x in (("a", a, X_s), ("b", b, X_t)):
-        if w is not None and tensor(op, name, w).shape != x.shape[:1]:
-            raise ValueError(f"{op}: {name} has shape {list(w.shape)}, expected {list(x.shape[:1])}")
+        _weights(op, name, w, x, (x.shape[:1],))
 
 
 def _slices(X_s: Tensor, X_t: Tensor, a: Tensor | None, b: Tensor | None, p: float, projections: Tensor) -> Tensor:
@@ -183,6 +207,8 @@ def _projected(
         projections = random_projections(X_s.shape[1], n_projections, seed, sampling=sampling, dtype=dtype, device=X_s.device)
     elif tensor(op, "projections", projections).dim() != 2 or len(projections) != X_s.shape[1] or not projections.numel():
         raise ValueError(f"{op}: projections has shape {list(projections.shape)}, expected [{X_s.shape[1]}, at least 1]")
+    else:
+        _beside(op, "projections", projections, X_s)
     return _slices(X_s, X_t, a, b, p, projections), projections
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import instance, integer, number, one_of
 from . import _core, _warn, gradients
-from .costs import Costs, PointCloud, as_points, as_tensor, is_numpy, points_of, prepared
+from .costs import Costs, PointCloud, as_points, as_tensor, is_numpy, points_of, prepared, regularisation
 from .gradients import Inputs, Solution, inputs_of
 from .newton import STEPS, Counts, Problem, solve_newton
 from .sns import sparse_newton
@@ -204,7 +204,7 @@ def solve(
     """
     owner = "solve"
     one_of(owner, "method", method, METHODS)
-    reg = number(owner, "reg", reg, above=0)
+    reg = regularisation(owner, reg)
     tol = number(owner, "tol", tol, least=0)
     integer(owner, "max_iterations", max_iterations, 1)
     instance(owner, "warn", warn, bool, "a bool")
