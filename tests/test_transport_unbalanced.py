@@ -76,6 +76,47 @@ def test_derivatives(output, rho, zeros):
     assert gradcheck(function, given) and gradgradcheck(function, given)
 
 
+@pytest.mark.parametrize("rho", [0.5, (0.3, 0.5)], ids=str)
+def test_weights_without_a_pair_are_given_up(rho):
+    """Their mass costs rho, and reg for the pairs it does not make; nothing waits for them."""
+    a, b, m = (torch.from_numpy(x) for x in instance(6, 7))
+    lost, gone = torch.arange(6) == 2, torch.arange(7) == 4
+    wide = m.masked_fill(lost[:, None] | gone, math.inf)
+    small = solve(a[~lost], b[~gone], m[~lost][:, ~gone], 0.1, unbalanced=rho, tol=1e-13)
+    pair = rho if isinstance(rho, tuple) else (rho, rho)
+    whole = float(a.sum() * b.sum() - a[~lost].sum() * b[~gone].sum())
+    dead = pair[0] * float(a[lost]) + pair[1] * float(b[gone]) + 0.1 * whole
+    inputs = [t.clone().requires_grad_() for t in (a, b, wide)]
+    for given in ((a, b, wide), inputs, (a, b, torch.stack([m, wide]))):
+        r = solve(*given, 0.1, unbalanced=rho, tol=1e-13)
+        assert r.converged and r.batch_value[-1].item() == pytest.approx(small.value + dead)
+        plan = (r.plan if r.plan.dim() == 2 else r.plan[1]).detach()
+        torch.testing.assert_close(plan[~lost][:, ~gone], small.plan)
+        assert not plan[lost].any() and not plan[:, gone].any()
+    found = solve(*inputs, 0.1, unbalanced=rho, tol=1e-13)
+    f, g = found.potentials
+    assert f[lost] == g[gone] == -math.inf and f[~lost].isfinite().all()
+    slopes = torch.autograd.grad(found.value, inputs, create_graph=True)
+    assert slopes[0][lost].item() == pytest.approx(pair[0] + 0.1 * float(b.sum()))
+
+    def function(a, b, m):
+        m = m.masked_fill(lost[:, None] | gone, math.inf)
+        r = solve(a, b, m, 0.1, unbalanced=rho, tol=1e-15, max_iterations=500, warn=False)
+        return r.value, r.value_linear, r.plan
+
+    given = [t.clone().requires_grad_() for t in (a, b, m)]
+    assert gradcheck(function, given) and gradgradcheck(function, given)
+
+
+def test_marginals_that_are_met_need_a_pair():
+    m = torch.ones(3, 3, dtype=F64)
+    m[1] = math.inf
+    with pytest.raises(ValueError, match="solve: row 1 of M allows no pair, expected one for every weight"):
+        solve(None, None, m, 0.1, unbalanced=(math.inf, 1.0))
+    assert solve(None, None, m, 0.1, unbalanced=(1.0, math.inf)).converged
+    assert solve(None, None, m * math.inf, 0.1, unbalanced=1.0).value == pytest.approx(2.1)
+
+
 def test_batches_and_clouds():
     random = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, n, 3, generator=random, dtype=F64) for n in (20, 30))

@@ -29,6 +29,7 @@ from .newton import DIRECT, PRODUCTS, direct_solve
 
 _BLOCK = 1 << 19  # elements of a block of differences of points
 _EXACT = 1e-13  # of the linear systems' solutions
+_GONE = 1000.0  # kappa u where no pair is allowed, for inf
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Solution:
             if dead.any():
                 least = _core.soft_minimum(costs(), self.reg, other).nan_to_num(posinf=0)
                 u = torch.where(dead, least / (1 + kappa), u)
+            if kappa > 0:
+                u = torch.where((own == -torch.inf) & ~dead, _GONE / kappa, u)
             found.append(u)
         return found[0], found[1]
 
@@ -194,7 +197,8 @@ class Solution:
     ) -> Tensor:
         """w . J z, but for what is constant."""
         rows, columns = self.products(u, v, torch.stack([a, a * z[0]], 1), torch.stack([b, b * z[1]], 1), points)
-        return (w[0] * rows[:, 1] / rows[:, 0]).sum() + (w[1] * columns[:, 1] / columns[:, 0]).sum()
+        rows, columns = ((t[:, 1] / t[:, 0].clamp(min=1e-300)) for t in (rows, columns))
+        return (w[0] * rows).sum() + (w[1] * columns).sum()
 
     def _across(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """E y and E^T x."""
@@ -334,7 +338,8 @@ def plan(s: Solution, inputs: Inputs) -> Tensor:
 def potentials(s: Solution, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """f and g with gradients."""
     u, v = _Relative.apply(s, *inputs.all)
-    f, g = (torch.where(w > 0, torch.where(w > 0, w, 1).log() + r, -torch.inf) for w, r in ((inputs.a, u), (inputs.b, v)))
+    each = ((w, r, p > -torch.inf) for w, r, p in ((inputs.a, u, s.f), (inputs.b, v, s.g)))
+    f, g = (torch.where(alive, torch.where(alive, w, 1).log() + r, -torch.inf) for w, r, alive in each)
     return f, g
 
 

@@ -65,7 +65,8 @@ class Transport:
 
     @functools.cached_property
     def potentials(self) -> tuple[Any, Any]:
-        """f [n] and g [m] in float64, divided by reg as POT's log_u and log_v are; -inf where a weight is 0.
+        """f [n] and g [m] in float64, divided by reg as POT's log_u and log_v are; -inf where a weight is 0, and where no
+        pair is allowed (unbalanced).
 
         Of the constants that can be added to f and taken from g, the one by which a . f = b . g.
         """
@@ -216,8 +217,7 @@ def solve(
     weights = weights_of(owner, a, b, M, costs, batched, equal=not free)
     inputs = inputs_of(weights, M)
     weights = weights[0].detach(), weights[1].detach()
-    if costs.forbidden and not free:
-        _has_pairs(owner, costs, *weights)
+    alone = _without_pairs(owner, costs, weights, rho) if costs.forbidden else ()
     f, g = _start(owner, warmstart, weights, batched)
     if warmstart is not None and costs.offsets:
         for potential in (f, g):
@@ -234,6 +234,8 @@ def solve(
         if warmstart is not None:
             for potential, by in zip((f, g), moved):
                 potential -= by
+    elif alone:  # all of their mass is given up, whatever the potentials
+        wa, wb = (w.masked_fill(lost, 0) for w, lost in zip((wa, wb), alone))
     errors = wa.new_full((batch,), torch.inf)
 
     def one(i: int) -> Problem:
@@ -341,13 +343,15 @@ def _plan_errors(costs: Costs, reg: float, a: Tensor, b: Tensor, f: Tensor, g: T
     return errors.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def _has_pairs(owner: str, costs: Costs, a: Tensor, b: Tensor) -> None:
-    """Where inf forbids pairs, each weight must have one that is allowed, or there is no plan."""
-    allowed = costs.x < torch.inf
-    for name, side, w, other in (("row", 2, a, b), ("column", 1, b, a)):
+def _without_pairs(owner: str, costs: Costs, weights: Sequence[Tensor], rho: Sequence[float]) -> tuple[Tensor, ...]:
+    """Where inf forbids all pairs of a weight. There is no plan if it must be met."""
+    allowed, found = costs.x < torch.inf, []
+    for name, side, w, other, held in zip(("row", "column"), (2, 1), weights, weights[::-1], rho):
         alone = (w > 0) & ~(allowed & (other > 0).unsqueeze(3 - side)).any(side)
-        if bool(alone.any()):
+        if held == math.inf and bool(alone.any()):
             raise ValueError(f"{owner}: {name} {int(alone.nonzero()[0, 1])} of M allows no pair, expected one for every weight")
+        found.append(alone)
+    return tuple(found)
 
 
 def _bad(t: Tensor) -> float:
