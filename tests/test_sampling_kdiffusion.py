@@ -123,26 +123,18 @@ def output(x: Tensor, p: Point, prediction: str) -> Tensor:
 
 
 def run(name: str, options: dict[str, Any], frame: str, values: list[float], limits: Limits | None = None) -> tuple[Any, ...]:
-    """By the program and on tensors, each in k-diffusion's frame of a last level without noise."""
+    """By the program and on tensors."""
     process, prediction = FRAMES[frame]
     solver, points = getattr(solvers, name), [process.at(s) for s in values]
-    if name == "dpm_solver":
-        points = points[:-1]
     program = compiled(solver, points, process, prediction, limits, options=options)
     at = {float(it.point.time): it.point for it in program.instructions if hasattr(it, "point")}
     x = START * points[0].alpha
-    ours = run_program(
-        "test",
-        program,
-        lambda x, t: output(x, at[float(t[0])], prediction),
-        x,
-        noise_sampler=sampler_of(NOISES),
-        time_dtype=F64,
-    )
+    model = lambda x, t: output(x, at[float(t[0])], prediction)
+    ours = run_program("test", program, model, x, noise_sampler=sampler_of(NOISES), time_dtype=F64)
     left = iter(NOISES)
     reference = Reference(process, prediction, lambda x, p: output(x, p, prediction), lambda: next(left), limits)
     theirs = solver(reference, x, points, **options)
-    return ours / points[-1].alpha, theirs / points[-1].alpha, program
+    return ours, theirs, program
 
 
 @pytest.mark.parametrize("frame", list(FRAMES))
@@ -165,7 +157,7 @@ def test_limits_hold_x0(name: str, options: dict[str, Any]) -> None:
     for frame in ("ve", "vp"):
         ours, theirs, _ = run(name, options, frame, SIGMAS, Limits(most=0.5))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-        if name not in ("dpm_solver", "gradient_estimation", "lms"):  # which do not end in x0, or extrapolate it
+        if name not in ("gradient_estimation", "lms"):  # which extrapolate to the end
             assert ours.abs().max() <= 0.5 + 1e-12
 
 
@@ -176,7 +168,6 @@ def test_each_sample_may_have_levels_of_its_own(name: str, options: dict[str, An
     model = lambda x, t: posterior(x, 1.0, t.view(-1, 1, 1, 1))
 
     def found(points: list[Point], x: Tensor, noises: list[Tensor]) -> Tensor:
-        points = points[:-1] if name == "dpm_solver" else points
         return run_program("test", compiled(solver, points, VE, options=options), model, x, noise_sampler=sampler_of(noises))
 
     both = found([VE.at(np.array(s)) for s in zip(*grids)], START, NOISES)
@@ -191,11 +182,8 @@ def test_each_sample_may_have_levels_of_its_own(name: str, options: dict[str, An
 def test_flows_begin_without_signal(name: str, options: dict[str, Any]) -> None:
     process = Flow()
     points = [Point(1 - s, s, s) for s in np.linspace(1, 0, 9)]
-    points = points[:-1] if name == "dpm_solver" else points
     if name == "restart":
         options = {"segments": ((3, 2, 0.3, 1.0),)}
-    if name == "dpm_solver":  # noise prediction begins with a level that has signal
-        points = points[1:]
     program = compiled(getattr(solvers, name), points, process, "velocity", options=options)
     at = {float(it.point.time): it.point for it in program.instructions if hasattr(it, "point")}
 
@@ -204,8 +192,7 @@ def test_flows_begin_without_signal(name: str, options: dict[str, Any]) -> None:
 
     found = run_program("test", program, model, NOISES[0], seed=3, time_dtype=F64)
     assert found.isfinite().all()
-    if name != "dpm_solver":
-        assert 0.4 < found.std() < 1.1  # data: 0.76
+    assert 0.4 < found.std() < 1.1  # data: 0.76
 
 
 def test_noise_is_by_address() -> None:
@@ -752,8 +739,13 @@ def test_bad_arguments() -> None:
         kdiffusion.sample_dpmpp_sde(denoiser, START, levels, r=0)
     with pytest.raises(ValueError, match=r"sample_restart: a segment is \(1, 2, 0.06, 0.3\)"):
         kdiffusion.sample_restart(denoiser, START, SIGMAS, segments=[(1, 2, 0.06, 0.3)])
-    with pytest.raises(ValueError, match=r"goes up to 0.3, expected more than its level 1"):
+    with pytest.raises(ValueError, match=r"goes up to 0.3, expected a level with noise below it"):
         kdiffusion.sample_restart(denoiser, START, levels, segments=[(3, 2, 0.06, 0.3)])
+    for segments in ([(3, 2, 0.06)], [0.06], [(3, 1.5, 0.06, 0.3)], [(3, 2, 0.3, 0.3)]):
+        with pytest.raises(ValueError, match=r"sample_restart: a segment is .*, expected \(levels, times, low, high\)"):
+            kdiffusion.sample_restart(denoiser, START, SIGMAS, segments=segments)
+    jumps = kdiffusion.sample_restart(denoiser, START, levels, disable=True)  # over the default segment
+    assert torch.equal(jumps, kdiffusion.sample_heun(denoiser, START, levels, disable=True))
     with pytest.raises(ValueError, match=r"sample_euler_ancestral_RF: a sigma is 2, expected at most 1"):
         kdiffusion.sample_euler_ancestral_RF(denoiser, START, levels)
     with pytest.raises(ValueError, match=r"mu is 1.0, expected 0 <= mu < 1"):

@@ -39,7 +39,7 @@ def with_progress(items: Iterable[_T], title: str, unit: str) -> Iterable[_T]:
 def progress(total: int, disable: bool | None) -> Iterator[Callable[[], object] | None]:
     """A bar of tqdm's, `disable` being its (None: shown on terminals); what moves it on, or None where there is none."""
     try:
-        tqdm = None if disable else require("tqdm.auto", extra="demo").tqdm
+        tqdm = None if disable else require("tqdm.auto", extra="sampling").tqdm
     except MissingExtra:
         tqdm = None
     if tqdm is None:

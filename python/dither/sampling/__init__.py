@@ -4,6 +4,7 @@ from . import grids as grids
 from . import guidance as guidance
 from . import kdiffusion as kdiffusion
 from . import solvers as solvers
+from .brownian import BrownianNoise as BrownianNoise
 from .interop import DiffusersScheduler as DiffusersScheduler
 from .interop import denoiser as denoiser
 from .interop import edm_denoiser as edm_denoiser

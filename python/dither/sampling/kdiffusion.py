@@ -10,6 +10,7 @@ Common arguments:
     callback: called after the first evaluation of each step with a dict of x, i, sigma, sigma_hat, denoised.
     disable: no progress bar; None shows it on terminals, where tqdm is installed.
     noise_sampler: (sigma, sigma_next) -> standard normal of x's shape, instead of the noise by address; see `BrownianNoise`.
+        The levels are scalar tensors on the CPU.
     seed: of the noise; an int s gives s, s + 1, ... to the samples, a sequence or tensor one to each, None takes new ones.
         A sample does not depend on the others of its batch.
 """
@@ -164,9 +165,7 @@ def _sampler(
 
 def _of_flow(sigma: float) -> Point:
     if sigma > 1:
-        raise ValueError(
-            f"euler_ancestral_rf: a sigma is {sigma:g}, expected at most 1, as flows have x = (1 - sigma) x0 + sigma eps"
-        )
+        raise ValueError(f"euler_ancestral_rf: a sigma is {sigma:g}, expected at most 1: x is (1 - sigma) x0 + sigma eps")
     return Point(1 - sigma, sigma, sigma)
 
 

@@ -249,12 +249,17 @@ def ancestral_above(run: Any, p: Point, q: Point, eta: Level, last: Point) -> tu
 def dpm_solver(run: Any, x: Any, points: Points, orders: Sequence[int] = (), eta: float = 0.0, s_noise: float = 1.0) -> Any:
     """DPM-Solver of given orders, 1 to 3 and as many evaluations a step (Lu et al. 2022); the noise is what is predicted.
 
-    orders: of each step; those that are missing have order 3. The last level has noise. eta, s_noise: as `euler_ancestral`.
+    orders: of each step; those that are missing have order 3, and a step to no noise or from no signal 1. eta: 0,
+    deterministic; 1, to below the next level, and up with new noise, which is multiplied by s_noise.
     """
     for i, p, q in run.steps(points):
         down, noise = ancestral_above(run, p, q, eta, points[-1])
         order = orders[i] if i < len(orders) else 3
-        eps = slope(run, run.evaluate(x, p), x, p)
+        out = run.evaluate(x, p)
+        if not has_slope(p, down):
+            x = renoised(run, toward(x, out.x0, p, down), down, q, noise * s_noise, (p, q))
+            continue
+        eps = slope(run, out, x, p)
         x = dpm_solver_step(run, x, eps, p, down, order, (0.5,) if order == 2 else THIRDS)[0]
         x = renoised(run, x, down, q, noise * s_noise, (p, q))
     return x

@@ -138,39 +138,53 @@ def dpm_2_ancestral(run: Any, x: Any, points: Points, eta: float = 1.0, s_noise:
 
 
 RESTARTS = ((3, 2, 0.06, 0.30),)
-"""Of EDM's CIFAR-10 model (Xu et al. 2023, table 3)."""
+"""The example of the authors' code, for EDM's models of CIFAR-10."""
 
 
 def restart(
-    run: Any, x: Any, points: Points, segments: Sequence[Sequence[float]] = RESTARTS, s_noise: float = 1.003, rho: float = 7.0
+    run: Any,
+    x: Any,
+    points: Points,
+    segments: Sequence[Sequence[float]] | None = None,
+    s_noise: float = 1.003,
+    rho: float = 7.0,
 ) -> Any:
     """Heun's method that goes back up with new noise and down again, several times over some segments (Xu et al. 2023).
 
-    segments: (levels, times, low, high) of each, in sigma / alpha: where the level nearest to low is reached, noise leads to
-    high, and `levels` levels of Karras' grid with `rho` lead down again, `times` times. s_noise: the noise is multiplied by it.
+    segments: (levels, times, low, high) of each, in sigma / alpha: from the level below high that is nearest to low, noise
+    leads to high, and `levels` levels of Karras' grid with `rho` lead down again, `times` times. None: (3, 2, 0.06, 0.30), if
+    there is such a level. s_noise: the noise is multiplied by it.
     """
+    at = _restarts(points, RESTARTS if segments is None else segments, segments is None)
+    for i, p, q in run.steps(points):
+        x = heun_step(run, x, p, q)
+        for n, times, _, high in at.get(i + 1, []):
+            share = np.arange(1, n - 1) / (n - 1)
+            between = (high ** (1 / rho) * (1 - share) + q.ratio ** (1 / rho) * share) ** rho
+            levels = [run.process.at(r) for r in (high, *between)] + [q]
+            noise = s_noise * levels[0].alpha * np.sqrt(high**2 - q.ratio**2)
+            for _ in range(int(times)):
+                x = renoised(run, x, q, levels[0], noise, (q, levels[0]))
+                for a, b in itertools.pairwise(levels):
+                    x = heun_step(run, x, a, b)
+    return x
+
+
+def _restarts(points: Points, segments: Sequence[Sequence[float]], lenient: bool) -> dict[int, list[Sequence[float]]]:
+    """The segments after each step, by the number of the level that they go up from."""
     ratios = np.array([p.ratio for p in points])
     if ratios.ndim > 1:
         raise ValueError("restart: levels differ by samples, expected the same for all")
-    for n, times, low, high in segments:
+    found: dict[int, list[Sequence[float]]] = {}
+    for segment in segments:
+        n, times, low, high = segment if np.shape(segment) == (4,) else (0, 0, 0, 0)
         if not (n >= 2 and n == int(n) and times >= 1 and times == int(times) and 0 < low < high < INF):
-            raise ValueError(
-                f"restart: a segment is {(n, times, low, high)}, expected levels >= 2, times >= 1 and 0 < low < high"
-            )
-    at = {1 + int(np.argmin(np.where(ratios[1:] > 0, np.abs(ratios[1:] - s[2]), INF))): s for s in segments}
-    for i, p, q in run.steps(points):
-        x = heun_step(run, x, p, q)
-        if i + 1 not in at or q.clean:
-            continue
-        n, times, _, high = at[i + 1]
-        if high <= q.ratio:
-            raise ValueError(f"restart: a segment goes up to {high:g}, expected more than its level {q.ratio:g}")
-        share = np.arange(1, int(n) - 1) / (int(n) - 1)
-        between = (high ** (1 / rho) * (1 - share) + q.ratio ** (1 / rho) * share) ** rho
-        levels = [run.process.at(high), *(run.process.at(r) for r in between), q]
-        for _ in range(int(times)):
-            top = levels[0]
-            x = renoised(run, x, q, top, s_noise * top.alpha * np.sqrt(high**2 - q.ratio**2), (q, top))
-            for a, b in itertools.pairwise(levels):
-                x = heun_step(run, x, a, b)
-    return x
+            given = tuple(segment) if np.ndim(segment) else segment
+            wanted = "(levels, times, low, high), whole levels >= 2 and times >= 1, 0 < low < high"
+            raise ValueError(f"restart: a segment is {given}, expected {wanted}")
+        below = (ratios > 0) & (ratios < high) & (np.arange(len(ratios)) > 0)
+        if np.any(below):
+            found.setdefault(int(np.argmin(np.where(below, np.abs(ratios - low), INF))), []).append(segment)
+        elif not lenient:
+            raise ValueError(f"restart: a segment goes up to {high:g}, expected a level with noise below it")
+    return found
