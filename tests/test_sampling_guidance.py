@@ -366,6 +366,17 @@ def test_cfg_plus_plus_renoises_with_the_unconditional():
         sampled(solvers.dpmpp_2m, VP, "eps", g.CFGPlusPlus(0.6, COND, UNCOND), model, x)
 
 
+def test_omega_scales_the_noise_of_cfg_plus_plus():
+    model, x = Mixture(VE, "x0"), normal(*SHAPE) * 8
+    got = sampled(solvers.ddim, VE, "x0", g.Omegance(0.98, g.CFGPlusPlus(0.6, COND, UNCOND)), model, x)
+    y = x
+    for p, q in itertools.pairwise(VE.at(r) for r in RATIOS):
+        time = torch.full((len(x),), float(p.sigma), dtype=x.dtype)
+        c, u = ((y - model(y, time, **k)) / p.sigma for k in (COND, UNCOND))
+        y = y - p.sigma * 0.98 * (u + 0.6 * (c - u)) + q.sigma * 0.98 * u
+    torch.testing.assert_close(got, y, rtol=1e-9, atol=1e-10)
+
+
 def test_zero_steps_stay():
     model, x = Mixture(FLOW, "velocity"), normal(*SHAPE)
     got = sampled(solvers.euler, FLOW, "velocity", g.CFGZeroStar(3.0, COND, UNCOND, zero_steps=2), model, x)
@@ -782,6 +793,7 @@ def test_arguments_that_cannot_be_joined(guide, message):
         (lambda: g.Perturbed(1.0, "tome"), "Perturbed: method is 'tome'"),
         (lambda: g.Omegance(1.0, about="noises"), "about is 'noises'"),
         (lambda: g.CFG(2.0) + g.CFG(3.0), "two guides have a branch 'uncond'"),
+        (lambda: g.CFG(2.0, COND) + g.NAG(2.0, NULL, cond=OTHER), "two guides have a branch 'cond'"),
         (lambda: g.CFG(2.0) + g.Compose([(1.0, {})]), "base branches are 'cond' and 'uncond'"),
         (lambda: g.Factorized([({}, None), ({}, None)]), "several functions are None"),
         (lambda: g.low_pass(0.0), "low_pass: sigma is 0.0"),

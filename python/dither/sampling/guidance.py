@@ -1,10 +1,11 @@
 """Guidance: one output made of several that a model gives for a state.
 
-A guide says which branches the model is asked for (a branch: the model's keyword arguments, perhaps another time or model), and
-how their outputs add up. The branches of an evaluation are one call of the model, their arguments joined along dimension 0;
-those whose weight is 0 are not evaluated. Where weights are known beforehand (CFG, a limited interval, PAG, Omegance), they
-become part of the sampler's own rows and cost nothing. Where they depend on the outputs (rescaling, APG, adaptive guidance),
-they are found per sample from inner products (`dither.ops.gram_`), on the device and without waiting for it.
+A guide says which branches the model is asked for (a branch: the model's keyword arguments, perhaps another time or model),
+and how their outputs add up. The branches of an evaluation are one call of the model, their arguments joined along dimension
+0 (tensors of the batch's length, or of 1; all else must be the same); those whose weight is 0 are not evaluated. Where
+weights are known beforehand (CFG, a limited interval, PAG, Omegance), they become part of the sampler's own rows and cost
+nothing. Where they depend on the outputs (rescaling, APG, adaptive guidance), they are found per sample from inner products
+(`dither.ops.gram_`), on the device and without waiting for it.
 
 Guides combine: `a + b` adds their corrections, `Interval`, `Rescale` and `Omegance` wrap one. They hold no state of a run.
 Scales by sample (arrays) in guides whose weights depend on the outputs are copied to the device at each evaluation; PAG and SEG
@@ -14,6 +15,7 @@ wait for it.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +83,7 @@ class Guide:
         if weights is None:
             return list(self.branches)
         renoising = self.renoising(at) or {}
-        return [name for name in self.branches if any(np.any(w.get(name, 0) != 0) for w in (weights, renoising))]
+        return [name for name in self.branches if any(_some(w.get(name, 0)) for w in (weights, renoising))]
 
     def renoising(self, at: At) -> Weights | None:
         """Weights of the output that noise is taken from, where those are others."""
@@ -108,22 +110,17 @@ class Guide:
 
     def combine(self, at: At, values: dict[str, Tensor], into: Tensor, state: State) -> None:
         """into = the guided output. values: the branches' outputs, and the state "x"."""
-        columns = self.columns(at)
         weights = self.weights(at)
-        if any(isinstance(key, tuple) for key in weights or columns):
-            raise NotImplementedError(
-                "guidance: earlier outputs are kept where weights are known alone, expected no LinearAG here"
-            )
-        if weights is not None:
-            weights = _kept(weights)
-            return _rows([into], [values[c] for c in weights], [[*weights.values()]])
+        columns = self.columns(at) if weights is None else list(_kept(weights))
+        if any(isinstance(name, tuple) for name in columns):
+            raise NotImplementedError("guidance: outputs of before are kept for known weights alone, expected no LinearAG here")
         found = [values[c] if c in values else state.get(c) for c in columns]
         inputs = [torch.zeros_like(into) if t is None else t for t in found]
         gram = Gram(inputs, columns)
-        updates = self.updates(at, gram)
+        updates = self.updates(at, gram) if weights is None else {}
         rows = [self.coefficients(at, gram, state), *updates.values()]
         registers = [torch.empty_like(into) for _ in updates]
-        _rows([into, *registers], inputs, torch.stack(rows, 1))
+        _rows([into, *registers], inputs, rows)
         state.update(zip(updates, registers))
 
     def __add__(self, other: Guide) -> Guide:
@@ -138,58 +135,82 @@ class Guide:
 
 
 class Gram:
-    """Inner products <a, b> and sums of tensors, sample by sample, in float64."""
+    """Linear combinations of tensors, and what their inner products and sums are, sample by sample, in float64."""
 
     def __init__(self, inputs: Sequence[Tensor], names: Sequence[str]) -> None:
-        batch, size = len(inputs[0]), len(inputs)
         self.places = {name: i for i, name in enumerate(names)}
-        self.count = inputs[0][0].numel()
-        found = torch.empty(batch, size, size + 1, dtype=torch.float64, device=inputs[0].device)
-        if size <= 4 and hasattr(ops.native, "gram_"):
-            ops.write("gram_", found, found, list(inputs))
-        else:
-            flat = torch.stack([t.flatten(1).double() for t in inputs], 1)
-            found = torch.cat([flat @ flat.mT, flat.sum(-1, keepdim=True)], -1)
-        self.products, self.sums = found[..., :-1], found[..., -1]
+        self.inputs, self.batch, self.device = list(inputs), len(inputs[0]), inputs[0].device
+
+    @functools.cached_property
+    def _found(self) -> Tensor:
+        """[B, R, R + 1]: of each with each, and sums."""
+        size = len(self.inputs)
+        if size <= 4:
+            found = torch.empty(self.batch, size, size + 1, dtype=torch.float64, device=self.device)
+            ops.write("gram_", found, found, self.inputs)
+            return found
+        flat = torch.stack([t.flatten(1).double() for t in self.inputs], 1)
+        return torch.cat([flat @ flat.mT, flat.sum(-1, keepdim=True)], -1)
+
+    @property
+    def products(self) -> Tensor:
+        return self._found[..., :-1]
+
+    @functools.cached_property
+    def covariance(self) -> Tensor:
+        count = self.inputs[0][0].numel()
+        means = self._found[..., -1] / count
+        return self.products / count - means[:, :, None] * means[:, None]
 
     def vector(self, weights: Mapping[str, Level]) -> Tensor:
-        """[B, R], a linear combination of the tensors."""
-        found = torch.zeros_like(self.sums)
-        for name, k in _kept(weights).items():
-            found[:, self.places[name]] = float(k) if np.ndim(k) == 0 else torch.as_tensor(k, device=found.device)
+        """[B, R], or [1, R], a linear combination of the tensors."""
+        kept = _kept(weights)
+        if all(map(_number, kept.values())):
+            row = [0.0] * len(self.places)
+            for name, k in kept.items():
+                row[self.places[name]] = float(k)
+            return _constant(tuple(row), self.device)
+        found = torch.zeros(self.batch, len(self.places), dtype=torch.float64, device=self.device)
+        for name, k in kept.items():
+            found[:, self.places[name]] = torch.as_tensor(k, device=self.device)
         return found
 
     def level(self, k: Level) -> Any:
         """A number, or [B, 1]."""
-        return float(k) if np.ndim(k) == 0 else torch.as_tensor(k, device=self.sums.device)[:, None]
+        return float(k) if _number(k) else torch.as_tensor(k, device=self.device)[:, None]
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """[B, 1]"""
-        return torch.einsum("bi,bij,bj->b", a, self.products, b)[:, None]
+        return _form(self.products, a, b)
 
     def norm(self, a: Tensor) -> Tensor:
         return self.dot(a, a).clamp_min(0).sqrt()
 
     def std(self, a: Tensor) -> Tensor:
-        """[B, 1], but for a factor that all have."""
-        mean = (a * self.sums).sum(-1, keepdim=True) / self.count
-        return (self.dot(a, a) / self.count - mean**2).clamp_min(0).sqrt()
+        """[B, 1]"""
+        return _form(self.covariance, a, a).clamp_min(0).sqrt()
 
 
-def _rows(outputs: list[Tensor], inputs: list[Tensor], weights: Any) -> None:
-    """outputs[j] = sum_r weights[j][r] inputs[r]; weights: Tensor [B, J, R] on the device, or lists [J][R] of levels."""
-    if not isinstance(weights, Tensor):
-        stacked = np.stack([np.stack(np.broadcast_arrays(*row), -1) for row in weights], -2)
-        table = torch.from_numpy(np.ascontiguousarray(stacked, dtype=np.float64))
-        weights = table[None] if table.ndim == 2 else table.to(inputs[0].device)
-        by = int(table.ndim == 3)
-    else:
-        by = 1
-    # neither d nor z: the first row and the last two columns are 0
-    weights = F.pad(weights, (0, 2, 1, 0)).contiguous()
+def _form(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return ((matrix @ b[:, :, None])[:, :, 0] * a).sum(-1, keepdim=True)
+
+
+@functools.lru_cache(4096)
+def _constant(row: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device already, but for the first time."""
+    return torch.tensor([row], dtype=torch.float64, device=device)
+
+
+def _rows(outputs: list[Tensor], inputs: list[Tensor], rows: Sequence[Tensor]) -> None:
+    """outputs[j] = sum_r rows[j][r] inputs[r], each [B, R] or [1, R] on the device."""
     if len(inputs) > MOST_INPUTS:
         raise NotImplementedError(f"guidance: {len(inputs)} outputs, expected at most {MOST_INPUTS}")
-    ops.write("rows_", outputs, outputs, inputs, weights, 0, by, None, 0, None, False, None)
+    # neither d nor z: the first row and the last two columns are 0
+    batch, size = len(inputs[0]), len(inputs)
+    table = torch.zeros(batch, 1 + len(rows), size + 2, dtype=torch.float64, device=inputs[0].device)
+    for j, row in enumerate(rows, 1):
+        table[:, j, :size] = row
+    ops.write("rows_", outputs, outputs, inputs, table, 0, 1, None, 0, None, False, None)
 
 
 # ---- a run
@@ -296,7 +317,16 @@ def _join(name: str, values: list[Any], batch: int) -> Any:
 
 
 def _kept(weights: Mapping[Any, Level] | None) -> Weights:
-    return {key: k for key, k in (weights or {}).items() if np.any(k != 0)}
+    return {key: k for key, k in (weights or {}).items() if _some(k)}
+
+
+def _some(k: Level) -> bool:
+    """Whether any is not 0; numbers, which most are, by the short way."""
+    return bool(k != 0 if isinstance(k, (float, int)) else np.any(k != 0))
+
+
+def _number(k: Level) -> bool:
+    return isinstance(k, (float, int)) or np.ndim(k) == 0
 
 
 def _level(scale: Scale, point: Point) -> Level:
@@ -648,7 +678,7 @@ class Sum(Guide):
                 have = self.branches.get(name)
                 if have is None or (name == self.base and not have.keywords):
                     self.branches[name] = branch
-                elif not (name == self.base and (not branch.keywords or branch.keywords == have.keywords)):
+                elif not (name == self.base and (not branch.keywords or _same(branch.keywords, have.keywords))):
                     raise ValueError(f"Sum: two guides have a branch {name!r}, expected one")
 
     def weights(self, at: At) -> Weights | None:
@@ -676,13 +706,20 @@ class Sum(Guide):
 
     def coefficients(self, at: At, gram: Gram, state: State) -> Tensor:
         found = [guide.coefficients(at, gram, state) for guide in self.guides]
-        return torch.stack(found).sum(0) + gram.vector({self.base: 1.0 - len(found)})
+        return sum(found, gram.vector({self.base: 1.0 - len(found)}))
 
     def updates(self, at: At, gram: Gram) -> dict[str, Tensor]:
         return {k: v for guide in self.guides for k, v in guide.updates(at, gram).items()}
 
     def skips(self, state: State) -> set[str]:
         return set().union(*(guide.skips(state) for guide in self.guides))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether keyword arguments are the same objects."""
+    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return a is b
+    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
 
 
 class Omegance(_Wrapped):
@@ -715,7 +752,15 @@ class Omegance(_Wrapped):
         return self.about == "noise" and not isinstance(self.omega, Tensor)
 
     def weights(self, at: At) -> Weights | None:
-        weights = self.guide.weights(at) if self._fixed else None
+        return self._scaled(self.guide.weights(at), at) if self._fixed else None
+
+    def renoising(self, at: At) -> Weights | None:
+        weights = self.guide.renoising(at)
+        if weights is not None and not self._fixed:
+            raise NotImplementedError("Omegance: a map, or about the mean, of a guide that changes the noise alone")
+        return self._scaled(weights, at)
+
+    def _scaled(self, weights: Weights | None, at: At) -> Weights | None:
         if weights is None:
             return None
         omega = _level(self.omega, at.point)  # type: ignore[arg-type]
@@ -776,7 +821,8 @@ def omega_of(strength: float | Tensor, low: float = 0.95, high: float = 1.05) ->
 class CFGZeroStar(CFG):
     """CFG-Zero* (Fan et al. 2025): s u + scale (c - s u), s = <c, u> / |u|^2 of each sample, for flows.
 
-    zero_steps: so many first steps stay where they are, the velocity being 0; for models of the velocity alone.
+    zero_steps: so many first steps stay where they are, the velocity being 0; for models of the velocity alone. The model is
+    not asked in them, and callbacks do not see them apart.
     """
 
     def __init__(self, scale: Scale = 7.5, *args: Any, zero_steps: int = 0, **keywords: Any) -> None:
@@ -822,7 +868,7 @@ class APG(CFG):
 
     def columns(self, at: At) -> list[str]:
         k, _ = at.x0
-        return [*self.branches, *(["x"] if np.any(k != 0) else []), *([self._register] if self.momentum else [])]
+        return [*self.branches, *(["x"] if _some(k) else []), *([self._register] if self.momentum else [])]
 
     def _difference(self, at: At, gram: Gram) -> Tensor:
         _, b = at.x0
@@ -873,7 +919,7 @@ class AdaptiveGuidance(CFG):
 
     def columns(self, at: At) -> list[str]:
         k, _ = at.eps
-        return [*self.branches, *(["x"] if np.any(k != 0) else [])]
+        return [*self.branches, *(["x"] if _some(k) else [])]
 
     def coefficients(self, at: At, gram: Gram, state: State) -> Tensor:
         a, b = at.eps
