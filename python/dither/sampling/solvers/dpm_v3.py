@@ -17,8 +17,8 @@ class Statistics:
     """What a model is like at levels lam (Zheng et al. 2023): what of it is linear, and how the rest changes.
 
     lam: [N], rising. l, s, b: [N, ...], of each element: l, the diagonal of sigma d eps / dx; with f = (sigma eps - l x) /
-    alpha, f' = s f + b along the flow. l = 1, s = b = 0 makes DPM-Solver++ of the solver, l = 0 DPM-Solver of eps. Integrals
-    are of exponentials of linear pieces, which are exact for constants; the authors' code has the trapezoidal rule.
+    alpha, f' = s f + b along the flow. l = 1, s = 0 makes DPM-Solver++ of the solver, l = 0, s = -1 DPM-Solver of eps; b = 0 in
+    both. Integrals are of exponentials of linear pieces, exact for constants, where the authors' code has trapezia.
     """
 
     def __init__(self, lam: Any, l: Any, s: Any = 0.0, b: Any = 0.0) -> None:  # noqa: E741 - the paper's name
