@@ -62,6 +62,9 @@ def rddm(run: Any, x: Any, points: Points, eta: float = 0.0) -> Any:
 
     A model of the residual is one of x0: mu - residual. eta: 0, deterministic: DDIM's step of a mean-reverting diffusion; 1:
     the posterior of the paper's chain, which is that of ResShift too (Yue et al. 2023, equation 7).
+
+    Points may take away the residual first (alpha up to 1) and the noise later, or both together. The authors' networks of two
+    outputs, residual and noise, whose sum need not be x, are not served.
     """
     shifted = _Shifted(run)
     x = x - shifted.mu * (1 - points[0].alpha)
