@@ -78,10 +78,10 @@ def rddm(run: Any, x: Any, points: Points, eta: float = 0.0) -> Any:
 
 
 def sgmse(run: Any, x: Any, points: Points, snr: float = 0.5, corrections: int = 1) -> Any:
-    """The predictor-corrector sampler of SGMSE+ (Richter et al. 2023): Langevin steps of length 2 (snr sigma)^2, then one of
-    Euler and Maruyama on the reverse of `OrnsteinUhlenbeck`, whose points these must be. The last step is without noise.
+    """The predictor-corrector sampler of SGMSE+ (Richter et al. 2023), of the process and points of `OrnsteinUhlenbeck`.
 
-    corrections: Langevin steps at each level.
+    At each level `corrections` Langevin steps of length 2 (snr sigma)^2, then one of Euler and Maruyama on the reverse
+    equation. The last step is without noise.
     """
     shifted, process = _Shifted(run), run.process
     for i, p, q in run.steps(points):
