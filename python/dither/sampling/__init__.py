@@ -4,11 +4,18 @@ from . import grids as grids
 from . import guidance as guidance
 from . import kdiffusion as kdiffusion
 from . import solvers as solvers
+from . import spectral as spectral
+from .adaptive import AdaptiveSkip as AdaptiveSkip
+from .adaptive import gotta_go_fast as gotta_go_fast
+from .adaptive import paradigms as paradigms
+from .adaptive import predictor_corrector as predictor_corrector
 from .brownian import BrownianNoise as BrownianNoise
 from .interop import DiffusersScheduler as DiffusersScheduler
 from .interop import denoiser as denoiser
 from .interop import edm_denoiser as edm_denoiser
 from .interop import from_scheduler_config as from_scheduler_config
+from .per_row import rolling as rolling
+from .pfgmpp import pfgmpp_noise as pfgmpp_noise
 from .points import Flow as Flow
 from .points import Point as Point
 from .points import Process as Process
@@ -21,3 +28,5 @@ from .sample import noise as noise
 from .sample import program as program
 from .sample import sample as sample
 from .sample import samplers_table as samplers_table
+from .tweedie import optimal_denoiser as optimal_denoiser
+from .tweedie import tweedie as tweedie
