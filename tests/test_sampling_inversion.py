@@ -188,8 +188,8 @@ def test_programs_are_their_solvers(name, process):
             exact = Reference(
                 PROCESSES[process], prediction, lambda x, p, k=prediction: DATA.output(k, x, p), lambda it=first: next(it)
             )
-            expected = getattr(solvers, name)(exact, x, points, **chosen)
-            program = compiled(getattr(solvers, name), points, PROCESSES[process], prediction, options=chosen)
+            expected = getattr(solvers.inversion, name)(exact, x, points, **chosen)
+            program = compiled(getattr(solvers.inversion, name), points, PROCESSES[process], prediction, options=chosen)
             model = DATA.model(PROCESSES[process], prediction)
             found = run_program("test", program, model, x, noise_sampler=lambda *_, it=second: next(it))
             assert torch.allclose(found, expected, rtol=1e-10, atol=1e-11)
@@ -366,3 +366,21 @@ def test_refusals(name):
     with pytest.raises(error, match=message):
         call()
     assert isinstance(Pair(X, X).x, Tensor)
+
+
+def test_a_noise_that_two_rows_use_is_drawn_once():
+    """Given from outside as well as by address."""
+
+    def twice(run, x, points):
+        z = run.noise()
+        first = run.denoised(x + z, points[0])
+        return first + run.denoised(x + first + z, points[0])
+
+    points = levels("ve", 2)
+    program = compiled(twice, points, PROCESSES["ve"], "x0")
+    assert program.draws == 1
+    drawn = iter([normal(2, 2, 4)])
+    found = run_program("test", program, lambda x, t: 2 * x, X, noise_sampler=lambda *_: next(drawn))
+    z = normal(2, 2, 4)
+    first = 2 * (X + z)
+    assert torch.allclose(found, first + 2 * (X + first + z))

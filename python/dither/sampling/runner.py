@@ -167,7 +167,7 @@ class Runner:
                 registers[slots[name]] = value
         for it, row, at, places, dead in self._steps:
             if row is not None:
-                if row.noise >= 0:
+                if row.noise >= 0 and registers[row.noise] is None:  # several rows may use one draw
                     assert noise is not None
                     registers[row.noise] = noise(it)
                 inputs = row.take(registers)
