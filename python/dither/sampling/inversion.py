@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import integer, number, tensor
-from . import solvers
 from .points import Points, VarianceExploding
 from .program import Evaluate, Program, Row
 from .run import START, Seed, compiled, run_program, seeds_of
+from .solvers import inversion as recurrences
+from .solvers.ddim import ddim
 
 Model = Callable[..., Tensor]
 _FRAME = VarianceExploding()  # the solvers here stay on the levels that are given
@@ -31,7 +32,7 @@ def ddim_invert(model: Model, x: Tensor, points: Points, prediction: str = "eps"
     """
     _check("ddim_invert", points)
     integer("ddim_invert", "iterations", iterations, 1)
-    program = _compiled(solvers.ddim_inverse, points[::-1], prediction, run, iterations=iterations)
+    program = _compiled(recurrences.ddim_inverse, points[::-1], prediction, run, iterations=iterations)
     return run_program("ddim_invert", program, model, x, **run)
 
 
@@ -71,7 +72,7 @@ def _bdia(owner: str, model: Model, x: Any, points: Points, prediction: str, gam
     _check(owner, points if power > 0 else points[::-1], 3)
     gamma = number(owner, "gamma", gamma, above=0, most=1) ** power
     given, start = ({"before": x.x.contiguous()}, x.before) if isinstance(x, Pair) else (None, x)
-    program = _compiled(solvers.bdia, points, prediction, run, gamma=gamma, pair=given is not None)
+    program = _compiled(recurrences.bdia, points, prediction, run, gamma=gamma, pair=given is not None)
     last = max(it.step for it in program.instructions)
     seen: list[Tensor] = []
 
@@ -115,7 +116,7 @@ def ddpm_invert(
         """x at level i."""
         return _row([wide.contiguous()], [float(points[i].alpha), 0, float(points[i].sigma)], seeds, START + 2 + i)
 
-    program = _compiled(solvers.ddim, points, prediction, run, eta=eta)
+    program = _compiled(ddim, points, prediction, run, eta=eta)
     rows = _noisy_rows(program)
     states: list[Tensor] = []
     noises: list[Tensor] = []
@@ -162,7 +163,7 @@ def ddpm_replay(
         raise ValueError(f"{owner}: maps has {len(maps.states)} states, expected {len(points) - 1}, one for each step")
     if integer(owner, "skip", skip, 0) >= len(maps.states):
         raise ValueError(f"{owner}: skip is {skip}, expected less than {len(maps.states)}, the number of steps")
-    program = _compiled(solvers.ddim, points[skip:], prediction, run, eta=eta)
+    program = _compiled(ddim, points[skip:], prediction, run, eta=eta)
     left = len(_noisy_rows(program))
     noises = iter(maps.noises[len(maps.noises) - left :])
     end = run_program(owner, program, model, maps.states[skip], noise_sampler=lambda *_: next(noises), **run)
@@ -187,7 +188,7 @@ def ddcm_edit(
     _check("ddcm_edit", points)
     number("ddcm_edit", "eta", eta, least=0, most=1)
     turns = itertools.cycle((source, target))
-    program = _compiled(solvers.ddcm, points, prediction, run, eta=eta)
+    program = _compiled(recurrences.ddcm, points, prediction, run, eta=eta)
 
     def of_turn(at: Tensor, time: Tensor, **arguments: Any) -> Tensor:
         return model(at, time, **arguments, **next(turns))

@@ -38,8 +38,6 @@ from .euler import heunpp2 as heunpp2
 from .euler import restart as restart
 from .flow import heun_flow as heun_flow
 from .inversion import bdia as bdia
-from .inversion import ddcm as ddcm
-from .inversion import ddim_inverse as ddim_inverse
 from .langevin_correctors import annealed_langevin as annealed_langevin
 from .langevin_correctors import reverse_diffusion as reverse_diffusion
 from .multistep import gradient_estimation as gradient_estimation

@@ -10,7 +10,7 @@ from ..points import Points
 
 
 def ddim_inverse(run: Any, x: Any, points: Points, iterations: int = 1) -> Any:
-    """DDIM from the cleanest level to the noisiest (Dhariwal & Nichol 2021, appendix F).
+    """DDIM from the cleanest level to the noisiest (Song, Meng & Ermon 2021).
 
     The model sees the state with the time of the level that it goes to, as in diffusers, so that a step away from clean data
     needs no model of clean data; what it says is read at that level too, so that it is the same for every kind of prediction
@@ -27,7 +27,7 @@ def ddim_inverse(run: Any, x: Any, points: Points, iterations: int = 1) -> Any:
 
 
 def bdia(run: Any, x: Any, points: Points, gamma: float = 1.0, pair: bool = False) -> Any:
-    """BDIA-DDIM, which can be undone exactly (Zhang, Lewis & Kleijn 2024, equations 14 and 15).
+    """BDIA-DDIM, which can be undone exactly (Zhang, Lewis & Kleijn 2024).
 
     Each step is DDIM's, corrected by gamma times what DDIM misses on the way back to the state before. It is its own inverse:
     on the levels in the other order, with 1 / gamma. pair: begins with two states, the register "before" of points[0] and x of
@@ -44,7 +44,7 @@ def bdia(run: Any, x: Any, points: Points, gamma: float = 1.0, pair: bool = Fals
 
 
 def ddcm(run: Any, x: Any, points: Points, eta: float = 1.0) -> Any:
-    """The virtual inversion of InfEdit (Xu et al. 2024, algorithm 2): x is clean data; two evaluations a step, source, target.
+    """The virtual inversion of InfEdit (Xu, Huang, Pan, Ma & Chai 2024) of clean data x; evaluates source, then target.
 
     The source's noise is taken to be what leads to x exactly; the target differs by what the model says of it.
     eta: 1 draws new noise at each step, as consistency models do; 0 none.
