@@ -120,7 +120,9 @@ def measure_sampling(data: Digits, budget: Budget, bar: Any) -> SamplingResults:
 
         def drawn(sampler: str, steps: int, draw: int = draw, **options: Any) -> Tensor:
             shape, device = real.shape, real.device
-            return sample(denoise, shape=shape, device=device, sampler=sampler, steps=steps, seed=draw << 32, **PROCESS, **options)
+            return sample(
+                denoise, shape=shape, device=device, sampler=sampler, steps=steps, seed=draw << 32, **PROCESS, **options
+            )
 
         exact = drawn("heun_flow", budget.exact)
         bar.update()
