@@ -25,9 +25,9 @@ def barycenter(
 ) -> Any:
     """The histogram p that minimises sum_k weights_k OT(p, A_k), OT entropic with costs M and sum P ln P; arguments as POT's.
 
-    A: [n, S], S histograms of equal sums, in columns; M: [n, n], symmetric; weights: [S], not negative, of sum 1; None: equal
-    ones. By iterative Bregman projections (Benamou et al. 2015). debiased: the barycenter of Sinkhorn divergences (Janati et
-    al. 2020), which does not blur: that of equal histograms is that histogram.
+    A: [n, S], S histograms of equal sums, in columns; M: [n, n], from A's bins, in rows, to p's; weights: [S], not negative, of
+    sum 1; None: equal ones. By iterative Bregman projections (Benamou et al. 2015). debiased: the barycenter of Sinkhorn
+    divergences (Janati et al. 2020), which does not blur: that of equal histograms is that histogram. M must then be symmetric.
     tol: for the L1 distances of the plans' first marginals from p, averaged by the weights, in units of A's sum.
     Returns [n], of A's dtype, a numpy array if A is one; gradients flow through the iterations.
     """
@@ -43,9 +43,14 @@ def barycenter(
         raise ValueError(f"{owner}: M has costs that are not finite, expected finite ones")
     reg = regularisation(owner, reg)
     logits = -m.double() / reg
-    found = _projections(
-        owner, a.mT, weights, lambda t: (logits + t.unsqueeze(-2)).logsumexp(-1), debiased, tol, max_iterations, warn
-    )
+    apart = float((m - m.mT).detach().abs().max())
+    if debiased and apart > torch.finfo(m.dtype).eps ** 0.5 * float(m.detach().abs().max()):
+        raise ValueError(f"{owner}: M differs from its transpose by {apart:g}, expected a symmetric one where debiased is True")
+
+    def smooth(t: Tensor, transposed: bool = False) -> Tensor:
+        return ((logits.mT if transposed else logits) + t.unsqueeze(-2)).logsumexp(-1)
+
+    found = _projections(owner, a.mT, weights, smooth, debiased, tol, max_iterations, warn)
     return found if isinstance(A, Tensor) else found.numpy()
 
 
@@ -71,7 +76,7 @@ def convolutional_barycenter(
     sides = [torch.linspace(0, 1, size, dtype=torch.float64, device=a.device) for size in a.shape[1:]]
     logits = [-(s.unsqueeze(1) - s).square() / reg for s in sides]
 
-    def smooth(t: Tensor) -> Tensor:
+    def smooth(t: Tensor, transposed: bool = False) -> Tensor:
         for axis, logit in enumerate(logits, -len(logits)):
             t = (logit + t.movedim(axis, -1).unsqueeze(-2)).logsumexp(-1).movedim(-1, axis)
         return t
@@ -88,13 +93,13 @@ def _projections(
     owner: str,
     a: Tensor,
     weights: Any,
-    smooth: Callable[[Tensor], Tensor],
+    smooth: Callable[[Tensor, bool], Tensor],
     debiased: bool,
     tol: float,
     most: int,
     warn: bool,
 ) -> Tensor:
-    """Of histograms a [S, ...]; smooth: ln (K exp(t))."""
+    """Of histograms a [S, ...]; smooth: ln (K exp(t)), ln (K^T exp(t))."""
     instance(owner, "debiased", debiased, bool, "a bool")
     tol = number(owner, "tol", tol, least=0)
     integer(owner, "max_iterations", most, 1)
@@ -114,17 +119,17 @@ def _projections(
     logs = torch.where(a > 0, torch.where(a > 0, a, 1).double().log(), -torch.inf)
     u, bias = torch.zeros_like(logs), torch.zeros_like(logs[0])
     for _ in range(most):
-        v = smooth(logs - smooth(u))
+        v = smooth(logs - smooth(u, False), True)
         log_p = (shares * v).sum(0) + bias
         with torch.no_grad():
             error = _distance(shares * (u + v).exp(), shares * log_p.exp()) / float(sums[0])
             if debiased:
-                error += _distance((bias + smooth(bias)).exp(), log_p.exp()) / float(sums[0])
+                error += _distance((bias + smooth(bias, False)).exp(), log_p.exp()) / float(sums[0])
         u = log_p - v
         if error <= tol:
             break
         if debiased:  # the transport from p to itself
-            bias = 0.5 * (bias + log_p - smooth(bias))
+            bias = 0.5 * (bias + log_p - smooth(bias, False))
     else:
         if warn:
             _warn.warn(f"{owner}: not converged: error {error:.1e}, tol {tol:.1e}")
