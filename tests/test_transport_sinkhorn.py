@@ -136,6 +136,20 @@ def test_terms_are_kept_of_any_shape(backend, dtype, narrow):
         compare(run(backend.ops, copied(given, backend.device)), want, TOLERANCE[dtype, narrow])
 
 
+@each_kind
+def test_weights_that_a_sum_cannot_divide(backend, dtype, narrow):
+    """Weights next to 0 beside row sums next to the largest that are trusted: their quotient would vanish."""
+    tiny, high = (1e-15, 60.0) if narrow else (1e-290, 600.0)
+    given = arguments(dtype=dtype, narrow=narrow, zeros=0, tol=-1.0, iterations=3)
+    given["a"][:, 3] = given["a"][:, 8] = tiny
+    given["g"] += high
+    want = copied(given)
+    reference.transport.sinkhorn_(*want.values())
+    got = run(backend.ops, copied(given, backend.device))
+    compare(got, want, TOLERANCE[dtype, narrow])
+    assert (got["f"][:, 3].cpu() < math.log(tiny)).all()
+
+
 def test_problems_do_not_depend_on_their_batch():
     given = arguments(20, 70, 37, iterations=15, tol=1e-6, omega=[1.0 + 0.02 * i for i in range(20)])
     given["x"] *= torch.logspace(-1, 2, 20)[:, None, None]

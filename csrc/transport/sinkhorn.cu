@@ -44,10 +44,9 @@ __global__ void __launch_bounds__(kThreads)
       sum += term(c.narrow, g[j] - c.scale * cost_at<S>(c, problem, i, j) + shift);
     return over_block(sum, shared, Plus{});
   };
-  const double least = c.narrow ? kLeastRow<float> : kLeastRow<double>, most = c.narrow ? kMostRow<float> : kMostRow<double>;
   double base = old > none ? old : 0.0, sum = weight > 0.0 ? sum_of(base) : 0.0;
   bool nowhere = false;
-  if (weight > 0.0 && !(sum > least && sum < most)) {
+  if (weight > 0.0 && !(c.narrow ? trusted<float>(sum, weight) : trusted<double>(sum, weight))) {
     double high = none;
     for (int64_t j = threadIdx.x; j < c.m; j += kThreads) high = larger(high, g[j] - c.scale * cost_at<S>(c, problem, i, j));
     high = over_block(high, shared, Most{});

@@ -66,6 +66,13 @@ template <class T>
 constexpr double kLeastRow = sizeof(T) == 8 ? 0x1p-500 : 0x1p-40;
 template <class T>
 constexpr double kMostRow = sizeof(T) == 8 ? 0x1p900 : 0x1p100;
+// a over such a sum, which scales the row's terms, keeps its digits too.
+template <class T>
+constexpr double kLeastShare = sizeof(T) == 8 ? 0x1p-960 : 0x1p-120;
+template <class T>
+DITHER_HD bool trusted(double sum, double weight, double least = kLeastRow<T>) {
+  return sum > least && sum < kMostRow<T> && sum * kLeastShare<T> <= weight;
+}
 template <class T>
 constexpr double kLeastColumn = sizeof(T) == 8 ? 0x1p-450 : 0x1p-60;
 

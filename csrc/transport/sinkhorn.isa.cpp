@@ -106,10 +106,10 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
       });
     }
     T factor[kRowBlock];
-    bool usual = count == kRowBlock && exact;
+    bool usual = exact;
     for (int r = 0; r < kRowBlock; ++r) {
       total[r] = double(sum_of<T>(sum[r]));
-      usual &= total[r] > least && total[r] < kMostRow<T>;  // so that a is not 0
+      usual &= r < count && trusted<T>(total[r], a[i + r], least);  // so that a is not 0
     }
     if (usual) {
       double ratio[kRowBlock];
@@ -124,7 +124,7 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
         f[i + r] = none;
         continue;
       }
-      if (!(total[r] > least && total[r] < kMostRow<T>)) {
+      if (!trusted<T>(total[r], a[i + r], least)) {
         if (kept.made) cost_rows<T, S>(c, problem, i, count, room, row);
         const double most = row_maximum<T, S>(c, row[r], g);
         if (!(most > none)) {  // nowhere to go
