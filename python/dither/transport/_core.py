@@ -48,8 +48,9 @@ def sweep(
 
     damping: rho / (rho + reg) of either side. omega: over-relaxation, one for all or [B].
     """
-    found = Swept(torch.empty_like(g), f.new_zeros(f.shape[0], iterations), f.new_zeros(f.shape[0], dtype=torch.int64))
-    omegas = omega if isinstance(omega, Tensor) else f.new_full((f.shape[0],), omega)
+    batch = f.shape[0]
+    found = Swept(torch.empty_like(g), f.new_zeros(batch, iterations), f.new_zeros(batch, dtype=torch.int64))
+    omegas = omega if isinstance(omega, Tensor) else f.new_full((batch,), omega)
     out = f, g, found.columns, found.errors, found.done
     costs.run("sinkhorn_", reg, narrow, (a, b, *damping, omegas, iterations, tol), out)
     return found

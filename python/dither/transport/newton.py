@@ -51,11 +51,22 @@ class Problem:
     f: Tensor
     g: Tensor
 
+    def __post_init__(self) -> None:
+        self.alive = self.a > 0, self.b > 0
+        self.whole = bool(self.alive[0].all() and self.alive[1].all())
+        self.share = self.b / self.b.sum()
+        self._omega = self.a.new_ones(1)
+
     def sweep(self, reg: float, iterations: int, tol: float, narrow: bool, counts: Counts) -> tuple[float, Tensor]:
-        found = _core.sweep(self.costs, reg, self.a, self.b, self.f, self.g, iterations, tol, narrow)
-        done = int(found.done)
+        given = self.costs, reg, self.a, self.b, self.f, self.g, iterations, tol, narrow
+        found = _core.sweep(*given, omega=self._omega)
+        done = 1 if iterations == 1 else int(found.done)
         counts.iterations += done
-        return float(found.errors[0, done - 1]), found.columns
+        return found.errors[0, done - 1].item(), found.columns
+
+    def of_weights(self, x: Tensor, side: int) -> Tensor:
+        """x where weights are above 0, and 0 elsewhere."""
+        return x if self.whole else torch.where(self.alive[side], x, 0)
 
 
 def solve_newton(p: Problem, reg: float, tol: float, steps: int, counts: Counts, warm: int = 0) -> float:
@@ -104,11 +115,10 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
     a, b = p.a, p.b
     error, columns = p.sweep(reg, 1, math.inf, narrow, counts)
     before, cut, batch, delta, stiff = math.inf, False, BATCH[0], _DROPPED, False
-    alive = b > 0
     while error > tol and counts.newton < steps and counts.iterations < _SWEEPS:
         counts.history.append(error)
-        off = (b / columns).log().abs()[alive].max() if not cut and error <= 0.7 * before else torch.inf
-        if not off <= 2:
+        off = cut or error > 0.7 * before or not p.of_weights((b / columns).log(), 1).abs().max().item() <= 2
+        if off:
             error, columns = p.sweep(reg, batch, tol, narrow, counts)
             if error > tol:
                 error, columns = p.sweep(reg, 1, math.inf, narrow, counts)
@@ -116,7 +126,7 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
             continue
         before = error
         counts.newton += 1
-        residual = torch.where(alive, b - columns, 0)
+        residual = p.of_weights(b - columns, 1)
         given = (p.costs, reg, a, b, p.f, p.g, columns)
         dropped = min(delta, _DROPPED * error)
         direct = b.shape[1] <= DIRECT
@@ -125,11 +135,11 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
             solved = _core.schur_solve(*given, residual, dropped, min(0.1, math.sqrt(error)), most, narrow=narrow)
             counts.products += solved.iterations
             y = solved.direction
-            stiff = direct and not (solved.converged and float(y.abs().max()) < FAR)
+            stiff = direct and not (solved.converged and y.abs().max().item() < FAR)
         if stiff:
             y = direct_solve(_core.schur_matrix(*given, dropped, min(1e-6, 1e-3 * error), narrow), residual)
             counts.direct += 1
-        y = torch.where(alive, y - (y * b).sum() / b.sum(), 0)
+        y = p.of_weights(y - (y * p.share).sum(), 1)
         error, columns, cut = _line_search(p, reg, narrow, counts, y, residual, error, columns)
         if not cut:
             batch = BATCH[0]
@@ -140,20 +150,22 @@ def semidual(p: Problem, reg: float, tol: float, steps: int, counts: Counts, nar
 def _line_search(
     p: Problem, reg: float, narrow: bool, counts: Counts, y: Tensor, residual: Tensor, error: float, columns: Tensor
 ) -> tuple[float, Tensor, bool]:
-    """Moves p along y by a step that is halved until the objective grows. The new error and columns; whether it was cut."""
-    f, g, slope = p.f.clone(), p.g.clone(), float((residual * y).sum())
-    step, rows, columns_alive = 1.0, p.a > 0, p.b > 0
-    largest = float(y.abs().max())
+    """Moves p along y, of b . y = 0, by a step that is halved until the objective grows.
+
+    The new error and columns, and whether the step was cut.
+    """
+    f, g, slope, step = p.f.clone(), p.g.clone(), (residual * y).sum().item(), 1.0
+    largest = y.abs().max().item()
     if not (slope > 0 and math.isfinite(largest)):
         return error, columns, True
     while step * largest > 500:
         step /= 2
     while step > 1e-9:
-        p.g.copy_(g + step * y)
+        torch.add(g, y, alpha=step, out=p.g)
         p.f.copy_(f)
         new_error, new_columns = p.sweep(reg, 1, math.inf, narrow, counts)
-        gain = float((p.a * (p.f - f))[rows].sum() + step * (p.b * y).sum())
-        new_slope = float(((p.b - new_columns) * y)[columns_alive].sum())
+        gain = (p.a * p.of_weights(p.f - f, 0)).sum().item()
+        new_slope = ((p.b - new_columns) * y).sum().item()
         # The objective is concave: it grew if its slope has the same sign or is less than half as steep. That holds where the
         # gain itself is lost in rounding.
         if (gain >= 1e-4 * step * slope and gain > 1e-12) or abs(new_slope) <= 0.5 * slope:

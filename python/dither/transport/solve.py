@@ -308,17 +308,17 @@ def weights_of(owner: str, a: Any, b: Any, m: Any, costs: Costs, batched: bool, 
         found.append(t.double().expand(batch, size).contiguous())
     wa, wb = found
     masses = wa.sum(1), wb.sum(1)
-    for name, mass in zip("ab", masses):
-        if not bool((mass > 0).all() and (mass < torch.inf).all()):
-            i = int((~((mass > 0) & (mass < torch.inf))).nonzero()[0])
-            raise ValueError(f"{owner}: {name} has a sum of {float(mass[i]):g}, expected a finite one above 0")
+    sums = [mass.tolist() for mass in masses]
+    for name, each in zip("ab", sums):
+        for mass in each:
+            if not 0 < mass < math.inf:
+                raise ValueError(f"{owner}: {name} has a sum of {mass:g}, expected a finite one above 0")
     if not equal:
         return wa, wb
     slack = 1e-5 if torch.float32 in dtypes else 1e-8
-    apart = (masses[1] - masses[0]).abs() > slack * masses[0]
-    if bool(apart.any()):
-        i = int(apart.nonzero()[0])
-        raise ValueError(f"{owner}: b has a sum of {float(masses[1][i]):g}, expected {float(masses[0][i]):g} like a")
+    for first, second in zip(*sums):
+        if abs(second - first) > slack * first:
+            raise ValueError(f"{owner}: b has a sum of {second:g}, expected {first:g} like a")
     return wa, wb * (masses[0] / masses[1]).unsqueeze(1)
 
 
