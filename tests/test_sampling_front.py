@@ -120,15 +120,15 @@ def test_samples_are_the_solvers(name, options, kind, prediction):
 
 
 def settled(name):
-    """Levels that a sampler takes: some end before 0, and some ask for levels close by."""
+    """A process and levels that a sampler takes: some end before 0, some ask for levels close by, and some for a flow."""
     if SAMPLERS[name].evaluations is None:
         pytest.skip("asks for a process or options of its own")
     levels = grids.trailing(8, PROCESSES["vp"])
-    for found in (levels, levels[:-1], grids.karras(12, 0.02, 100.0)):
+    for kind, found in (("vp", levels), ("vp", levels[:-1]), ("vp", grids.karras(12, 0.02, 100.0)), ("flow", levels)):
         try:
             with np.errstate(all="ignore"):
-                program(name, grid=found, prediction="v")
-            return found
+                program(name, grid=found, process=PROCESSES[kind], prediction="v")
+            return PROCESSES[kind], found
         except (ValueError, TypeError):
             continue
     raise AssertionError(f"{name} takes no levels")
@@ -137,12 +137,13 @@ def settled(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler(name):
     """With its defaults: the solver itself, each sample by itself, and what is known stays."""
-    process, levels = PROCESSES["vp"], settled(name)
+    process, levels = settled(name)
     given = {register: normal(50) for register in SAMPLERS[name].registers}
-    settings = {"prediction": "v", "grid": levels, "seed": 5, "dtype": F64, "sampler": name}
+    settings = {"process": process, "prediction": "v", "grid": levels, "seed": 5, "dtype": F64, "sampler": name}
     model = as_model(process, "v")
     got = sample(model, shape=SHAPE, registers=given, **settings)
-    want = by_reference(name, {}, process, "v", levels, drawn(5, START), 5, given=given)
+    begin = drawn(5, START) * process.prior_scale(process.at(levels[0]))
+    want = by_reference(name, {}, process, "v", levels, begin, 5, given=given)
     scale = max(1.0, float(want.abs().max()))
     assert torch.allclose(got, want, rtol=0, atol=1e-10 * scale)
     mask, known = (normal(2) > 0).double(), normal(1)
@@ -208,8 +209,8 @@ def test_a_program_prints():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_programs_repeat(name, monkeypatch):
     """Every compilation gives the same rows, wherever symbols lie in memory: the same bits in every process."""
-    process = PROCESSES["vp"]
-    points = [process.at(r) for r in settled(name)]
+    process, levels = settled(name)
+    points = [process.at(r) for r in levels]
     texts = set()
     for salt in range(6):
         monkeypatch.setattr(Symbol, "__hash__", lambda symbol: hash((symbol.name, salt)))  # noqa: B023

@@ -65,12 +65,12 @@ class Sampler:
 
 @functools.cache
 def _traced(solver: Callable[..., Any]) -> Program | None:
-    process = VariancePreserving.linear()
-    points = [process.at(r) for r in grids.trailing(12, process)]
-    for levels in (points, points[:-1]):  # some end before 0
+    discrete = VariancePreserving.linear()
+    ratios = grids.trailing(12, discrete)
+    for process, levels in ((discrete, ratios), (discrete, ratios[:-1]), (Flow(), ratios)):  # some end before 0, or are of flows
         try:
             with np.errstate(all="ignore"):
-                return compiled(solver, levels, process, "eps")
+                return compiled(solver, [process.at(r) for r in levels], process, "eps")
         except (ValueError, TypeError, AttributeError, NotImplementedError):  # of another process
             continue
     return None

@@ -44,6 +44,8 @@ def euler_ancestral_rf(run: Any, x: Any, points: Points, eta: float = 1.0, s_noi
 
     It lies at sigma_q (1 - eta (1 - sigma_q / sigma_p)), which at eta = 1 is DDPM's in sigma instead of in sigma / alpha.
     """
+    if not all(np.allclose(p.alpha + p.sigma, 1) for p in points):
+        raise ValueError("euler_ancestral_rf: alpha + sigma is not 1, expected the levels of a flow; euler_ancestral takes any")
     for _, p, q in run.steps(points):
         below = q.sigma * (1 - eta * (1 - q.sigma / p.sigma))
         down = Point(1 - below, below, None) if eta else q
