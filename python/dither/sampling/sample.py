@@ -67,7 +67,11 @@ class Sampler:
 def _traced(solver: Callable[..., Any]) -> Program | None:
     discrete = VariancePreserving.linear()
     ratios = grids.trailing(12, discrete)
-    for process, levels in ((discrete, ratios), (discrete, ratios[:-1]), (Flow(), ratios)):  # some end before 0, or are of flows
+    for process, levels in (
+        (discrete, ratios),
+        (discrete, ratios[:-1]),
+        (Flow(), ratios),
+    ):  # some end before 0, or are of flows
         try:
             with np.errstate(all="ignore"):
                 return compiled(solver, [process.at(r) for r in levels], process, "eps")
