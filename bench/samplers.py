@@ -18,6 +18,7 @@ import argparse
 import datetime
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import statistics
@@ -117,7 +118,7 @@ def sample_x(name, steps, x, theirs):
     start, calls = x * sigmas[0], []
     theirs = getattr(theirs, name)
     options = {"disable": True}
-    if "noise_sampler" in theirs.__code__.co_varnames:
+    if "noise_sampler" in inspect.signature(theirs).parameters:
         options["noise_sampler"] = lambda sigma, after: torch.randn_like(x)
     sigmas = sigmas.to(x.device)
     found = {

@@ -125,6 +125,24 @@ def test_private_steps_of_processes_in_turns(tmp_path):
     assert (tmp_path / "steps.md").read_text().count("LSTM") == 4  # the command, three rows
 
 
+def test_samplers_in_turns(tmp_path):
+    pytest.importorskip("diffusers")
+    script = pathlib.Path(__file__).parents[1] / "bench" / "samplers.py"
+    if not script.exists():
+        pytest.skip("not in a checkout")
+    options = ["--samplers", "DPM++2M", "k: euler", "--steps", "6", "--rounds", "2", "--out"]
+    done = subprocess.run([sys.executable, script, *options, tmp_path / "samplers"], capture_output=True, text=True)
+    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    rows = json.loads((tmp_path / "samplers.json").read_text())["rows"]
+    found = [(row["sampler"], row["shape"][0]) for row in rows if not row["sampler"].startswith("k:")]
+    assert found == [("DPM++2M", 4), ("SDE-DPM++2M", 4), ("DPM++2M", 1), ("SDE-DPM++2M", 1)]
+    for row in rows:
+        assert row["of_dither"]["dither"] == 1 and min(row["microseconds"].values()) > 0
+        assert (row["differs"] is None) == (row["sampler"] in ("SDE-DPM++2M", "k: euler_ancestral"))
+        assert row["differs"] is None or row["differs"] < 1e-4
+    assert (tmp_path / "samplers.md").read_text().count("| DPM++2M | ") == 2
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="family is 'noize', expected one of noise, optim"):
         bench.main(["noize"])
