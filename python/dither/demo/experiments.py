@@ -1,4 +1,4 @@
-"""What the demonstration measures: three networks, in several ways each, over several seeds; a transformer; transport; samplers."""
+"""What the demonstration measures: three networks, in several ways each, over seeds; a transformer; transport; samplers."""
 
 from __future__ import annotations
 

@@ -152,17 +152,26 @@ def _transport_tables(found: TransportResults) -> list[Table]:
 
 
 def _sampling_tables(found: SamplingResults) -> list[Table]:
-    columns = ["", *map(str, found.budget.evaluations)]
-    rows, errors = [], []
-    for method in METHODS:
-        at = [(method, evaluations) for evaluations in found.budget.evaluations]
-        rows.append([method, *(f"{statistics.fmean(found.divergences[key]):.2f}" for key in at)])
-        if at[0] in found.errors:
-            errors.append([method, *(f"{statistics.fmean(found.errors[key]):.4f}" for key in at)])
-    rows.append(["other real digits", *[f"{found.real:.2f}"] * len(found.budget.evaluations)])
+    evaluations = found.budget.evaluations
+
+    def table(
+        title: str, values: dict[tuple[str, int], list[float]], digits: int, real: dict[str, float] | None = None
+    ) -> Table:
+        means = {m: [statistics.fmean(values[m, n]) for n in evaluations] for m in METHODS if values[m, evaluations[0]]}
+        means |= {name: [value] * len(evaluations) for name, value in (real or {}).items()}
+        rows = [[name, *(f"{mean:.{digits}f}" for mean in row)] for name, row in means.items()]
+        return Table(f"{title}, by evaluations", ["", *map(str, evaluations)], rows)
+
+    distance, spread = found.real
     return [
-        Table(f"Sampling: how far from real digits, by evaluations, draws: {found.budget.draws}", columns, rows),
-        Table("How far from the exact flow of the same model, by evaluations", columns, errors),
+        table(
+            f"Sampling: how far from real digits, draws: {found.budget.draws}",
+            found.divergences,
+            2,
+            {"other real digits": distance},
+        ),
+        table("Variance within a class", found.spreads, 2, {"real digits": spread}),
+        table("How far from the exact flow of the same model", found.errors, 4),
     ]
 
 
@@ -309,8 +318,8 @@ def sampling_figure(found: SamplingResults, path: Path) -> None:
     fig = Figure(figsize=(2.9 * len(evaluations), 1.15 * len(METHODS)), layout="constrained")
     for row, method in zip(fig.subplots(len(METHODS), len(evaluations), squeeze=False), METHODS):
         for ax, count in zip(row, evaluations):
-            halves = found.pictures[method, count].chunk(2)
-            ax.imshow(torch.cat([torch.cat([*half], 1) for half in halves]), cmap="gray_r", vmin=0, vmax=1)
+            digits = torch.nn.functional.pad(found.pictures[method, count], (1, 1, 1, 1)).view(2, 5, 10, 10)
+            ax.imshow(digits.transpose(1, 2).flatten(0, 1).flatten(1), cmap="gray_r", vmin=0, vmax=1)
             ax.set_xticks([])
             ax.set_yticks([])
             if method == next(iter(METHODS)):
@@ -367,13 +376,14 @@ transport, and exact solvers are a match for entropic ones: what these add is gr
 
 
 def sampling_text(found: SamplingResults) -> str:
-    return f"""A network of {found.parameters:,} weights learns the noise of noisy digits, one seed, and each method draws
-    {found.budget.draws} times as many digits as it is compared with, the test's, from the same first noise. Heun's method takes two
-    evaluations a step, so its steps are twice as long. The divergence is that of the table of transport. Once steps are short
-    enough, what is left of it is the model's, which is the same for all methods without noise; fresh noise on the way corrects
-    part of what the model does wrong. Too few steps blur digits, which this distance likes: so DDIM looks better than
-    it is. Distance from the exact flow: rms over pixels of standard deviation 1, from {found.budget.exact} steps of
-    Heun's method."""
+    return f"""A network of {found.parameters:,} weights learns the noise of noisy digits, given their labels; then
+    every method draws digits of the labels of the test, which they are compared with, from the same first noise;
+    means over the draws. Heun's method takes two evaluations a step, so that its steps are twice as long. The
+    divergence is that of the table of transport, the variance is summed over pixels. Where the steps are short
+    enough, what remains is the model's, the same for all methods without noise. The divergence likes digits that vary
+    less than real ones: those of DDIM's long steps, and of noise on the way, may come nearer than other real digits
+    do. The exact flow: {found.budget.exact} steps of Heun's method; distances from it are rms over pixels of standard
+    deviation 1. They are what a method of higher order makes small."""
 
 
 def _fill(text: str, indent: str = "") -> str:
@@ -430,15 +440,16 @@ def conditions(results: Results) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    deep, small, sparse, privately, kept, cost_of_tokens, distances, colours, solvers, sampled, flows, *grid = (
+    deep, small, sparse, privately, kept, cost_of_tokens, distances, colours, solvers, *rest = (
         f"**{table.title}**\n\n{table.markdown()}" for table in tables(results)
     )
+    (sampled, spreads, flows), grid = rest[:3], rest[3:]
     bfloat16 = _fill(
         """AdamW bfloat16 keeps parameters, gradients and both moments in bfloat16 and rounds stochastically: half
         their bytes. Differences smaller than the spread of the seeds mean nothing (one test image is 0.28 %)."""
     )
     paragraphs = [
-        "# Gradient noise, fused optimizers, N:M sparsity, privacy, fewer tokens, optimal transport and sampling on real digits",
+        "# Gradient noise, fused optimizers, sparsity, privacy, fewer tokens, optimal transport and sampling on real digits",
         "![Loss curves and accuracies](figure.png)",
         "## Gradient noise",
         deep,
@@ -471,6 +482,7 @@ def markdown(results: Results) -> str:
         "![Error of the marginals over time](transport.png)",
         "## Sampling",
         sampled,
+        spreads,
         flows,
         _fill(sampling_text(results.sampling)),
         "![Digits from the same noise, by method and number of evaluations](sampling.png)",
