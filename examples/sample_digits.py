@@ -10,25 +10,22 @@ from torch import nn
 
 from dither import noise, sampling
 
-STEPS, BATCH, SAMPLES, DEVIATION = 4000, 256, 256, 0.5
+STEPS, BATCH, SAMPLES, COUNTS, DEVIATION = 4000, 256, 256, (6, 10, 20, 40), 0.5
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-images, labels = load_digits(return_X_y=True)
-digits = torch.from_numpy(images).float() / 8 - 1
+images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+digits = images.float() / 8 - 1
 digits *= DEVIATION / digits.std()
-labels = torch.from_numpy(labels)
 
 net = nn.Sequential(nn.Linear(64 + 16 + 10, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 64))
 frequencies = torch.logspace(-1, 1, 8)
 
 
 def denoiser(x: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    s = sigma[:, None]
+    s, angles = sigma[:, None], sigma[:, None].log() / 4 * frequencies
     total = (s**2 + DEVIATION**2).sqrt()
-    angles = s.log() / 4 * frequencies
-    kind = nn.functional.one_hot(label, 10).to(x)
-    seen = torch.cat([x / total, angles.sin(), angles.cos(), kind], 1)
+    seen = torch.cat([x / total, angles.sin(), angles.cos(), nn.functional.one_hot(label, 10)], 1)
     return x * (DEVIATION / total) ** 2 + net(seen) * s * DEVIATION / total
 
 
@@ -50,17 +47,13 @@ label = torch.arange(SAMPLES) % 10
 run = {"shape": (SAMPLES, 64), "process": "ve", "seed": 0, "arguments": {"label": label}}
 run["grid_options"] = {"sigma_min": 0.01, "sigma_max": 20.0}
 end = sampling.sample(denoiser, sampler="heun", steps=400, **run)
-counts = (6, 10, 20, 40)
-print("RMS distance to the end of the flow, by evaluations of the model:", *counts)
+print("RMS distance to the end of the flow, by evaluations of the model:", *COUNTS)
 for name in ("euler", "heun", "dpmpp_2m", "unipc"):
     each = 2 if name == "heun" else 1  # evaluations of a step
-    found = [sampling.sample(denoiser, sampler=name, steps=count // each, **run) for count in counts]
+    found = [sampling.sample(denoiser, sampler=name, steps=count // each, **run) for count in COUNTS]
     print(f"{name:9}", *(f"{(x - end).square().mean().sqrt():.4f}" for x in found))
-
-# what they show: the label of the nearest training digit
 x = sampling.sample(denoiser, sampler="dpmpp_2m", steps=20, **run)
-nearest = torch.cdist(x, digits).argmin(1)
-print(f"the nearest real digit has the label asked for: {100 * (labels[nearest] == label).double().mean():.1f} %")
-levels = (x[:10] * 4.5 + 4.5).clamp(0, 9).int().view(10, 8, 8)
-for row in range(8):
-    print("  ".join("".join(" .:-=+*#%@"[level] for level in levels[i, row].tolist()) for i in range(10)))
+right = (labels[torch.cdist(x, digits).argmin(1)] == label).double().mean()
+print(f"the nearest real digit has the label asked for: {100 * right:.1f} %")
+for line in (x[:10] * 4.5 + 4.5).clamp(0, 9).int().view(10, 8, 8).transpose(0, 1).tolist():
+    print("  ".join("".join(" .:-=+*#%@"[level] for level in levels) for levels in line))
