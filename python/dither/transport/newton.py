@@ -25,7 +25,7 @@ _DROPPED = 0.02  # share of the plan that the first Hessian may lack
 DIRECT = 4000  # columns of a Schur complement that is factorised
 PRODUCTS = 200, 20_000  # of conjugate gradients, where a factorisation can follow and where not
 BATCH = 3, 80  # sweeps between steps, first and at most
-NEAR, WARM = 0.003, 20  # an error from which Newton needs no path, and the steps in which it should be there
+NEAR, WARM = 0.03, 20  # an error from which Newton needs no path, and the steps in which it should be there
 FAR = 50  # no step: without what was dropped, groups of points share no mass
 _SPARSE = 0.008  # of its entries, up to which scipy's factors are smaller
 
@@ -69,13 +69,13 @@ class Problem:
         return x if self.whole else torch.where(self.alive[side], x, 0)
 
 
-def solve_newton(p: Problem, reg: float, tol: float, steps: int, counts: Counts, warm: int = 0) -> float:
+def solve_newton(p: Problem, reg: float, tol: float, steps: int, counts: Counts, warm: int) -> float:
     """Newton's method on weights of sum 1. The error that is left.
 
-    warm: from p.f and p.g, where these are near after as many Sinkhorn iterations.
+    From p.f and p.g where these are near after `warm` Sinkhorn iterations, or on the path.
     """
     narrow = p.costs.coarse(reg)[0]
-    if warm and p.sweep(reg, warm, NEAR, narrow, counts)[0] <= NEAR:
+    if p.sweep(reg, warm, NEAR, narrow, counts)[0] <= NEAR:
         error = semidual(p, reg, tol, min(steps, WARM), counts, narrow and tol >= 1e-5)
         if error <= tol:
             return error

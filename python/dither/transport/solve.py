@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from .unbalanced import iterate, penalties
 METHODS = ("auto", "sinkhorn", "newton", "sns")
 _SPENT = 100  # Sinkhorn iterations that take as long as Newton's path
 _LOOK = 25  # iterations before a first look at their rate
+_WARM = 20  # iterations from which on Newton's steps may need no path; they cost up to 6% of it
 _FLOOR = 1e-5  # error that sweeps in float32 reach
-_DIGITS = 1e14  # costs over reg from which on rounding them may change a plan by a percent
+_NEAR = 0.1  # share of tol from which on rounding may count
 _LEAST = 1e-30  # weight, of a mass of 1, by which a sweep's sums of 2^900 can divide
 
 
@@ -39,15 +40,20 @@ class Transport:
     status: str
     """"converged", or "not converged: ..." with the reason."""
     converged: bool
-    history: list[list[float]] = field(repr=False)
+    history: list[list[float]]
     """L1 errors, of each problem: Sinkhorn's iterations, or Newton's steps on every level of reg."""
-    _errors: Tensor = field(repr=False)
-    _iterations: Tensor = field(repr=False)
-    _newton: Tensor = field(repr=False)
-    _batched: bool = field(repr=False)
-    _numpy: bool = field(repr=False)
-    _solution: Solution = field(repr=False)
-    _inputs: Inputs | None = field(repr=False)
+    _errors: Tensor
+    _iterations: Tensor
+    _newton: Tensor
+    _batched: bool
+    _numpy: bool
+    _solution: Solution
+    _inputs: Inputs | None
+
+    def __repr__(self) -> str:
+        """Of a batch, the largest of each number."""
+        error, sweeps, steps = (t.max().item() if len(t) else 0 for t in (self._errors, self._iterations, self._newton))
+        return f"Transport(status={self.status!r}, error={error:.2g}, iterations={sweeps}, newton_steps={steps})"
 
     def _out(self, t: Tensor) -> Any:
         t = t if self._batched else t[0]
@@ -190,7 +196,7 @@ def solve(
     compare with.
     tol: for the L1 error of both marginals together, in units of their sum. max_iterations: of Sinkhorn; and of Newton's steps,
     which end with the 200th or after 20 000 sweeps anyway. warmstart: potentials (f, g) of an earlier result;
-    Newton starts there where 20 iterations bring the error to 0.003 of the mass, and on its path where they do not.
+    "newton" starts there, or at 0, where 20 iterations bring the error to 0.03 of the mass, and on its path where they do not.
     warn: warn where tol was not reached.
 
     unbalanced: rho or (rho_a, rho_b), for min <P, M> + reg KL(P | a b^T) + rho_a KL(P 1 | a) + rho_b KL(P^T 1 | b) with
@@ -227,6 +233,9 @@ def solve(
     done = wa.new_zeros(batch, dtype=torch.int64), wa.new_zeros(batch, dtype=torch.int64)
     history: list[list[float]] = [[] for _ in range(batch)]
     goal = tol * float(wa.sum(1).max()) if free and batch else tol
+    rounding = [torch.finfo(torch.float64).eps * size / reg for size in costs.magnitudes]
+    lost = [each > _NEAR * tol for each in rounding]
+    aim = goal / 2 if any(lost) and not free else goal  # so that rounding, which iterations do not see, has the other half
     given, unit = (wa, wb), wa.new_ones(batch, 1)
     moved: tuple[Tensor, ...] = ()
     if not free:
@@ -244,23 +253,22 @@ def solve(
     if method == "sns":
         for i in range(batch):
             counts = Counts()
-            errors[i] = sparse_newton(one(i), reg, goal, counts)
+            errors[i] = sparse_newton(one(i), reg, aim, counts)
             _note(counts, i, done, history)
     slow = list(range(batch))
     if free:
         errors, slow = iterate(owner, costs, reg, rho, wa, wb, f, g, goal, max_iterations, done[0], history), []
     elif method in ("auto", "sinkhorn"):
-        slow = _iterate(costs, reg, wa, wb, f, g, goal, max_iterations, method == "auto", errors, done[0], history)
+        slow = _iterate(costs, reg, wa, wb, f, g, aim, max_iterations, method == "auto", errors, done[0], history)
     if method in ("auto", "newton"):
         for i in slow:
             counts = Counts()
-            warm = 1 if method == "auto" else 20 if warmstart is not None else 0
-            errors[i] = solve_newton(one(i), reg, goal, min(STEPS, max_iterations), counts, warm)
+            warm = 1 if method == "auto" else _WARM
+            errors[i] = solve_newton(one(i), reg, aim, min(STEPS, max_iterations), counts, warm)
             _note(counts, i, done, history)
-    far = [size / reg > _DIGITS for size in costs.magnitudes]
-    if not free and any(far):
+    if not free and any(lost):
         plan_errors = _plan_errors(costs, reg, wa, wb, f, g)
-        errors = torch.where(errors.new_tensor(far, dtype=torch.bool), torch.maximum(errors, plan_errors), errors)
+        errors = torch.where(errors.new_tensor(lost, dtype=torch.bool), torch.maximum(errors, plan_errors), errors)
     worst = float(errors.max()) if batch else 0.0
     wa, wb = given
     for potential, by in zip((f, g), moved):
@@ -272,9 +280,8 @@ def solve(
         which = f"{late} of {batch} problems have" if batch > 1 else "the marginals have"
         share = worst * (tol / goal if goal else 1)  # of the sum, as tol is
         status = f"not converged: {which} an error of {share:.1e}, tol is {tol:.1e}, after {int(done[0].max())} iterations"
-        rounding = torch.finfo(torch.float64).eps * max(costs.magnitudes) / reg
-        if rounding > tol:
-            status += f"; rounding alone, of costs over reg, leaves up to {rounding:.1e}"
+        if max(rounding) > tol:
+            status += f"; rounding alone, of costs over reg, leaves up to {max(rounding):.1e}"
         if warn:
             _warn.warn(f"solve: {status}")
     errors = errors * unit.squeeze(1)
@@ -338,8 +345,8 @@ def _scaled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor,
 
 def _plan_errors(costs: Costs, reg: float, a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor:
     """L1 errors [B] of the plan that f and g give, where what a sweep says of them is lost in rounding."""
-    plan = costs.plan(reg, f, g)
-    errors = (plan.sum(2) - a).abs().sum(1) + (plan.sum(1) - b).abs().sum(1)
+    rows, _, columns = _core.plan_sums(costs, reg, f, g)
+    errors = (rows - a).abs().sum(1) + (columns - b).abs().sum(1)
     return errors.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
