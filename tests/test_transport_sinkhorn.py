@@ -10,7 +10,7 @@ import torch
 
 import dither
 from dither import reference
-from dither.transport import PointCloud, partial, sinkhorn, sinkhorn2, solve
+from dither.transport import PointCloud, _core, partial, sinkhorn, sinkhorn2, solve
 from dither.transport.costs import prepared
 from machines import machine
 
@@ -461,11 +461,32 @@ def test_without_direct_solves(monkeypatch):
     assert r.converged
 
 
-def test_overrelaxation():
+@pytest.mark.parametrize("method", ("sinkhorn", "auto"))
+def test_overrelaxation(method):
     """Between the costs where Sinkhorn's iterations suffice and those for Newton."""
     c = instance("P2", 250)
-    plain, auto = (solve(None, None, c, 0.01, method=method) for method in ("sinkhorn", "auto"))
-    assert auto.newton_steps == 0 and auto.converged and 1.5 * auto.iterations < plain.iterations  # 43 and 75 were found
+    found = solve(None, None, c, 0.01, method=method)
+    f, g, w = torch.zeros(1, 250, dtype=F64), torch.zeros(1, 250, dtype=F64), torch.full((1, 250), 1 / 250, dtype=F64)
+    plain = _core.sweep(prepared("test", c)[0], 0.01, w, w, f, g, 1000, 1e-9)
+    assert found.newton_steps == 0 and found.converged and 1.5 * found.iterations < int(plain.done)  # 43 and 75 were found
+
+
+def test_overrelaxation_takes_longer_where_rates_are_low():
+    r = solve(None, None, instance("P2", 250), 1e-3, method="sinkhorn")
+    assert r.converged and r.iterations <= 1500  # 899 were found, more than 20,000 without
+
+
+@pytest.mark.parametrize("seed", (24, 32, 55, 63))
+def test_overrelaxation_does_no_harm(seed):
+    """Of weights over orders of magnitude, where from the first iterations on it loses all mass."""
+    from test_transport_properties import costs, rng_of
+    from test_transport_properties import weights as drawn
+
+    rng = rng_of(seed)
+    n, m = rng.integers(1, 40, 2)
+    a, b, c = drawn(rng, n), drawn(rng, m), costs(rng, n, m)
+    r = solve(a, b, c, 1e-3 * abs(c).max(), method="sinkhorn")
+    assert r.converged and r.iterations <= 2500, r.iterations
 
 
 def test_iterations_that_slow_down_give_way():

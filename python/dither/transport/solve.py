@@ -15,7 +15,7 @@ from .._checks import instance, integer, number, one_of
 from . import _core, _warn, gradients
 from .costs import Costs, PointCloud, as_points, as_tensor, is_numpy, points_of, prepared, regularisation
 from .gradients import Inputs, Solution, inputs_of
-from .newton import STEPS, Counts, Problem, solve_newton
+from .newton import NEAR, STEPS, Counts, Problem, solve_newton
 from .sns import sparse_newton
 from .unbalanced import iterate, penalties
 
@@ -190,8 +190,8 @@ def solve(
     M: [n, m] or [B, n, m], a tensor or a numpy array of float32 or float64, or a `PointCloud`; inf forbids a pair. a: [n] or
     [B, n], b: [m] or [B, m], float32 or float64 whatever M is, not negative, of equal sums (to 1e-5, to 1e-8 where all are
     float64; b is then scaled to a's); None: uniform with sum 1. A weight of 0 takes its row or column out of the plan.
-    method: "sinkhorn", iterations in the log domain (Cuturi 2013); "newton", on the semi-dual along a path of shrinking reg
-    (`dither.transport.newton`); "auto", Sinkhorn with over-relaxation, and Newton for the problems where the rate of the first
+    method: "sinkhorn", iterations in the log domain (Cuturi 2013) with over-relaxation; "newton", on the semi-dual along a path
+    of shrinking reg (`dither.transport.newton`); "auto", Sinkhorn, and Newton for the problems where the rate of the first
     iterations foretells more of them than Newton takes; "sns", the algorithm of Tang et al. 2024 as published, dense and to
     compare with.
     tol: for the L1 error of both marginals together, in units of their sum. max_iterations: of Sinkhorn; and of Newton's steps,
@@ -397,12 +397,15 @@ def _iterate(
     done: Tensor,
     history: list[list[float]],
 ) -> list[int]:
-    """Sinkhorn's iterations on all problems, each as if alone. look: leave those to Newton, and return, that will take long."""
+    """Sinkhorn's iterations on all problems, each as if alone, over-relaxed by their observed rate.
+
+    look: leave those to Newton, and return, that will take long. Without, over-relaxation waits until errors are small, and is
+    taken back where they grow.
+    """
     batch = a.shape[0]
     live, slow, unfinished = list(range(batch)), [], []
     narrow = [each for each in costs.coarse(reg) for _ in range(batch // len(costs.magnitudes))]
-    omega, foretold, spent = [1.0] * batch, [math.inf] * batch, [0] * batch
-    step = _LOOK if look else 200
+    omega, bound, foretold, spent = [1.0] * batch, [2.0] * batch, [math.inf] * batch, [0] * batch
 
     def sweep(some: list[int], *options: Any) -> _core.Swept:
         if len(some) == batch:
@@ -414,14 +417,16 @@ def _iterate(
 
     while live:
         alike: dict[tuple[bool, int], list[int]] = {}
-        for i in live:
+        for i in live:  # the slower errors shrink, the longer it takes until their rate shows
+            step = _LOOK if look else max(_LOOK, spent[i] // 2)
             alike.setdefault((narrow[i], min(step, most - spent[i])), []).append(i)
         live = []
         for (coarse, iterations), some in alike.items():
             goal = max(tol, _FLOOR) if coarse else tol
+            before = f[some], g[some]
             found = sweep(some, iterations, goal, coarse, (1.0, 1.0), f.new_tensor([omega[i] for i in some]))
             errors[some] = found.last
-            for i, count, trace in zip(some, found.done.tolist(), found.errors.tolist()):
+            for at, (i, count, trace) in enumerate(zip(some, found.done.tolist(), found.errors.tolist())):
                 history[i] += trace[:count]
                 spent[i] += count
                 last = trace[count - 1]
@@ -432,15 +437,22 @@ def _iterate(
                 if spent[i] >= most:
                     unfinished.append(i)
                     continue
+                used = omega[i]
+                left, best = _forecast(history[i], tol, used)
+                omega[i] = min(best, bound[i])
                 if look:
                     # Rates rise as iterations go on, and a forecast says too little: what was spent counts against the next,
                     # and one that says more than the last is not believed.
-                    left, omega[i] = _forecast(history[i], tol, omega[i])
                     most_left = max(_SPENT + _LOOK - spent[i], _SPENT // 2)
                     if left * _slowing(history[i]) > most_left or left > max(_LOOK, foretold[i]):
                         slow.append(i)
                         continue
                     foretold[i] = left
+                elif used > 1 and not last < trace[0]:  # too much of it: without, errors never grow
+                    f[i], g[i] = before[0][at], before[1][at]
+                    omega[i], bound[i] = 1.0, (1 + used) / 2
+                elif last > NEAR:
+                    omega[i] = 1.0
                 live.append(i)
     if unfinished:  # g has moved since
         errors[unfinished] = sweep(unfinished, 1, math.inf).last
