@@ -453,6 +453,8 @@ def _iterate(
                     omega[i], bound[i] = 1.0, (1 + used) / 2
                 elif last > NEAR:
                     omega[i] = 1.0
+                elif used > 1:  # the rate of later iterations may bear it
+                    bound[i] = (2 + bound[i]) / 2
                 live.append(i)
     if unfinished:  # g has moved since
         errors[unfinished] = sweep(unfinished, 1, math.inf).last
