@@ -138,3 +138,21 @@ def test_refusals(options, message):
         barycenter(**given)
     with pytest.warns(UserWarning, match="barycenter: not converged: error"):
         barycenter(bells(), COSTS, 0.01, max_iterations=2)
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+def test_logs(numpy):
+    """Potentials give the plans, from the histograms in rows to the barycenter in columns."""
+    given = [bells(), images()] if numpy else [torch.from_numpy(h) for h in (bells(), images())]
+    costs = COSTS if numpy else torch.from_numpy(COSTS)
+    p, log = barycenter(given[0], costs, 0.01, tol=1e-10, log=True)
+    f, g = log["potentials"]
+    assert log["converged"] and log["error"] <= 1e-10 and 1 < log["iterations"] < 10_000
+    assert type(f) is type(p) and f.shape == g.shape == given[0].shape
+    for k in range(3):
+        plan = np.exp(np.asarray(f)[:, k, None] + np.asarray(g)[:, k] - COSTS / 0.01)
+        np.testing.assert_allclose(plan.sum(1), bells()[:, k], atol=1e-12)
+        np.testing.assert_allclose(plan.sum(0), np.asarray(p), atol=1e-9)
+    p, log = convolutional_barycenter(given[1], 0.01, max_iterations=2, warn=False, log=True)
+    assert not log["converged"] and log["iterations"] == 2 and log["error"] > 1e-6
+    assert type(p) is type(log["potentials"][0]) and log["potentials"][1].shape == given[1].shape

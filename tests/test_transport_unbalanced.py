@@ -243,6 +243,19 @@ def test_partial_moves_its_mass_where_reg_is_small(reg):
     assert plan.sum() == pytest.approx(0.4, abs=1e-9) and (plan.sum(0) <= b + 1e-10).all()
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e3])
+def test_partial_logs(apart):
+    """Potentials are those of M itself, whatever all its costs share."""
+    a, b, m = instance()
+    m += apart
+    plan, log = partial(a, b, m, 0.1, 0.5, tol=1e-10, log=True)
+    f, g = log["potentials"]
+    assert log["converged"] and log["error"] <= 1e-10 and log["iterations"] > 1
+    np.testing.assert_allclose(np.exp(f[:, None] + g - m / 0.1), plan, rtol=1e-7, atol=1e-12)
+    _, log = partial(*map(torch.from_numpy, (a, b, m)), 0.1, 0.5, max_iterations=1, warn=False, log=True)
+    assert not log["converged"] and log["iterations"] == 1 and isinstance(log["potentials"][0], torch.Tensor)
+
+
 def test_partial_refuses():
     a, b, m = instance()
     with pytest.raises(ValueError, match=r"partial: m is 0\.9, expected 0 < m <= 0\.7"):

@@ -22,6 +22,7 @@ def barycenter(
     tol: float = 1e-6,
     max_iterations: int = 10_000,
     warn: bool = True,
+    log: bool = False,
 ) -> Any:
     """The histogram p that minimises sum_k weights_k OT(p, A_k), OT entropic with costs M and sum P ln P; arguments as POT's.
 
@@ -29,7 +30,9 @@ def barycenter(
     sum 1; None: equal ones. By iterative Bregman projections (Benamou et al. 2015). debiased: the barycenter of Sinkhorn
     divergences (Janati et al. 2020), which does not blur: that of equal histograms is that histogram. M must then be symmetric.
     tol: for the L1 distances of the plans' first marginals from p, averaged by the weights, in units of A's sum.
-    Returns [n], of A's dtype, a numpy array if A is one; gradients flow through the iterations.
+    Returns [n], of A's dtype, a numpy array if A is one; gradients flow through the iterations. log: return (p, log), a dict of
+    "converged", "error", those distances, "iterations" and "potentials", f and g in float64, [n, S] as A, without gradients:
+    the plan from A_k to p is exp(f_ik + g_jk - M_ij / reg).
     """
     owner = "barycenter"
     a, m = as_tensor(owner, "A", A), as_tensor(owner, "M", M)
@@ -50,8 +53,9 @@ def barycenter(
     def smooth(t: Tensor, transposed: bool = False) -> Tensor:
         return ((logits.mT if transposed else logits) + t.unsqueeze(-2)).logsumexp(-1)
 
-    found = _projections(owner, a.mT, weights, smooth, debiased, tol, max_iterations, warn)
-    return found if isinstance(A, Tensor) else found.numpy()
+    found, how = _projections(owner, a.mT, weights, smooth, debiased, tol, max_iterations, warn, log)
+    how |= {"potentials": tuple(t.mT for t in how["potentials"])} if log else {}
+    return _out(A, found, how)
 
 
 def convolutional_barycenter(
@@ -62,11 +66,13 @@ def convolutional_barycenter(
     tol: float = 1e-6,
     max_iterations: int = 10_000,
     warn: bool = True,
+    log: bool = False,
 ) -> Any:
     """The barycenter of images A [S, height, width], or of grids [S, ...] of any dimensions (Solomon et al. 2015).
 
     The cost is the squared distance of pixels, every side of the grid having length 1. Its kernel is a product over axes: an
-    iteration takes time S height width (height + width). Otherwise as `barycenter`; returns A's shape without S.
+    iteration takes time S height width (height + width). Otherwise as `barycenter`; returns A's shape without S, and
+    potentials of A's shape.
     """
     owner = "convolutional_barycenter"
     a = as_tensor(owner, "A", A)
@@ -81,8 +87,13 @@ def convolutional_barycenter(
             t = (logit + t.movedim(axis, -1).unsqueeze(-2)).logsumexp(-1).movedim(-1, axis)
         return t
 
-    found = _projections(owner, a, weights, smooth, debiased, tol, max_iterations, warn)
-    return found if isinstance(A, Tensor) else found.numpy()
+    return _out(A, *_projections(owner, a, weights, smooth, debiased, tol, max_iterations, warn, log))
+
+
+def _out(given: Any, found: Tensor, how: dict[str, Any]) -> Any:
+    """As the histograms were given; how: empty where it was not asked for."""
+    out: Callable[[Tensor], Any] = lambda t: t if isinstance(given, Tensor) else t.numpy()
+    return (out(found), how | {"potentials": tuple(map(out, how["potentials"]))}) if how else out(found)
 
 
 def _distance(p: Tensor, q: Tensor) -> float:
@@ -98,9 +109,11 @@ def _projections(
     tol: float,
     most: int,
     warn: bool,
-) -> Tensor:
-    """Of histograms a [S, ...]; smooth: ln (K exp(t)), ln (K^T exp(t))."""
-    instance(owner, "debiased", debiased, bool, "a bool")
+    log: bool,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Of histograms a [S, ...]; smooth: ln (K exp(t)), ln (K^T exp(t)). The log is empty unless it is asked for."""
+    for name, flag in (("debiased", debiased), ("log", log)):
+        instance(owner, name, flag, bool, "a bool")
     tol = number(owner, "tol", tol, least=0)
     integer(owner, "max_iterations", most, 1)
     if not bool((a >= 0).all() and (a < torch.inf).all()):
@@ -118,7 +131,9 @@ def _projections(
     shares = shares.reshape(-1, *[1] * len(dims))
     logs = torch.where(a > 0, torch.where(a > 0, a, 1).double().log(), -torch.inf)
     u, bias = torch.zeros_like(logs), torch.zeros_like(logs[0])
-    for _ in range(most):
+    done = 0
+    while done < most:
+        done += 1
         v = smooth(logs - smooth(u, False), True)
         log_p = (shares * v).sum(0) + bias
         with torch.no_grad():
@@ -133,4 +148,7 @@ def _projections(
     else:
         if warn:
             _warn.warn(f"{owner}: not converged: error {error:.1e}, tol {tol:.1e}")
-    return log_p.exp().to(a.dtype)
+    how: dict[str, Any] = {"converged": error <= tol, "error": error, "iterations": done}
+    with torch.no_grad():
+        how |= {"potentials": (logs - smooth(u, False), u.detach())} if log else {}
+    return log_p.exp().to(a.dtype), how if log else {}
