@@ -56,11 +56,13 @@ def sinkhorn2(
     stopThr: float = 1e-9,
     verbose: bool = False,
     log: bool = False,
-    warn: bool = True,
+    warn: bool = False,
     warmstart: Any = None,
     **others: Any,
 ) -> Any:
-    """<P, M> as `ot.sinkhorn2` gives it, a number or a tensor like M, or [k] where b is [m, k]. Otherwise as `sinkhorn`."""
+    """<P, M> as `ot.sinkhorn2` gives it, a number or a tensor like M, or [k] where b is [m, k]. Otherwise as `sinkhorn`, but
+    without a warning by default, as POT's.
+    """
     given, result = _solved("sinkhorn2", a, b, M, reg, method, numItermax, stopThr, verbose, warn, warmstart)
     found = given.out(result.value_linear)
     return (found, _log(given, result, reg, method)) if log else found
