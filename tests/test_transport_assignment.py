@@ -251,6 +251,8 @@ BAD = {
     "immiscible_noise: x is torch.int64": lambda: immiscible_noise(X.long(), X),
     "immiscible_noise: method is 'best'": lambda: immiscible_noise(X, X, "best"),
     "immiscible_noise: reg is 1.0, expected None": lambda: immiscible_noise(X, X, reg=1.0),
+    "immiscible_noise: noise has values that are not finite": lambda: immiscible_noise(X, X / 0),
+    "ot_coupling: x1 has values that are not finite": lambda: ot_coupling(X, X / 0),
     "ot_coupling: x1 has 2 samples, expected 3": lambda: ot_coupling(X, X[:2]),
     "ot_coupling: x1 is torch.float32 of shape [3, 1]": lambda: ot_coupling(X, X[:, :1]),
     "ot_coupling: x0 has shape [0, 2]": lambda: ot_coupling(X[:0], X),

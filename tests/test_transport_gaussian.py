@@ -313,6 +313,26 @@ BAD = [
     (lambda: transport.bures_wasserstein_geodesic(M, M, C, C, 1.5), ValueError, "t is 1.5, expected 0 <= t <= 1"),
     (lambda: transport.bures_wasserstein_barycenter(M, C), ValueError, "C has shape [3, 3], expected [at least 1, d, d]"),
     (lambda: transport.bures_wasserstein_barycenter(M[None], C[None], -M[:1] - 1), ValueError, "weights is [-1.0], expected"),
+    (
+        lambda: transport.bures_wasserstein_loss(M, M, C * torch.nan, C),
+        ValueError,
+        "bures_wasserstein_loss: Cs has values that are not finite",
+    ),
+    (
+        lambda: transport.bures_wasserstein_distance(M, M, C, torch.ones(3, 3).tril()),
+        ValueError,
+        "bures_wasserstein_distance: Ct differs from its transpose by 1, expected symmetric covariances",
+    ),
+    (
+        lambda: transport.bures_wasserstein_geodesic(M, M, C, -C, 0.5),
+        ValueError,
+        "bures_wasserstein_geodesic: Ct has an eigenvalue of -1, expected covariances >= 0",
+    ),
+    (
+        lambda: transport.bures_wasserstein_barycenter(M[None], -C[None]),
+        ValueError,
+        "bures_wasserstein_barycenter: C has an eigenvalue of -1",
+    ),
     (lambda: transport.forward_backward_step(M, C, M, C, 0), ValueError, "step_size is 0, expected 0 < step_size"),
     (
         lambda: transport.forward_backward_gvi(exact, M[:2], C, 0.1, 1),

@@ -176,6 +176,7 @@ def test_figures(tmp_path):
     assert list(lines[0].get_ydata()) == results["sinkhorn"].history[0]
     figure = draw_plan(results["newton"], tmp_path / "matrix.png")
     torch.testing.assert_close(torch.tensor(figure.axes[0].images[0].get_array().data), results["newton"].plan)
+    draw_plan(results["newton"].plan.numpy(), x=x.numpy(), y=y.numpy())
     figure = draw_plan(results["newton"].plan.float(), tmp_path / "lines.png", x=x, y=y, lines=25)
     segments = figure.axes[0].collections[0].get_segments()
     assert len(segments) == 25
@@ -205,6 +206,9 @@ BAD = {
     "draw_convergence: results['a'] is int": lambda: draw_convergence({"a": 1}),
     "draw_convergence: problem is 1": lambda: draw_convergence({"a": SOLVED}, problem=1),
     "draw_plan: plan has shape [3], expected [n, m]": lambda: draw_plan(torch.ones(3)),
+    "draw_plan: plan contains nan, expected finite masses >= 0": lambda: draw_plan(torch.full((2, 2), torch.nan)),
+    "monge_gap: y is ndarray, expected a tensor": lambda: monge_gap(X, X.numpy()),
+    "monge_map_loss: target is ndarray, expected a tensor": lambda: monge_map_loss(X, X, X.numpy()),
     "draw_plan: y is None": lambda: draw_plan(SOLVED, x=X),
     "draw_plan: y has shape [2, 2], expected [3, 2]": lambda: draw_plan(SOLVED, x=X, y=X[:2]),
 }

@@ -374,6 +374,11 @@ BAD = [
     (lambda: transport.wasserstein_1d(X, X, None, 0 * W), ValueError, "v_weights sums to 0, expected a positive number"),
     (lambda: transport.wasserstein_1d(X, X, None, W.double() * 1e-60), ValueError, "v_weights sums to 0, expected a positive"),
     (lambda: transport.wasserstein_1d(X, X, torch.eye(4, 3) * torch.tensor([1.0, 1, 0])), ValueError, "u_weights sums to 0"),
+    (
+        lambda: transport.ReservoirSlicedWasserstein(3)(X.to("meta"), X.to("meta")),
+        ValueError,
+        "X_s is on meta, expected cpu like the module",
+    ),
     (lambda: transport.wasserstein_1d(X, X.to("meta")), ValueError, "v_values is on meta, expected cpu like the points"),
     (lambda: transport.wasserstein_1d(X, X, W.to("meta")), ValueError, "u_weights is on meta, expected cpu like the points"),
     (lambda: transport.sliced_wasserstein_distance(X, X, b=W / 0), ValueError, "distance: b sums to inf, expected a positive"),

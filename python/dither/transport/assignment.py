@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import number, one_of, tensor
 from .._extras import require
-from .costs import as_rows
+from .costs import as_rows, finite
 from .solve import solve
 
 METHODS = ("exact", "entropic")
@@ -126,6 +126,8 @@ def immiscible_noise(x: Tensor, noise: Tensor, method: str = "exact", *, reg: fl
         raise ValueError(f"{owner}: noise has shape {list(noise.shape)}, expected [B, ...] like x, {list(x.shape)}")
     if noise.device != x.device:
         raise ValueError(f"{owner}: noise is on {noise.device}, expected {x.device} like x")
+    for name, t in (("x", x), ("noise", noise)):
+        finite(owner, name, t)
     if reg is not None and method != "entropic":
         raise ValueError(f"{owner}: reg is {reg!r}, expected None with method {method!r}")
     everywhere = noise if group is None else _gathered(noise, group)

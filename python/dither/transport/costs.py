@@ -46,9 +46,13 @@ def as_points(owner: str, first: tuple[str, Any], second: tuple[str, Any]) -> tu
     if y.dtype != x.dtype or y.device != x.device:
         raise ValueError(f"{owner}: {other} is {y.dtype} on {y.device}, expected {x.dtype} on {x.device} like {name}")
     for given, t in ((name, x), (other, y)):
-        if not t.isfinite().all():
-            raise ValueError(f"{owner}: {given} has values that are not finite, expected finite ones")
+        finite(owner, given, t)
     return x, y
+
+
+def finite(owner: str, name: str, x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise ValueError(f"{owner}: {name} has values that are not finite, expected finite ones")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import noise
 from .._checks import integer, number, one_of, tensor
 from .assignment import assign
-from .costs import PointCloud, as_rows
+from .costs import PointCloud, as_rows, finite
 from .solve import solve
 
 METHODS = ("exact", "sinkhorn")
@@ -48,6 +48,8 @@ def ot_coupling(
     one_of(owner, "method", method, METHODS)
     _batches(owner, ("x0", "x1"), x0, x1)
     reg = number(owner, "reg", reg, above=0)
+    for name, t in (("x0", x0), ("x1", x1)):
+        finite(owner, name, t)
     c = PointCloud(as_rows(x0), as_rows(x1)).matrix()
     if method == "exact":
         if len(x0) != len(x1):

@@ -93,9 +93,29 @@ def _covariance(owner: str, name: str, c: Any) -> Tensor:
     return c  # type: ignore[no-any-return]
 
 
+def _checked(owner: str, name: str, c: Any) -> Tensor:
+    """A covariance, symmetric and >= 0 but for rounding: on the CPU, where looking is no waiting, and outside of transforms."""
+    held = _covariance(owner, name, c).detach()
+    if c.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return c  # type: ignore[no-any-return]
+    if not bool(held.isfinite().all()):
+        raise ValueError(f"{owner}: {name} has values that are not finite, expected finite ones")
+    slack = math.sqrt(torch.finfo(held.dtype).eps) * held.abs().amax((-2, -1), keepdim=True)
+    apart = (held - held.mT).abs()
+    if bool((apart > slack).any()):
+        raise ValueError(
+            f"{owner}: {name} differs from its transpose by {float(apart.max()):g}, expected symmetric covariances"
+        )
+    shifted = _symmetric(held) + (slack + torch.finfo(held.dtype).tiny) * torch.eye(held.shape[-1], dtype=held.dtype)
+    if bool(torch.linalg.cholesky_ex(shifted).info.any()):
+        least = float(torch.linalg.eigvalsh(_symmetric(held)).min())
+        raise ValueError(f"{owner}: {name} has an eigenvalue of {least:g}, expected covariances >= 0")
+    return c  # type: ignore[no-any-return]
+
+
 def _gaussians(owner: str, ms: Any, mt: Any, Cs: Any, Ct: Any) -> None:
-    d = _covariance(owner, "Cs", Cs).shape[-1]
-    for name, m, size in (("Ct", _covariance(owner, "Ct", Ct), 2), ("ms", ms, 1), ("mt", mt, 1)):
+    d = _checked(owner, "Cs", Cs).shape[-1]
+    for name, m, size in (("Ct", _checked(owner, "Ct", Ct), 2), ("ms", ms, 1), ("mt", mt, 1)):
         if tensor(owner, name, m).shape[-size:] != (d,) * size:
             raise ValueError(f"{owner}: {name} has shape {list(m.shape)}, expected [..., {', '.join([str(d)] * size)}] like Cs")
         if m.dtype != Cs.dtype or m.device != Cs.device:
@@ -134,7 +154,7 @@ def bures_wasserstein_distance(ms: Tensor, mt: Tensor, Cs: Tensor, Ct: Tensor) -
     Returns: [...]. Near 0 it is exact to about sqrt(eps) of the covariances' size: traces cancel.
     """
     _gaussians("bures_wasserstein_distance", ms, mt, Cs, Ct)
-    squared = bures_wasserstein_loss(ms, mt, Cs, Ct)
+    squared = (ms - mt).square().sum(-1) + _bures_squared(Cs, Ct)
     return torch.where(squared != 0, torch.where(squared != 0, squared, 1).sqrt(), 0)
 
 
@@ -144,6 +164,11 @@ def _inverse_root(c: Tensor) -> Tensor:
     return (vectors * scale[..., None, :]) @ vectors.mT
 
 
+def _monge(Cs: Tensor, Ct: Tensor) -> Tensor:
+    root, inverse = matrix_sqrt(Cs), _inverse_root(Cs)
+    return _symmetric(inverse @ matrix_sqrt(root @ Ct @ root) @ inverse)
+
+
 def bures_wasserstein_mapping(ms: Tensor, mt: Tensor, Cs: Tensor, Ct: Tensor) -> tuple[Tensor, Tensor]:
     """The Monge map x -> x A + b of N(ms, Cs) to N(mt, Ct): A [..., d, d] = Cs^-1/2 (Cs^1/2 Ct Cs^1/2)^1/2 Cs^-1/2, b [..., d].
 
@@ -151,8 +176,7 @@ def bures_wasserstein_mapping(ms: Tensor, mt: Tensor, Cs: Tensor, Ct: Tensor) ->
     that of Ct.
     """
     _gaussians("bures_wasserstein_mapping", ms, mt, Cs, Ct)
-    root, inverse = matrix_sqrt(Cs), _inverse_root(Cs)
-    A = _symmetric(inverse @ matrix_sqrt(root @ Ct @ root) @ inverse)
+    A = _monge(Cs, Ct)
     return A, mt - (ms[..., None, :] @ A)[..., 0, :]
 
 
@@ -163,7 +187,8 @@ def bures_wasserstein_geodesic(ms: Tensor, mt: Tensor, Cs: Tensor, Ct: Tensor, t
     """
     owner = "bures_wasserstein_geodesic"
     t = number(owner, "t", t, least=0, most=1)
-    A, _ = bures_wasserstein_mapping(ms, mt, Cs, Ct)
+    _gaussians(owner, ms, mt, Cs, Ct)
+    A = _monge(Cs, Ct)
     move = (1 - t) * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) + t * A
     return (1 - t) * ms + t * mt, move @ Cs @ move
 
@@ -184,7 +209,7 @@ def bures_wasserstein_barycenter(
         eps: stops where a step changes the covariance by at most eps times its norm.
     """
     owner = "bures_wasserstein_barycenter"
-    if _covariance(owner, "C", C).dim() != 3 or not len(C):
+    if _checked(owner, "C", C).dim() != 3 or not len(C):
         raise ValueError(f"{owner}: C has shape {list(C.shape)}, expected [at least 1, d, d]")
     if tensor(owner, "m", m).shape != C.shape[:2]:
         raise ValueError(f"{owner}: m has shape {list(m.shape)}, expected {list(C.shape[:2])}")

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from .._checks import instance, number
+from .._checks import instance, number, tensor
 from .costs import Cost, as_points, between, costs_of
 from .divergence import divergence
 
@@ -50,6 +50,8 @@ def monge_gap(
     Differentiable in x and y as `solve(...).value` is.
     """
     owner = "monge_gap"
+    for name, t in (("x", x), ("y", y)):
+        tensor(owner, name, t)
     as_points(owner, ("x", x), ("y", y))
     if y.shape != x.shape or x.dim() != 2 or len(x) == 0:
         raise ValueError(f"{owner}: x and y have shapes {list(x.shape)} and {list(y.shape)}, expected one, [at least 1, d]")
@@ -86,6 +88,8 @@ def monge_map_loss(
     owner = "monge_map_loss"
     weight = number(owner, "weight", weight, least=0)
     tol = number(owner, "tol", tol, above=0)
+    for name, t in (("x", x), ("mapped", mapped), ("target", target)):
+        tensor(owner, name, t)
     as_points(owner, ("x", x), ("mapped", mapped))
     as_points(owner, ("mapped", mapped), ("target", target))
     c = _costs(owner, "sqeuclidean", mapped, target)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .._checks import instance, integer, number, tensor
+from .._checks import instance, integer, number
 from .._extras import require
+from .costs import as_tensor
 from .solve import Transport
 
 
@@ -48,29 +48,35 @@ def draw_convergence(
 
 
 def draw_plan(
-    plan: Transport | Tensor,
+    plan: Any,
     path: str | Path | None = None,
     *,
-    x: Tensor | None = None,
-    y: Tensor | None = None,
+    x: Any = None,
+    y: Any = None,
     lines: int = 500,
 ) -> Any:
     """Draw a plan as a matrix, or, with points of the plane, as lines between them; returns the matplotlib figure.
 
     Args:
-        plan: a result of `solve` without a batch, or a matrix [n, m], not negative. path: of a PNG to write.
+        plan: a result of `solve` without a batch, or a matrix [n, m], finite and not negative. path: of a PNG to write.
+            All may be tensors or numpy arrays.
         x: points [n, 2]. y: points [m, 2]. lines: how many of the plan's largest entries are drawn, darker for more mass.
     """
     owner = "draw_plan"
-    p = torch.as_tensor(plan.plan if isinstance(plan, Transport) else tensor(owner, "plan", plan)).detach().double().cpu()
+    p = as_tensor(owner, "plan", plan.plan if isinstance(plan, Transport) else plan).detach().double().cpu()
     if p.dim() != 2:
         raise ValueError(f"{owner}: plan has shape {list(p.shape)}, expected [n, m]")
+    if not bool(((p >= 0) & (p < torch.inf)).all()):
+        raise ValueError(f"{owner}: plan contains {float(p[~((p >= 0) & (p < torch.inf))][0]):g}, expected finite masses >= 0")
     if (x is None) != (y is None):
         raise ValueError(f"{owner}: {'x' if x is None else 'y'} is None, expected points like {'y' if x is None else 'x'}")
     integer(owner, "lines", lines, 1)
     for name, points, n in (("x", x, p.shape[0]), ("y", y, p.shape[1])):
-        if points is not None and tensor(owner, name, points).shape != (n, 2):
-            raise ValueError(f"{owner}: {name} has shape {list(points.shape)}, expected {[n, 2]}")
+        if points is None:
+            continue
+        t = as_tensor(owner, name, points)
+        if t.shape != (n, 2):
+            raise ValueError(f"{owner}: {name} has shape {list(t.shape)}, expected {[n, 2]}")
     plt = require("matplotlib.pyplot", extra="demo")
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
     if x is None or y is None:
@@ -79,7 +85,7 @@ def draw_plan(
         axes.set_ylabel("i")
     else:
         collections = require("matplotlib.collections", extra="demo")
-        source, target = (t.detach().double().cpu() for t in (x, y))
+        source, target = (as_tensor(owner, name, t).detach().double().cpu() for name, t in (("x", x), ("y", y)))
         mass, where = p.flatten().topk(min(lines, p.numel()))
         mass, where = mass[mass > 0], where[mass > 0]
         ends = torch.stack([source[where // p.shape[1]], target[where % p.shape[1]]], 1)

@@ -348,6 +348,8 @@ class ReservoirSlicedWasserstein(nn.Module):
         """The loss [] of points [n, dim] and [m, dim]; weights as of `sliced_wasserstein_distance`."""
         op = type(self).__name__
         _clouds(op, X_s, X_t, a, b)
+        if X_s.device != self.weights.device:
+            raise ValueError(f"{op}: X_s is on {X_s.device}, expected {self.weights.device} like the module")
         if X_s.shape[1] != self.dim:
             raise ValueError(f"{op}: X_s has shape {list(X_s.shape)}, expected [n, {self.dim}]")
         at: Any = {"seed": self.seed, "step": self.calls, "device": self.weights.device}
