@@ -115,6 +115,25 @@ def test_derivatives(cost, unbalanced):
     assert gradcheck(function, given) and gradgradcheck(function, given)
 
 
+@pytest.mark.parametrize("unbalanced", [None, 0.5])
+def test_gradients_of_points_alone_are_those_beside_gradients_of_weights(unbalanced, monkeypatch):
+    monkeypatch.setattr("dither.transport.gradients._BLOCK", 7 * 15)
+    x, y, a, b = points(2, 20, 3), points(2, 15, 3, seed=1), weights(2, 20), weights(2, 15, seed=1)
+    a[0, 3] = b[1, :2] = 0
+    a, b = (w / w.sum(1, keepdim=True) for w in (a, b))
+    x, y = x.requires_grad_(), y.requires_grad_()
+    share = points(2)
+
+    def slopes(*beside):
+        value = sinkhorn_divergence(x, y, 0.1, a, b, unbalanced=unbalanced, tol=1e-10)
+        return grad((share * value).sum(), (x, y, *beside), retain_graph=True)
+
+    alone = slopes()
+    (only,) = grad((share * sinkhorn_divergence(x.detach(), y, 0.1, a, b, unbalanced=unbalanced, tol=1e-10)).sum(), y)
+    for got, wanted in zip((*alone, only), (*slopes(a.requires_grad_(), b.requires_grad_())[:2], alone[1])):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-14)
+
+
 def test_batches_weights_of_0_and_float32():
     x, y, a = points(2, 20, 3), points(2, 30, 3, seed=1), weights(2, 20)
     a[0, 3] = 0

@@ -7,6 +7,7 @@ import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from dither.transport import PointCloud, gradients, solve
+from dither.transport.costs import Costs
 
 F64 = torch.float64
 
@@ -151,12 +152,14 @@ def test_blocks_of_rows_are_one(monkeypatch):
         torch.testing.assert_close(d, w, rtol=1e-9, atol=1e-14)
 
 
-def test_a_value_of_points_has_no_matrix(monkeypatch):
-    taken, between = [], gradients.Solution.between
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean"])
+def test_a_value_of_points_has_no_matrix(cost, monkeypatch):
+    taken, between, plan = [], gradients.Solution.between, Costs.plan
     monkeypatch.setattr(gradients, "_BLOCK", 1 << 10)
     monkeypatch.setattr(gradients.Solution, "between", lambda s, p: taken.append(p[0].shape[1]) or between(s, p))
+    monkeypatch.setattr(Costs, "plan", lambda s, *given: taken.append(s.size[0]) or plan(s, *given))
     x, y = (normal(90, 2, seed=seed).requires_grad_() for seed in (0, 1))
-    grad(solve(None, None, PointCloud(x, y), 0.1).value, (x, y))
+    grad(solve(None, None, PointCloud(x, y, cost), 0.1).value, (x, y))
     assert sum(taken) == 90 and max(taken) * 90 <= 1 << 10
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -175,6 +175,8 @@ class Solution:
 
     def dual_gradients(self, grad: Tensor, needs: Sequence[bool], inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """Of `dual` at the solution, by blocks of rows."""
+        if self.cost == "sqeuclidean" and not any(needs[:2]):
+            return [None, None, *self._dual_gradients_of_points(grad, needs[2:], inputs[2:])]
         (u, v), (a, b, first, *second) = self.relative, inputs
         found = [*_partial(lambda a, b: grad * self._dual_of_weights(u, v, a, b), needs[:2], a, b)]
         found += [torch.zeros_like(t) if need else None for t, need in zip(inputs[2:], needs[2:])]
@@ -186,6 +188,27 @@ class Solution:
                 if total is not None and d is not None:
                     (total[:, rows] if i in (0, 2) else total).add_(d)
         return found
+
+    def _dual_gradients_of_points(self, grad: Tensor, needs: Sequence[bool], points: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of |x - y|^2: 2 (P 1 x - P y) and 2 (P^T 1 y - P^T x), the points less a common one."""
+        middle = points[1].double().mean(1, keepdim=True)
+        x, y = (torch.nn.functional.pad(t.double() - middle, (0, 1), value=1.0) for t in points)  # with a column of ones
+        symmetric = self.f is self.g  # a measure with itself: what is found of x is that of y
+        across, back = torch.empty_like(x), torch.zeros_like(y)
+        for start in range(0, x.shape[1], self.block):
+            rows = slice(start, start + self.block)
+            x_part, f_part = (t[:, rows].contiguous() for t in (self.costs.x, self.f))
+            plan = replace(self.costs, x=x_part).plan(self.reg, f_part, self.g)
+            if needs[0] or symmetric:
+                across[:, rows] = plan @ y
+            if needs[1] and not symmetric:
+                back += plan.mT @ x[:, rows]
+        sums = across, across if symmetric else back
+        scale = 2 * grad.view(-1, 1, 1)
+        return [
+            (scale * (s[..., -1:] * t[..., :-1] - s[..., :-1])).to(p.dtype) if need else None
+            for need, s, t, p in zip(needs, sums, (x, y), points)
+        ]
 
     def residual(self, p: Tensor, q: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor, *points: Tensor) -> Tensor:
         """(p, q) . R, but for kappa (p . u + q . v), which depends on no input."""
