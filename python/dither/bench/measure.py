@@ -51,6 +51,7 @@ class Case:
     size: str
     prepare: Callable[[], Contest]
     threads: int | None = None  # default: those of the setting
+    rounds: int | None = None  # at most; default: those of the setting
 
 
 @dataclass
@@ -81,8 +82,9 @@ def measure(case: Case, setting: Setting) -> Row:
     try:
         contest = case.prepare()
         runs = {"": contest.subject, **contest.peers, **({"roof": contest.roof} if contest.roof else {})}
-        hot = _turns(runs, setting, flush=None)
-        cold = _turns({"": contest.subject}, setting, flush=_Flush(setting.device))
+        rounds = min(case.rounds or setting.rounds, setting.rounds)
+        hot = _turns(runs, setting, rounds, flush=None)
+        cold = _turns({"": contest.subject}, setting, rounds, flush=_Flush(setting.device))
         gc.collect()
         peaks = {name: peak_bytes(run, setting.device) for name, run in runs.items() if contest.memory and name != "roof"}
     finally:
@@ -134,14 +136,14 @@ def _resident(name: str) -> int:
 
 
 def _turns(
-    runs: dict[str, Callable[[], object]], setting: Setting, flush: Callable[[], object] | None
+    runs: dict[str, Callable[[], object]], setting: Setting, rounds: int, flush: Callable[[], object] | None
 ) -> dict[str, list[float]]:
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in runs}
     clock = _cuda_seconds if setting.device.type == "cuda" else _seconds
     for name in names * 2:
         runs[name]()  # warm
-    for _ in range(setting.rounds):
+    for _ in range(rounds):
         for name in names:
             if flush:
                 flush()

@@ -32,8 +32,17 @@ def cases(setting: Setting) -> Iterator[Case]:
         for d in (3, 64):
             size = f"{n} x {n} points x {d}, float32"
             yield of(f"{ITERATIONS} Sinkhorn iterations", size, partial(_points, setting, n, d))
+    clouds = [(20_000, 3)]
+    if setting.device.type == "cuda" and _keops():
+        clouds.append((10_000, 64))
+    for n, d in clouds:
+        n = setting.scaled(n)
+        size = f"{n} x {n} points x {d}, float32"
+        yield of(f"{ITERATIONS} iterations, value and gradient", size, partial(_cloud, setting, n, d), rounds=3)
     batch = max(1, setting.scaled(80) * 4 // 5)
     yield of("100 Sinkhorn iterations", f"{batch} x 64 x 64, float64", partial(_batch, setting, batch, 64, 100))
+    for reg in (0.1, 0.01):
+        yield of("solve to 1e-6", f"{batch} x 64 x 64, reg {reg:g}", partial(_solve_batch, setting, batch, 64, reg))
     for n in (1000, 2000):
         n = setting.scaled(n)
         yield of("cost of a plan", f"{n} x {n}, float64", partial(_cost, setting, n))
@@ -120,6 +129,39 @@ def _points(setting: Setting, n: int, d: int) -> Contest:
     )
 
 
+def _keops() -> bool:
+    return all(map(importlib.util.find_spec, ("geomloss", "pykeops")))
+
+
+def _cloud(setting: Setting, n: int, d: int) -> Contest:
+    """GeomLoss sweeps as often: at each level from the diameter to the blur, before the first and after the last."""
+    x, y = (torch.randn(n, d, device=setting.device) / d**0.5 for _ in range(2))
+    x.requires_grad_()
+
+    def run(value: Callable[[], Tensor]) -> Run:
+        return lambda: torch.autograd.grad(value(), x)
+
+    def ours() -> Tensor:
+        return transport.solve(None, None, transport.PointCloud(x, y), REG, "sinkhorn", 0.0, ITERATIONS, warn=False).value
+
+    peers = {}
+    if setting.device.type == "cuda" and _keops():
+        from geomloss import SamplesLoss
+
+        blur = (REG / 2) ** 0.5  # of |x - y|^2 / 2
+        loss = SamplesLoss("sinkhorn", 2, blur, diameter=4.0, scaling=0.5, debias=False, backend="online")
+        peers["GeomLoss, KeOps"] = run(lambda: loss(x, y))
+    points = (x.detach(), y)
+    return Contest(
+        run(ours),
+        peers,
+        bytes=sum(t.nbytes for t in points) * ITERATIONS,
+        elements=n * n * ITERATIONS,
+        roof=_read(*points, times=ITERATIONS),
+        memory=True,
+    )
+
+
 def _batch(setting: Setting, batch: int, n: int, iterations: int) -> Contest:
     c = _costs(setting, batch, n, n)
     peers = {"torch": _eager(lambda: c, iterations)}
@@ -182,6 +224,23 @@ def _solve(setting: Setting, n: int, reg: float) -> Contest:
         peers["POT"] = _pot(c, reg, "sinkhorn", 100_000, tol / n**0.5)
         if reg >= 0.01:
             peers["POT log"] = _pot(c, reg, "sinkhorn_log", 100_000, tol / n**0.5)
+    return Contest(
+        lambda: transport.solve(None, None, c, reg, tol=tol).plan,
+        peers,
+        bytes=c.nbytes,
+        elements=c.numel(),
+        roof=_read(c),
+    )
+
+
+def _solve_batch(setting: Setting, batch: int, n: int, reg: float) -> Contest:
+    c, tol = _costs(setting, batch, n, n), 1e-6
+    peers: dict[str, Run] = {}
+    if importlib.util.find_spec("ot"):
+        import ot.batch
+
+        options = {"max_iter": 100_000, "tol": tol / n**0.5, "grad": "detach"}
+        peers["ot.batch"] = lambda: ot.batch.solve_batch(c, reg, **options).plan
     return Contest(
         lambda: transport.solve(None, None, c, reg, tol=tol).plan,
         peers,
