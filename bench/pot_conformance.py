@@ -30,6 +30,7 @@ AREAS = "bregman", "solvers", "partial", "gaussian", "1d_solver", "da", "stochas
 OF_REPOSITORY = "unbalanced/test_sinkhorn.py", "batch/test_solve_batch.py", "sliced/test_sliced_distances.py"
 FILES = [f"test_{area}.py" for area in (*AREAS, "unbalanced", "sliced")] + [*OF_REPOSITORY]
 OLDER = {"0.9.6.post1": "test_sliced.py", "0.9.4": "test_unbalanced.py"}
+BARYCENTERS = "barycenter", "barycenter_debiased", "convolutional_barycenter2d", "convolutional_barycenter2d_debiased"
 ENTROPIC = "sinkhorn", "sinkhorn_knopp", "sinkhorn_log", "greenkhorn", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling"
 UNBALANCED = "knopp_unbalanced", "stabilized_unbalanced", "unbalanced_translation_invariant"
 NOT_FETCHED = 3
@@ -182,6 +183,25 @@ def gaussian_barycenter(given):
     return back(transport.bures_wasserstein_barycenter(*(given[name] for name in ("m", "C", "weights", "num_iter", "eps"))))
 
 
+def barycenter(name):
+    from dither import transport
+
+    function = transport.convolutional_barycenter if "convolutional" in name else transport.barycenter
+
+    def call(given):
+        options = {
+            "weights": given["weights"],
+            "tol": given["stopThr"],
+            "max_iterations": given["numItermax"],
+            "warn": given["warn"],
+        }
+        costs = [given["M"]] if "M" in given else []
+        found = function(given["A"], *costs, given["reg"], debiased="debiased" in name, **options)
+        return (found, {}) if given["log"] else found
+
+    return call
+
+
 def line(given):
     from dither import transport
 
@@ -223,6 +243,7 @@ def replacements():
     for name in ("entropic_partial_wasserstein", "entropic_partial_wasserstein_logscale"):
         if hasattr(ot.partial, name):
             found[getattr(ot.partial, name)] = partial
+    found |= {getattr(ot.bregman, name): barycenter(name) for name in BARYCENTERS}
     found[ot.batch.solve_batch] = batch_of_problems
     found[ot.batch.bregman_projection_batch] = projection_of_batch(False)
     found[ot.batch.bregman_log_projection_batch] = projection_of_batch(True)
