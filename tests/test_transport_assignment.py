@@ -114,6 +114,53 @@ def test_noise_assigned_in_training_has_no_gradient():
     assert not immiscible_noise(x, noise.normal((8, 1, 8, 8), seed=0)).requires_grad
 
 
+class Velocity(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(80, 256), nn.Linear(256, 256), nn.Linear(256, 64)
+
+    def forward(self, x, t):
+        angles = t[:, None] * 1.5 * 2.0 ** torch.arange(8)
+        h = nn.functional.silu(self.first(torch.cat([x, angles.sin(), angles.cos()], 1)))
+        return self.last(h + nn.functional.silu(self.second(h)))
+
+
+def energy_distance(x, y):
+    return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
+
+
+def distances_of_samples(images, assigned, seed, checks):
+    """From the images to 1000 samples, of 20 Euler steps, of a flow from noise after so many steps of training."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    torch.manual_seed(seed)
+    net = Velocity()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for step in range(1, max(checks) + 1):
+        x = images[torch.randint(len(images), (256,), generator=generator)]
+        z, t = torch.randn(256, 64, generator=generator), torch.rand(256, generator=generator)
+        z = immiscible_noise(x, z) if assigned else z
+        loss = (net(x + t[:, None] * (z - x), t) - (z - x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in checks:
+            with torch.no_grad():
+                y = torch.randn(1000, 64, generator=torch.Generator().manual_seed(99))
+                for k in range(20, 0, -1):
+                    y = y - net(y, torch.full((1000,), k / 20)) / 20
+                found.append(energy_distance(y, images))
+    return found
+
+
+def test_samples_are_good_in_fewer_steps():
+    """Li et al. 2024, in small. Over four seeds 0.46 to 0.63 of the distance after 100 steps, 0.49 to 0.82 of that of 125."""
+    images = digits(1797).flatten(1)
+    for seed in range(2):
+        early, late = distances_of_samples(images, False, seed, (100, 125))
+        (assigned,) = distances_of_samples(images, True, seed, (100,))
+        assert assigned < 0.8 * early and assigned < late
+
+
 @check(CHECKS)
 def noise_of_all_ranks_is_assigned(mesh):
     x, z = noise.normal((48, 1, 3, 3), seed=1), noise.normal((48, 1, 3, 3), seed=0)
