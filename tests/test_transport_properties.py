@@ -77,7 +77,7 @@ sizes = st.one_of(st.integers(1, 4), st.integers(1, 30))
 
 
 @drawing(150)
-@given(sizes, sizes, seeds, st.sampled_from(METHODS), st.sampled_from([1.0, 1.0, 1e-30, 1e30, 1e4]), st.floats(-2.5, 3))
+@given(sizes, sizes, seeds, st.sampled_from(METHODS), st.sampled_from([1.0, 1.0, 1e-30, 1e30, 1e4]), st.floats(-5, 3))
 def test_a_plan_is_one_and_its_values_are_bounds(n, m, seed, method, mass, exponent):
     rng = rng_of(seed)
     least = -300 if rng.random() < 0.2 else -12
@@ -89,11 +89,12 @@ def test_a_plan_is_one_and_its_values_are_bounds(n, m, seed, method, mass, expon
         warnings.simplefilter("always")
         found = solve(a, b, c, reg, method=method, max_iterations=3000)
     assert found.converged or len(caught) == 1
-    assert found.converged or method == "sinkhorn"
+    assert found.converged or method == "sinkhorn" or exponent < -2.5
     f, g = found.potentials
     assert found.plan.isfinite().all() and (found.plan >= 0).all()
     assert not f.isnan().any() and torch.equal(f > -math.inf, a > 0) and torch.equal(g > -math.inf, b > 0)
-    assert marginals(found.plan, a, b) == pytest.approx(found.error / mass, abs=3e-12)
+    rounding = 2e-16 * float(c.abs().max()) / reg
+    assert marginals(found.plan, a, b) == pytest.approx(found.error / mass, abs=3e-12 + rounding)
     if not found.converged:
         return
     assert found.error <= 1e-9 * mass * (1 + 1e-9)
@@ -105,6 +106,22 @@ def test_a_plan_is_one_and_its_values_are_bounds(n, m, seed, method, mass, expon
         entropy = min(float(-torch.special.xlogy(w / mass, w / mass).sum()) for w in (a, b))
         slack = 1e-6 * spread
         assert -slack <= found.value_linear / mass - least_cost <= reg * entropy + slack
+
+
+@pytest.mark.parametrize("method", ["auto", "newton"])
+def test_a_small_reg_rarely_stops_short(method):
+    """reg from 1e-5 of the costs' spread on; of 300 problems with either method none did."""
+    unmet = 0
+    for seed in range(150):
+        rng = rng_of(seed)
+        n, m = rng.integers(2, 31, 2)
+        a, b, c = tensor(weights(rng, n)), tensor(weights(rng, m)), tensor(costs(rng, n, m))
+        spread = float(c.max() - c.min()) or abs(float(c.max()))
+        reg = 10 ** rng.uniform(-5, -2.5) * spread
+        found = solve(a, b, c, reg, method=method, warn=False)
+        unmet += not found.converged
+        assert not found.converged or marginals(found.plan, a, b) <= 1e-9 + 3e-12 + 2e-16 * float(c.abs().max()) / reg
+    assert unmet <= 2
 
 
 @pytest.mark.parametrize("method", [*METHODS, "sns"])
