@@ -188,7 +188,8 @@ def _interior_times(c: Mapping[str, Any], steps: int, abar: np.ndarray, given: A
 
 def _checked_times(times: np.ndarray, n: int, steps: int) -> np.ndarray:
     if len(times) != steps or steps > n or times[0] > n - 1 or times[-1] < 0 or np.any(np.diff(times) >= 0):
-        raise ValueError(f"schedule: the times {times.tolist()} do not fall from {n - 1} at most to 0 in {steps} steps")
+        few = ", ".join(f"{t:g}" for t in times[:5]) + (", ..." if len(times) > 5 else "")
+        raise ValueError(f"schedule: the times {few} do not fall from {n - 1} at most to 0 in {steps} steps")
     return times
 
 

@@ -268,12 +268,18 @@ def own(owner: str, grid: Any) -> Ratios:
     return found
 
 
+def close(value: str, allowed: Collection[str]) -> str:
+    """The name that was probably meant, as part of a message."""
+    found = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
 def nearest(owner: str, name: str, value: Any, allowed: Collection[str]) -> Any:
     """`allowed[value]`; ValueError with the name that was probably meant."""
     if not isinstance(value, str) or value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"{owner}: {name} is {value!r}{meant}, expected one of {', '.join(map(repr, allowed))}")
+        raise ValueError(
+            f"{owner}: {name} is {value!r}{close(str(value), allowed)}, expected one of {', '.join(map(repr, allowed))}"
+        )
     return allowed[value] if isinstance(allowed, dict) else value
 
 

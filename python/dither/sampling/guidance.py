@@ -73,6 +73,10 @@ class Guide:
         found: dict[Any, Program] = self.__dict__.setdefault("_programs", {})
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, which may be changed, and pickles go without the programs."""
+        return {name: value for name, value in self.__dict__.items() if name != "_programs"}
+
     def weights(self, at: At) -> Weights | None:
         """Of the branches' outputs, raw as the model gives them."""
         raise NotImplementedError

@@ -419,6 +419,9 @@ class DiffusersScheduler:
         """From the state `sample` and the model's output for it to the state of the next evaluation."""
         if self.num_inference_steps is None:
             raise ValueError("step: there are no noise levels, call set_timesteps first")
+        for name, value in (("model_output", model_output), ("sample", sample)):
+            if not tensor("step", name, value).is_floating_point():
+                raise TypeError(f"step: {name} is {value.dtype}, expected floats")
         if self._run is None:
             chosen = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
             known = inspect.signature(getattr(solvers, self._solver)).parameters
@@ -496,6 +499,8 @@ class _Steps:
             1.0, expected
         ):
             raise ValueError(f"step: timestep is {float(timestep):g}, expected {expected:g}: steps follow `timesteps`")
+        if sample.shape != self.state.shape:
+            raise ValueError(f"step: sample is {list(sample.shape)}, expected {list(self.state.shape)}, as in the steps before")
         output, self.said = _halves(output, sample)
         if output.shape != sample.shape:
             raise ValueError(f"step: model_output is {list(output.shape)}, expected {list(sample.shape)}, as sample")

@@ -307,8 +307,8 @@ def sample_dpm_adaptive(
 
     def call(at: Tensor, p: Point) -> Tensor:
         found = model(at.to(x.dtype), x.new_full((len(at),), float(p.time)), **keywords)
-        if not isinstance(found, Tensor) or found.shape != at.shape:
-            given = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(found, Tensor) or found.shape != at.shape or not found.is_floating_point():
+            given = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{name}: the model gave {given} at sigma {float(p.time):g}, expected floats {list(at.shape)}")
         return found.contiguous()
 

@@ -63,6 +63,8 @@ class VarianceExploding(Process):
     """x = x0 + sigma eps, and the model's time is sigma: the frame of k-diffusion and EDM."""
 
     def at(self, ratio: Level) -> Point:
+        if np.any(np.isinf(ratio)):
+            raise ValueError("sample: a level is inf, expected finite ones where alpha is 1")
         return Point(np.ones_like(ratio, dtype=np.float64)[()], ratio, ratio)
 
 
@@ -73,7 +75,9 @@ class VariancePreserving(Process):
     """
 
     def __init__(self, alphas_cumprod: Any) -> None:
-        self.alphas_cumprod = np.asarray(alphas_cumprod, dtype=np.float64)
+        self.alphas_cumprod = abar = np.asarray(alphas_cumprod, dtype=np.float64)
+        if abar.ndim != 1 or not (abar.size and np.all((abar >= 0) & (abar <= 1))):  # also of NaN
+            raise ValueError("VariancePreserving: alphas_cumprod is no row of numbers in [0, 1]; betas must be in [0, 1] too")
         with np.errstate(divide="ignore"):
             self._logs = 0.5 * (np.log1p(-self.alphas_cumprod) - np.log(self.alphas_cumprod))
 
@@ -108,6 +112,8 @@ class VariancePreserving(Process):
 
     def at_time(self, time: int) -> Point:
         """The point of a discrete time, without interpolation."""
+        if not 0 <= time < len(self.alphas_cumprod):
+            raise ValueError(f"VariancePreserving: time is {time}, expected 0 to {len(self.alphas_cumprod) - 1}")
         abar = float(self.alphas_cumprod[time])
         return Point(math.sqrt(abar), math.sqrt(1 - abar), time)
 

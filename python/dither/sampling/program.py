@@ -45,14 +45,17 @@ class Symbol:
 class Linear:
     """A linear combination of symbols, with coefficients in float64: numbers, or arrays of one for each row."""
 
-    __slots__ = ("terms",)
+    __slots__ = ("read", "terms")
 
     def __init__(self, terms: dict[Symbol, Level]) -> None:
         self.terms = terms
+        self.read = False
+        """Whether it is part of another one."""
 
     def __add__(self, other: Any) -> Linear:
         if isinstance(other, (int, float)) and other == 0:  # sum()
             return self
+        self.read = other.read = True
         terms = dict(self.terms)
         for symbol, k in other.terms.items():
             terms[symbol] = terms[symbol] + k if symbol in terms else k
@@ -61,6 +64,7 @@ class Linear:
     __radd__ = __add__
 
     def __mul__(self, k: Level) -> Linear:
+        self.read = True
         # 0 drops a term, even where another factor is infinite: that is the limit of every solver here
         return Linear({s: v * k for s, v in self.terms.items() if np.any(k != 0)})
 
@@ -181,6 +185,11 @@ class Trace:
 
     def _keep_seen(self, x: Linear, point: Point) -> None:
         if self.inpaint:
+            if x.read and len(x.terms) > 1:  # what was made of it has not what is known
+                raise ValueError(
+                    f"sample: the solver computes with a state of step {self._step} before the model sees it, which masks "
+                    "forbid; expected run.evaluate(x, p) first, on a line of its own"
+                )
             self._define(x, self.register(KNOWN) * point.alpha + self.register(KNOWN_NOISE) * point.sigma)
         else:
             self.keep(x)
@@ -500,6 +509,10 @@ class _Lowering:
                 if np.any(k != 0):
                     derived[..., columns[s]] = k
         draw = self.draws.setdefault(noises[0], len(self.draws)) if noises else None
+        if not (np.isfinite(weights).all() and (derived is None or np.isfinite(derived).all())):
+            raise ValueError(
+                f"sample: coefficients of step {self.step} are not finite; expected options and levels of this solver"
+            )
         names, known = [s.name for s, _ in rows], None
         if first is not None:
             weights, known = weights[..., :-1, :], weights[..., -1, :]

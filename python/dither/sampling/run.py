@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import tensor
 from .points import Point, Process
 from .program import Evaluate, Limits, Program, Row, Trace
-from .runner import Runner
+from .runner import Runner, version
 
 Seed = int | Sequence[int] | Tensor | None
 START = 1 << 30
@@ -30,7 +30,10 @@ def seeds_of(owner: str, seed: Seed, batch: int, device: torch.device) -> Tensor
         return torch.arange(int(seed), int(seed) + batch, device=device)
     if isinstance(seed, Tensor) and seed.dtype != torch.int64:
         raise TypeError(f"{owner}: seed is {seed.dtype}, expected int64")
-    found = torch.as_tensor(seed)
+    try:
+        found = torch.as_tensor(seed)
+    except (TypeError, ValueError, RuntimeError):  # of words, None, what has no 64 bits
+        raise TypeError(f"{owner}: seed is {seed!r}, expected an integer of 64 bits, or one for each sample") from None
     if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
         raise TypeError(f"{owner}: seed is {seed!r}, expected integers")
     found = found.to(device, torch.int64)
@@ -51,7 +54,8 @@ def compiled(
 ) -> Program:
     """The program of a solver on these noise levels."""
     trace = Trace(process, prediction, limits, guide, inpaint)
-    return trace.lower(solver(trace, trace.x(), points, **(options or {})))
+    with np.errstate(all="ignore"):  # what is not finite is an error
+        return trace.lower(solver(trace, trace.x(), points, **(options or {})))
 
 
 def run_program(
@@ -80,6 +84,7 @@ def run_program(
         raise TypeError(f"{owner}: x is {x.dtype} of {x.ndim} dimensions, expected floats [B, ...]")
     state = x.detach().contiguous()
     state = state if x.dtype == torch.float64 else state.float()
+    state = state.clone() if state.data_ptr() == x.data_ptr() else state  # a model or a callback may write to it
     batch, device = len(x), x.device
     seeds = seeds_of(owner, seed, batch, device) if program.draws and noise_sampler is None else None
     half = model_dtype if model_dtype not in (None, state.dtype) else None
@@ -99,11 +104,13 @@ def run_program(
         return raw if raw.is_contiguous() else raw.contiguous()
 
     def call(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
-        time = times[id(it)]
+        time, before = times[id(it)], version(at)
         if guided is None:
             found = [checked(model(at, time, **keywords), at, it)]
         else:
             found = [checked(raw, at, it) for raw in guided.evaluate(at, time, it)]
+        if version(at) != before:
+            raise ValueError(f"{owner}: the model changed x in place {_where(it)}, expected it to leave x as it is")
         if evaluated is not None and it.first:
             evaluated(it, at, found)
         return found
@@ -113,15 +120,18 @@ def run_program(
         levels = _levels(program, state)
 
         def noise(row: Row) -> Tensor:
-            return noise_sampler(*levels[id(row)]).to(state).contiguous()
+            z = noise_sampler(*levels[id(row)])
+            if not isinstance(z, Tensor) or z.shape != shape:
+                gave = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
+                raise ValueError(f"{owner}: noise_sampler gave {gave} at step {row.step}, expected a tensor {list(shape)}")
+            return z.to(state).contiguous()
 
     combine = None if guided is None else guided.combine
     with torch.no_grad(), guided or contextlib.nullcontext():
         result = runner(call, state, seeds, given, noise, combine, begun)
-        if result is state:
-            result = state.clone()
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not capturing and not bool(result.isfinite().all()):
+            evaluated = None  # not told twice
             _find(owner, runner, call, state, seeds, given, combine)
     return result.to(x.dtype)
 
@@ -132,20 +142,24 @@ def _find(owner: str, runner: Runner, call: Any, state: Tensor, *rest: Any) -> N
         raise ValueError(f"{owner}: x contains NaN or inf, expected finite numbers")
 
     def checked(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
+        if not bool(at.isfinite().all()):
+            raise ValueError(f"{owner}: the state overflowed before the model saw it {_where(it)}")
         found: Sequence[Tensor] = call(at, it)
         if not all(bool(raw.isfinite().all()) for raw in found):
-            raise ValueError(
-                f"{owner}: the model gave NaN or inf at step {it.step}, time {it.point.time}, sigma {it.point.sigma}"
-            )
+            raise ValueError(f"{owner}: the model gave NaN or inf {_where(it)}")
         return found
 
     seeds, given, combine = rest
     runner(checked, state, seeds, given, None if not runner.given_noise else (lambda row: torch.zeros_like(state)), combine)
-    raise ValueError(f"{owner}: the sample overflowed, or the model gives NaN or inf now and then")
+    raise ValueError(f"{owner}: the sample overflowed, or a callback, noise_sampler or now and then the model gave NaN or inf")
+
+
+def _where(it: Evaluate) -> str:
+    return f"at step {it.step}, time {it.point.time}, sigma {it.point.sigma}"
 
 
 def _bad_output(owner: str, raw: Any, x: Tensor, it: Evaluate) -> Exception:
-    where = f"at step {it.step}, time {it.point.time}"
+    where = _where(it)
     if not isinstance(raw, Tensor):
         return TypeError(f"{owner}: the model gave {type(raw).__name__} {where}, expected a tensor")
     given = f"{list(raw.shape)} of {raw.dtype} on {raw.device}"

@@ -68,6 +68,11 @@ def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return lambda registers: [registers[r] for r in places]
 
 
+def version(t: Tensor) -> int | None:
+    """How often a tensor was changed; None where torch does not count it."""
+    return None if t.is_inference() else t._version
+
+
 class Runner:
     """A program prepared for a device. half: the model's dtype, where its states are to be copied to one."""
 
@@ -98,16 +103,17 @@ class Runner:
         if limits.most is not None and limits.quantile is None:
             self._most = torch.tensor([limits.most], dtype=torch.float64, device=device)
         self._evaluations = [it for it in program.instructions if isinstance(it, Evaluate)]
-        self._times: dict[tuple[int, torch.dtype], dict[int, Tensor]] = {}
+        self._times: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def times(self, batch: int, dtype: torch.dtype) -> dict[int, Tensor]:
-        """[B] of every evaluation, by its id; one copy to the device."""
+        """[B] of every evaluation, by its id; one copy to the device. New tensors each time: a model may change its own."""
+        if not self._evaluations:
+            return {}
         found = self._times.get((batch, dtype))
         if found is None:
             rows = [np.broadcast_to(np.asarray(it.point.time, np.float64), batch) for it in self._evaluations]
-            table = torch.from_numpy(np.stack(rows)).to(dtype).to(self.device) if rows else ()
-            found = self._times[batch, dtype] = {id(it): time for it, time in zip(self._evaluations, table)}
-        return found
+            found = self._times[batch, dtype] = torch.from_numpy(np.stack(rows)).to(dtype).to(self.device)
+        return dict(zip(map(id, self._evaluations), found.clone().unbind()))
 
     @classmethod
     def of(cls, program: Program, device: torch.device, half: torch.dtype | None = None, given_noise: bool = False) -> Runner:
@@ -162,6 +168,7 @@ class Runner:
         registers.extend([None] * len(self.slots))
         slots, write, empty_like, most = self.slots, ops.kernel("rows_"), torch.empty_like, self._most
         registers[0] = x
+        held: dict[int, tuple[int, int | None]] = {}  # where outputs of the model are that later rows read, and their versions
         for name, value in (given or {}).items():
             if name in slots:
                 registers[slots[name]] = value
@@ -195,12 +202,20 @@ class Runner:
                     state = state.to(self.half) if copy is None else copy
                 for slot, value in zip(places, (yield state, it)):
                     registers[slot] = value
+                    here, now = value.data_ptr(), version(value)
+                    if here and any(there == here and then != now for there, then in held.values()):
+                        raise ValueError(
+                            f"sample: the model wrote its output at step {it.step} over an earlier one, which this sampler "
+                            "still needs; expected new memory, as of output.clone()"
+                        )
+                    held[slot] = here, now
             else:
                 assert combine is not None
                 registers[places[0]] = combined = empty_like(x)
                 combine(it, [registers[slots[name]] for name in it.inputs], combined)
             for slot in dead:
                 registers[slot] = None
+                held.pop(slot, None)
         result: Tensor = registers[slots[self.program.result]]
         return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._checks import instance, integer, number, one_of
+from .._checks import instance, integer, is_real, number, tensor
 from .._extras import require
 from . import grids, solvers
 from .guidance import Guide
@@ -143,18 +144,27 @@ def _named(make: Callable[[], Process]) -> Process:
 def _prediction(owner: str, prediction: str | None, process: Process) -> str:
     if prediction is None:
         return "x0" if isinstance(process, VarianceExploding) else "velocity" if isinstance(process, Flow) else "eps"
-    one_of(owner, "prediction", prediction, PREDICTIONS)
-    return prediction
+    return str(grids.nearest(owner, "prediction", prediction, PREDICTIONS))
+
+
+_NEVER_NEGATIVE = ("eta", "s_noise", "s_churn", "s_tmin")
 
 
 def _check_options(owner: str, solver: Callable[..., Any], options: Mapping[str, Any]) -> None:
     takes = list(inspect.signature(solver).parameters.values())[3:]
+    for p in takes:
+        value, kind = options.get(p.name, p.default), type(p.default)
+        if kind is float and (isinstance(value, str) or value is None or is_real(value)):
+            number(owner, p.name, value, least=0 if p.name in _NEVER_NEGATIVE else -math.inf, most=math.inf)
+        elif kind is int:
+            integer(owner, p.name, value)
     if any(p.kind is p.VAR_KEYWORD for p in takes):
         return
     for name in options:
         if name not in {p.name for p in takes}:
             called, expected = getattr(solver, "__name__", "this solver"), ", ".join(p.name for p in takes) or "none"
-            raise TypeError(f"{owner}: {name} is no argument, and no option of {called}, whose options are: {expected}")
+            meant = grids.close(name, [*inspect.signature(sample).parameters, *(p.name for p in takes)])
+            raise TypeError(f"{owner}: {name} is no argument{meant}, and no option of {called}, whose options are: {expected}")
 
 
 def _begin(owner: str, levels: np.ndarray, start: float | None, strength: float | None) -> np.ndarray:
@@ -359,8 +369,18 @@ def sample(
         raise ValueError("sample: one of known and mask is given, expected both")
     settings = (prediction, grid, grid_options, guidance, clip, quantile, start, strength, known is not None, options)
     plan = _planned("sample", sampler, steps, process, *settings)
+    for name, kind in (("dtype", dtype), ("time_dtype", time_dtype), ("model_dtype", model_dtype)):
+        if kind is not None:
+            instance("sample", name, kind, torch.dtype, "a torch.dtype")
+            if name != "time_dtype" and not kind.is_floating_point:
+                raise TypeError(f"sample: {name} is {kind}, expected one of floats")
     if x is None:
         assert shape is not None
+        instance("sample", "shape", shape, Sequence, "integers [B, ...]")
+        if not shape:
+            raise ValueError("sample: shape is [], expected [B, ...]")
+        for size in shape:
+            integer("sample", "shape", size, least=0)
         state = torch.empty(*shape, dtype=dtype, device=_device_of(model) if device is None else device)
     else:
         instance("sample", "x", x, Tensor, "a tensor")
@@ -373,6 +393,8 @@ def sample(
     if x is None or from_data or known is not None or plan.program.draws:
         seeds = seeds_of("sample", seed, len(state), state.device)
     given = dict(registers or {})
+    if "x" in given:
+        raise ValueError("sample: registers has 'x', which is the state; expected other names")
     if known is not None:
         assert mask is not None and seeds is not None
         given |= _inpainting(state, known, mask, _addressed(state, seeds, 1.0))
@@ -391,9 +413,11 @@ def sample(
     def ended(step: int, at: Tensor) -> Tensor | None:
         changed = None if callback_on_step_end is None else callback_on_step_end(step, reached[step], at)
         if changed is not None:
-            if changed.shape != at.shape or changed.device != at.device:
-                raise ValueError(f"sample: callback_on_step_end gave {list(changed.shape)} on {changed.device} at step {step}, "
-                                 f"expected {list(at.shape)} on {at.device}")  # fmt: skip
+            tensor(f"sample: at step {step}", "what callback_on_step_end gave", changed)
+            if changed.shape != at.shape or changed.device != at.device or not changed.is_floating_point():
+                gave = f"{list(changed.shape)} of {changed.dtype} on {changed.device}"
+                raise ValueError(f"sample: callback_on_step_end gave {gave} at step {step}, "
+                                 f"expected floats {list(at.shape)} on {at.device}")  # fmt: skip
             changed = changed.to(at.dtype).contiguous()
         if intermediates:
             states.append(at if changed is None else changed)
@@ -441,6 +465,9 @@ def _inpainting(x: Tensor, known: Tensor, mask: Tensor, noise: Tensor) -> dict[s
         whole = mask.to(x.device, torch.float32).expand(x.shape)
     except RuntimeError:
         raise ValueError(f"sample: mask has shape {list(mask.shape)}, expected one that expands to {list(x.shape)}") from None
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not capturing and not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError("sample: mask has values beyond [0, 1], expected 0 where data is known, 1 where it is not")
     if mask.ndim < x.ndim or len(mask) == 1:  # the same for all samples
         whole = whole[:1]
     return {KNOWN: known.to(x).contiguous(), KNOWN_NOISE: noise, MASK: whole.contiguous()}
