@@ -270,7 +270,7 @@ def own(owner: str, grid: Any) -> Ratios:
 
 def close(value: str, allowed: Collection[str]) -> str:
     """The name that was probably meant, as part of a message."""
-    found = difflib.get_close_matches(value, allowed, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(value, allowed, n=1, cutoff=0.55)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
