@@ -4,8 +4,8 @@
 # It installs nothing: torch, numpy, pybind11, cmake, ninja, nvcc, pytest and scipy must be there; peers are timed where they are
 # installed.
 #   PYTHON=python3 OUT=bench/results bash bench/gpu_visit.sh
-# writes to $OUT: build.log, tests.log, bits.log, steps.log, samplers.log, bench.log, <date>-<gpu>.json and .md,
-# <date>-<gpu>-private-steps.json and .md, <date>-<gpu>-samplers.json and .md. The exit status is 0 if all of it succeeded.
+# writes to $OUT: build.log, tests.log, bits.log, steps.log, samplers.log, solvers.log, bench.log, <date>-<gpu>.json and .md,
+# and the same of <date>-<gpu>-private-steps, -samplers and -transport-solvers. The exit status is 0 if all of it succeeded.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -52,6 +52,8 @@ phase bits 90 "$OUT/bits.log" "$PYTHON" bench/compare_bits.py
 result="$OUT/$(date +%F)-$gpu"
 phase steps 90 "$OUT/steps.log" "$PYTHON" bench/private_steps.py --device cuda --models 784 28 transformer --out "$result-private-steps"
 phase samplers 60 "$OUT/samplers.log" "$PYTHON" bench/samplers.py --device cuda --cuda-graph --rounds 5 --out "$result-samplers"
+phase solvers 75 "$OUT/solvers.log" "$PYTHON" bench/transport_solvers.py --device cuda --sizes 1000 --regs 1e-2 1e-3 \
+    --instances U P2 --contenders dither POT --cap 3 --no-steps --out "$result-transport-solvers"
 phase bench 240 "$OUT/bench.log" "$PYTHON" -m dither bench --device cuda --json "$result.json" --markdown "$result.md"
 echo "after $SECONDS s: ${#failed[@]} failed ${failed[*]}"
 [ "${#failed[@]}" -eq 0 ]
