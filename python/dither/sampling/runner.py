@@ -68,6 +68,18 @@ def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return lambda registers: [registers[r] for r in places]
 
 
+def _kept(program: Program, slots: Mapping[str, int]) -> set[int]:
+    """The model's outputs that are still needed when it is asked again."""
+    found: set[int] = set()
+    new: set[str] = set()
+    for it in program.instructions:
+        if isinstance(it, Evaluate):
+            found.update(slots[name] for name in new)
+            new.update(it.outputs)
+        new.difference_update(it.dead)
+    return found
+
+
 def version(t: Tensor) -> int | None:
     """How often a tensor was changed; None where torch does not count it."""
     return None if t.is_inference() else t._version
@@ -102,6 +114,7 @@ class Runner:
         self._most = None
         if limits.most is not None and limits.quantile is None:
             self._most = torch.tensor([limits.most], dtype=torch.float64, device=device)
+        self._kept = _kept(program, names)
         self._evaluations = [it for it in program.instructions if isinstance(it, Evaluate)]
         self._times: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -202,6 +215,8 @@ class Runner:
                     state = state.to(self.half) if copy is None else copy
                 for slot, value in zip(places, (yield state, it)):
                     registers[slot] = value
+                    if not held and slot not in self._kept:
+                        continue
                     here, now = value.data_ptr(), version(value)
                     if here and any(there == here and then != now for there, then in held.values()):
                         raise ValueError(
