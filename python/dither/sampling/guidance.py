@@ -374,12 +374,10 @@ class CFG(Contrast):
         self, scale: Scale = 7.5, cond: Mapping[str, Any] | None = None, uncond: Mapping[str, Any] | None = None, *,
         batched: bool = True,
     ) -> None:  # fmt: skip
-        _scale(type(self).__name__, scale)
-        self.w = scale
-        super().__init__(0.0, Branch(uncond or {}), cond or {}, "uncond", batched)
+        super().__init__(scale, Branch(uncond or {}), cond or {}, "uncond", batched)
 
     def weights(self, at: At) -> Weights | None:
-        w = _level(self.w, at.point)
+        w = _level(self.scale, at.point)
         return {self.base: w, self.name: 1 - w}
 
 
@@ -490,7 +488,7 @@ class LinearAG(CFG):
         return total
 
     def weights(self, at: At) -> Weights | None:
-        w = _level(self.w, at.point)
+        w = _level(self.scale, at.point)
         total: Weights = {self.base: w}
         for (branch, n), k in self._uncond(at.call).items():
             key = branch if n == at.call else (branch, n)
@@ -842,7 +840,7 @@ class CFGZeroStar(CFG):
 
     def coefficients(self, at: At, gram: Gram, state: State) -> Tensor:
         c, u = gram.vector({self.base: 1.0}), gram.vector({self.name: 1.0})
-        w = gram.level(_level(self.w, at.point))
+        w = gram.level(_level(self.scale, at.point))
         s = gram.dot(c, u) / (gram.dot(u, u) + 1e-8)
         return w * c + (1 - w) * s * u
 
@@ -887,7 +885,7 @@ class APG(CFG):
         c = gram.vector({self.base: b, "x": a} if "x" in gram.places else {self.base: b})
         d = self._difference(at, gram)
         parallel = gram.dot(d, c) / gram.dot(c, c).clamp_min(1e-24)
-        update = (gram.level(_level(self.w, at.point)) - 1) * (d - (1 - self.eta) * parallel * c)
+        update = (gram.level(_level(self.scale, at.point)) - 1) * (d - (1 - self.eta) * parallel * c)
         if self.radius:
             update = update * (self.radius / gram.norm(d)).clamp_max(1.0)
         return gram.vector({self.base: 1.0}) + update / gram.level(b)  # as a raw output: x0 = a x + b m
@@ -933,7 +931,7 @@ class AdaptiveGuidance(CFG):
         agreed = gram.dot(c, u) > self.threshold * gram.norm(c) * gram.norm(u)
         if not counts.all():
             agreed = agreed & (torch.as_tensor(counts, device=agreed.device)[:, None] if counts.ndim else False)
-        w = _level(self.w, at.point)
+        w = _level(self.scale, at.point)
         found = gram.vector({self.base: w, self.name: 1 - w})
         if self in state:
             found = torch.where(state[self], gram.vector({self.base: 1.0}), found)
