@@ -171,7 +171,7 @@ def test_copies_of_guides_have_programs_of_their_own():
     guide = CFG(2.0, one, two)
     before = ve(denoiser, guidance=guide)
     changed = copy.copy(guide)
-    changed.w = 4.0
+    changed.scale = 4.0
     assert torch.equal(ve(denoiser, guidance=changed), ve(denoiser, guidance=CFG(4.0, one, two)))
     assert torch.equal(ve(denoiser, guidance=guide), before)
     for g in (guide, APG(2.0, one, two), Interval(guide, 0.5, 2.0)):
