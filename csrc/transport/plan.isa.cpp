@@ -17,21 +17,12 @@ static INLINE void block(const Costs& c, int64_t problem, int64_t i, int64_t cou
   const int64_t pitch = whole_lines(c.m, sizeof(T));
   T* terms = terms_of<T>(scratch);
   cost_rows<T, S>(c, problem, i, count, room_of<S>(c, scratch), row);
-  const Scale<T> scale(c.scale);
   Vector<T> shifts[kRowBlock], sum[kRowBlock] = {};
   for (int r = 0; r < kRowBlock; ++r) {
     shift[r] = r < count ? double(T(f[i + r])) : -__builtin_inf();
     shifts[r] = T(shift[r]) - Vector<T>{};
   }
-  for_columns<T, S>(c.m, [&](int64_t j, auto&& at) FLAT {
-    const Vector<T> column = load(g + j), other = load(y + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowBlock; ++r) {
-      const Vector<T> e = power<T>(scale(at(row[r]), column) + shifts[r]);
-      store(terms + r * pitch + j, e);
-      sum[r] = fused<T>(e, other, sum[r]);
-    }
-  });
+  row_terms<T, S>(c, row, shifts, g, y, terms, pitch, sum);
   for (int r = 0; r < kRowBlock; ++r) product[r] = sum_of<T>(sum[r]);
 }
 

@@ -92,6 +92,15 @@ struct RoundedColumns {
   bool change(const Costs& c, const double* g) const { return DITHER_PICK_ISA(change_columns)(c, g, columns); }
 };
 
+// Given potentials of a problem, in powers of 2.
+struct RoundedPotentials {
+  std::vector<double> f;
+  RoundedColumns g;
+  RoundedPotentials(const Costs& c, const double* f_, const double* g_) : f(in_base_2(f_, c.n)), g(c) {
+    g.round(c, in_base_2(g_, c.m).data());
+  }
+};
+
 // All iterations of a problem. par(count, work, body): body(lo, hi) for parts of 0 .. count.
 template <class Parallel>
 static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, double tol, double* f, double* g, double* columns,
@@ -209,18 +218,18 @@ static void sinkhorn_(const Tensor& x, const std::optional<Tensor>& y, int64_t g
 // ---- Sums over a plan, and Newton's direction
 
 // columns = sum over chunks of rows of what plan_rows gives. y: nullptr, or the vector of the Schur complement with a.
-static void plan_sums_of(const Costs& c, int64_t problem, const RoundedColumns& rounded, const double* f, const double* y,
-                         const double* a, double* row_sums, double* linear, double* columns) {
+static void plan_sums_of(const Costs& c, int64_t problem, const RoundedPotentials& of, const double* y, const double* a,
+                         double* row_sums, double* linear, double* columns) {
   const Chunks chunks = row_chunks(c.n);
   const int64_t item = c.narrow ? 4 : 8, pitch = whole_lines(c.m, item) * item;
   const Room parts(chunks.count * pitch), vector(pitch);
   const auto rows = DITHER_PICK_ISA(plan_rows);
-  DITHER_PICK_ISA(plan_vector)(c, rounded.columns, y, vector.get());
+  DITHER_PICK_ISA(plan_vector)(c, of.g.columns, y, vector.get());
   const PlanSums sums{vector.get(), row_sums, linear, a};
   parallel(chunks.count, std::max<int64_t>(1, kWorthThreads / (chunks.size * c.m)), [&](int64_t lo, int64_t hi) {
     const Room scratch(row_scratch(c));
     for (int64_t k = lo; k < hi; ++k)
-      rows(c, problem, k * chunks.size, std::min(c.n, (k + 1) * chunks.size), rounded.columns, f, sums, scratch.get(),
+      rows(c, problem, k * chunks.size, std::min(c.n, (k + 1) * chunks.size), of.g.columns, of.f.data(), sums, scratch.get(),
            parts.get() + k * pitch);
   });
   DITHER_PICK_ISA(join_columns)(c, chunks.count, parts.get(), columns);
@@ -240,11 +249,9 @@ static void plan_sums_(const Tensor& x, const std::optional<Tensor>& y, int64_t 
   check_doubles(op, "columns", columns, {batch, c.m}, x);
   if (batch == 0) return;
   if constexpr (device == Device::cpu) {
-    const RoundedColumns rounded(c);
     for (int64_t i = 0; i < batch; ++i) {
-      const auto f2 = in_base_2(doubles(f) + i * c.n, c.n), g2 = in_base_2(doubles(g) + i * c.m, c.m);
-      rounded.round(c, g2.data());
-      plan_sums_of(c, i, rounded, f2.data(), nullptr, nullptr, doubles_of(rows) + i * c.n, doubles_of(linear) + i * c.n,
+      const RoundedPotentials rounded(c, doubles(f) + i * c.n, doubles(g) + i * c.m);
+      plan_sums_of(c, i, rounded, nullptr, nullptr, doubles_of(rows) + i * c.n, doubles_of(linear) + i * c.n,
                    doubles_of(columns) + i * c.m);
     }
   } else {
@@ -267,18 +274,17 @@ static void plan_(const Tensor& x, const std::optional<Tensor>& y, int64_t groun
   check_doubles(op, "out", out, {batch, c.n, c.m}, x);
   if (batch == 0) return;
   if constexpr (device == Device::cpu) {
-    const RoundedColumns rounded(c);
     const Room ones(whole_lines(c.m, 8) * 8);
     const auto rows = DITHER_PICK_ISA(plan_terms);
     for (int64_t i = 0; i < batch; ++i) {
-      const auto f2 = in_base_2(doubles(f) + i * c.n, c.n), g2 = in_base_2(doubles(g) + i * c.m, c.m);
-      rounded.round(c, g2.data());
-      DITHER_PICK_ISA(plan_vector)(c, rounded.columns, nullptr, ones.get());
+      const RoundedPotentials rounded(c, doubles(f) + i * c.n, doubles(g) + i * c.m);
+      const Columns& columns = rounded.g.columns;
+      DITHER_PICK_ISA(plan_vector)(c, columns, nullptr, ones.get());
       parallel((c.n + kRowBlock - 1) / kRowBlock, std::max<int64_t>(1, kWorthThreads / (kRowBlock * c.m)),
                [&](int64_t lo, int64_t hi) {
                  const Room scratch(row_scratch(c));
-                 rows(c, i, lo * kRowBlock, std::min(c.n, hi * kRowBlock), rounded.columns, f2.data(), ones.get(),
-                      scratch.get(), doubles_of(out) + i * c.n * c.m);
+                 rows(c, i, lo * kRowBlock, std::min(c.n, hi * kRowBlock), columns, rounded.f.data(), ones.get(), scratch.get(),
+                      doubles_of(out) + i * c.n * c.m);
                });
     }
   } else {
@@ -297,8 +303,8 @@ struct Entries {
 };
 
 // The entries whose scores, as small as they are, are more than `allowed` in sum; incomplete if there are more than `most`.
-static bool entries_of(const Costs& c, const RoundedColumns& rounded, const double* f, const double* a, const double* b,
-                       double allowed, int64_t most, Entries& all) {
+static bool entries_of(const Costs& c, const RoundedPotentials& of, const double* a, const double* b, double allowed,
+                       int64_t most, Entries& all) {
   const Chunks chunks = row_chunks(c.n);
   std::vector<Entries> parts(chunks.count);
   std::vector<double> inverse_b(c.m);
@@ -321,7 +327,7 @@ static bool entries_of(const Costs& c, const RoundedColumns& rounded, const doub
         }
         int64_t count = 0;
         if (a[i] > 0.0)
-          count = row(c, 0, i, rounded.columns, f[i], 1.0 / a[i], inverse_b.data(), least, scratch.get(),
+          count = row(c, 0, i, of.g.columns, of.f[i], 1.0 / a[i], inverse_b.data(), least, scratch.get(),
                       {&e.at[size], &e.exponents[size], &e.values[size]}, e.mass.data());
         size += count;
         found += count;
@@ -436,13 +442,6 @@ struct NewtonProblem {
     check_doubles(op, "columns", columns, {1, p.c.m}, x);
   }
 };
-struct RoundedPotentials {
-  std::vector<double> f;
-  RoundedColumns columns;
-  explicit RoundedPotentials(const NewtonProblem& s) : f(in_base_2(s.f, s.p.c.n)), columns(s.p.c) {
-    columns.round(s.p.c, in_base_2(s.g, s.p.c.m).data());
-  }
-};
 
 // info: entries kept, iterations, whether they converged. CUDA keeps all entries: delta and density are the CPU's.
 template <Device device>
@@ -457,7 +456,7 @@ static void newton_direction_(const Tensor& x, const std::optional<Tensor>& y, i
   check_doubles(op, "direction", direction, {1, c.m}, x);
   check_doubles(op, "info", info, {3}, x);
   if constexpr (device == Device::cpu) {
-    const RoundedPotentials rounded(s);
+    const RoundedPotentials rounded(c, s.f, s.g);
     std::vector<double> residual(doubles(rhs), doubles(rhs) + c.m), inverse(c.m), solution(c.m);
     for (int64_t j = 0; j < c.m; ++j) inverse[j] = s.columns[j] > 0.0 ? 1.0 / s.columns[j] : 0.0;
     // The scores of a row or a column are about 1 in sum.
@@ -467,14 +466,14 @@ static void newton_direction_(const Tensor& x, const std::optional<Tensor>& y, i
     double* report = doubles_of(info);
     Solved solved;
     Entries kept;
-    if (most > 0 && entries_of(c, rounded.columns, rounded.f.data(), s.a, s.b, allowed, most, kept)) {
+    if (most > 0 && entries_of(c, rounded, s.a, s.b, allowed, most, kept)) {
       report[0] = double(kept.at.size());
       solved = conjugate_gradients(SparseSchur{kept, s.a, s.columns, c.n, c.m}, inverse, residual, tol, iterations, solution);
     } else {
       report[0] = double(c.n) * double(c.m);
       std::vector<double> product(c.m);
       const auto matrix = [&](const std::vector<double>& v, std::vector<double>& out) {
-        plan_sums_of(c, 0, rounded.columns, rounded.f.data(), v.data(), s.a, nullptr, nullptr, product.data());
+        plan_sums_of(c, 0, rounded, v.data(), s.a, nullptr, nullptr, product.data());
         for (int64_t j = 0; j < c.m; ++j) out[j] = s.columns[j] * v[j] - product[j];
       };
       solved = conjugate_gradients(matrix, inverse, residual, tol, iterations, solution);
@@ -500,9 +499,9 @@ static void newton_direction_(const Tensor& x, const std::optional<Tensor>& y, i
   const NewtonProblem s(op, x, y, ground, scale, narrow, a, b, f, g, columns);
   const Costs& c = s.p.c;
   check_doubles(op, "out", out, {c.m, c.m}, x);
-  const RoundedPotentials rounded(s);
+  const RoundedPotentials rounded(c, s.f, s.g);
   Entries kept;
-  entries_of(c, rounded.columns, rounded.f.data(), s.a, s.b, delta * double(std::max(c.n, c.m)), c.n * c.m, kept);
+  entries_of(c, rounded, s.a, s.b, delta * double(std::max(c.n, c.m)), c.n * c.m, kept);
   double* to = doubles_of(out);
   std::vector<double> diagonal(c.m), held(c.m);
   std::fill(to, to + c.m * c.m, 0.0);

@@ -29,21 +29,6 @@ void round_columns(const Costs& c, const double* g, const Columns& to) {
   change_columns(c, g, to);
 }
 
-// Terms 2^(shift + g - C) of a row, and their sum.
-template <class T, class S>
-static INLINE double row_terms(const Costs& c, const S* row, double shift, const Columns& columns, T* terms) {
-  const T *g = static_cast<const T*>(columns.g), *rest = static_cast<const T*>(columns.rest);
-  const Scale<T> scale(c.scale);
-  const Vector<T> shifts = T(shift) - Vector<T>{};
-  Vector<T> sum = {};
-  for_columns<T, S>(c.m, [&](int64_t j, auto&& at) FLAT {
-    const Vector<T> e = power<T>(scale(at(row), load(g + j)) + shifts);
-    store(terms + j, e);
-    sum = fused<T>(e, load(rest + j), sum);
-  });
-  return double(sum_of<T>(sum));
-}
-
 // The largest g - C of a row.
 template <class T, class S>
 static double row_maximum(const Costs& c, const S* row, const T* g) {
@@ -95,15 +80,7 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
         base[r] = !alive ? none : f[i + r] > none ? double(T(f[i + r])) : 0.0;
         shift[r] = T(base[r]) - Vector<T>{};
       }
-      for_columns<T, S>(c.m, [&](int64_t j, auto&& at) FLAT {
-        const Vector<T> column = load(g + j), remainder = load(rest + j);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRowBlock; ++r) {
-          const Vector<T> e = power<T>(scale(at(row[r]), column) + shift[r]);
-          store(terms + r * pitch + j, e);
-          sum[r] = fused<T>(e, remainder, sum[r]);
-        }
-      });
+      row_terms<T, S>(c, row, shift, g, rest, terms, pitch, sum);
     }
     T factor[kRowBlock];
     bool usual = exact;
@@ -132,7 +109,11 @@ static double rows(const Sinkhorn& s, int64_t problem, int64_t lo, int64_t hi, c
           continue;
         }
         base[r] = -most;
-        total[r] = row_terms<T, S>(c, row[r], base[r], columns, terms + r * pitch);
+        const S* const one[] = {row[r]};
+        const Vector<T> shift[] = {T(base[r]) - Vector<T>{}};
+        Vector<T> again[1] = {};
+        row_terms<T, S>(c, one, shift, g, rest, terms + r * pitch, pitch, again);
+        total[r] = double(sum_of<T>(again[0]));
       }
       const double ratio = a[i + r] / total[r], full = base[r] + log2_of_double(ratio);
       if (exact) {

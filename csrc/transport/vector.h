@@ -152,6 +152,22 @@ static INLINE void cost_rows(const Costs& c, int64_t problem, int64_t i, int64_t
     else distances<false, 1>(c, x + r * c.dim, y, room + r * pitch, pitch);
 }
 
+// Terms 2^(shift + g - C) of rows, kept `pitch` apart in whole lines, and their sums times `factor`, a vector of columns.
+template <class T, class S, int kRows>
+static INLINE void row_terms(const Costs& c, const S* const (&row)[kRows], const Vector<T> (&shift)[kRows], const T* g,
+                             const T* factor, T* terms, int64_t pitch, Vector<T> (&sum)[kRows]) {
+  const Scale<T> scale(c.scale);
+  for_columns<T, S>(c.m, [&](int64_t j, auto&& at) FLAT {
+    const Vector<T> column = load(g + j), times = load(factor + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vector<T> e = power<T>(scale(at(row[r]), column) + shift[r]);
+      store(terms + r * pitch + j, e);
+      sum[r] = fused<T>(e, times, sum[r]);
+    }
+  });
+}
+
 // body(T{}, S{}): the types of the plan and of the costs.
 template <class Body>
 static INLINE void with_types(const Costs& c, const Body& body) {
