@@ -20,8 +20,7 @@ def _square(owner: str, M: Any) -> Tensor:
     c = tensor(owner, "M", M).detach()
     if c.dim() != 2 or c.shape[0] != c.shape[1] or not c.is_floating_point():
         raise ValueError(f"{owner}: M is {c.dtype} of shape {list(c.shape)}, expected costs [n, n] in floating point")
-    if not bool(c.isfinite().all()):
-        raise ValueError(f"{owner}: M has costs that are not finite, expected finite ones")
+    finite(owner, "M", c, "costs")
     return c
 
 

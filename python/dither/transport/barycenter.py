@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import instance, integer, number
 from . import _warn
-from .costs import as_tensor, regularisation
+from .costs import as_tensor, finite, regularisation
 
 
 def barycenter(
@@ -42,8 +42,7 @@ def barycenter(
     if m.shape != (n, n) or m.dtype != a.dtype or m.device != a.device:
         got, expected = (f"{t.dtype} of shape {list(shape)} on {t.device}" for t, shape in ((m, m.shape), (a, (n, n))))
         raise ValueError(f"{owner}: M is {got}, expected {expected}")
-    if not bool(m.isfinite().all()):
-        raise ValueError(f"{owner}: M has costs that are not finite, expected finite ones")
+    finite(owner, "M", m, "costs")
     reg = regularisation(owner, reg)
     logits = -m.double() / reg
     apart = float((m - m.mT).detach().abs().max())

@@ -50,9 +50,9 @@ def as_points(owner: str, first: tuple[str, Any], second: tuple[str, Any]) -> tu
     return x, y
 
 
-def finite(owner: str, name: str, x: Tensor) -> None:
+def finite(owner: str, name: str, x: Tensor, what: str = "values") -> None:
     if not x.isfinite().all():
-        raise ValueError(f"{owner}: {name} has values that are not finite, expected finite ones")
+        raise ValueError(f"{owner}: {name} has {what} that are not finite, expected finite ones")
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from .. import noise
 from .._checks import integer, number, tensor
 from ..ops import apply
 from . import _warn
+from .costs import finite
 
 Moments = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """(mean [d], covariance [d, d], step) -> the expected gradient [d] and Hessian [d, d] of a potential under that Gaussian."""
@@ -98,8 +99,7 @@ def _checked(owner: str, name: str, c: Any) -> Tensor:
     held = _covariance(owner, name, c).detach()
     if c.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return c  # type: ignore[no-any-return]
-    if not bool(held.isfinite().all()):
-        raise ValueError(f"{owner}: {name} has values that are not finite, expected finite ones")
+    finite(owner, name, held)
     slack = math.sqrt(torch.finfo(held.dtype).eps) * held.abs().amax((-2, -1), keepdim=True)
     apart = (held - held.mT).abs()
     if bool((apart > slack).any()):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import noise
 from .._checks import integer, number, one_of, tensor
+from .costs import finite
 from .solve import solve
 
 STATISTICS = ("sinkhorn", "sliced")
@@ -64,8 +65,7 @@ def two_sample_test(
     for name, t in (("x", x), ("y", y)):
         if tensor(owner, name, t).dim() != 2 or len(t) < 2 or not t.is_floating_point() or t.shape[1] == 0:
             raise ValueError(f"{owner}: {name} is {t.dtype} of shape {list(t.shape)}, expected floating point [at least 2, d]")
-        if not bool(t.isfinite().all()):
-            raise ValueError(f"{owner}: {name} has values that are not finite, expected finite ones")
+        finite(owner, name, t)
     if y.shape[1] != x.shape[1]:
         raise ValueError(f"{owner}: y has shape {list(y.shape)}, expected [m, {x.shape[1]}] like x")
     n, points = len(x), torch.cat([x, y])
