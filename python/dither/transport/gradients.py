@@ -257,15 +257,15 @@ class Solution:
         rhs = q - self.b * self._across(self.a * p / left, torch.zeros_like(q))[1]
         if self.balanced:  # the constant that f may give to g
             rhs = rhs - columns * (rhs.sum(1) / columns.sum(1)).unsqueeze(1)
-        y = torch.cat([self._column_solve(i, left, right, rhs) for i in range(rhs.shape[0])])
+        weights = torch.where(self.a > 0, left, 0), torch.where(self.b > 0, right, 0)
+        y = torch.cat([self._column_solve(i, *weights, rhs) for i in range(rhs.shape[0])])
         y = torch.where(self.b > 0, y, 0)
         return (p - self.a * self._across(torch.zeros_like(p), self.b * y)[0]) / left, y
 
     def _column_solve(self, problem: int, left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
         one = slice(problem, problem + 1)
-        weights = torch.where(self.a > 0, left, 0), torch.where(self.b > 0, right, 0)
         costs = self.costs.select([problem])
-        given = (costs, self.reg, weights[0][one], self.b[one], self.f[one], self.g[one], weights[1][one])
+        given = (costs, self.reg, left[one], self.b[one], self.f[one], self.g[one], right[one])
         fits = rhs.shape[1] <= DIRECT
         solved = _core.schur_solve(*given, rhs[one], _EXACT, _EXACT, PRODUCTS[0 if fits else 1])
         if fits and not solved.converged:
