@@ -201,6 +201,12 @@ def test_sinkhorn_coupling_is_drawn_from_the_plan():
     assert float(((counts - 800 * plan).square() / (800 * plan)).sum()) < 59
 
 
+def test_couplings_that_have_not_converged_are_told():
+    x0, x1 = (noise.normal((30, 3), seed=s, dtype=torch.float64) for s in (0, 1))
+    with pytest.warns(UserWarning, match="not converged"):
+        ot_coupling(x0, x1, "sinkhorn", 1e-15)
+
+
 def test_couplings_lie_between_exact_and_independent():
     x0, x1 = noise.normal((200, 2), seed=0), noise.normal((200, 2), seed=1)
     cost = lambda j: float((x0 - x1[j]).square().sum(1).mean())

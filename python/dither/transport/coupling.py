@@ -41,7 +41,7 @@ def ot_coupling(
         x0: [n, ...] in floating point. x1: [m, ...], of the same samples' shape and dtype.
         method: "exact": the assignment of least cost, for n = m. "sinkhorn": indices_i drawn from row i of the entropic plan;
             the larger reg, the nearer to independent pairs.
-        reg: of "sinkhorn", in units of the mean cost.
+        reg: of "sinkhorn", in units of the mean cost. A warning tells where marginals have an L1 error above 1e-4.
         seed: of the draws, with `step` their address (`dither.noise`); None: a new one from torch's generator.
     """
     owner = "ot_coupling"
@@ -56,7 +56,7 @@ def ot_coupling(
             raise ValueError(f"{owner}: x1 has {len(x1)} samples, expected {len(x0)} like x0, or method 'sinkhorn'")
         return assign(c)
     mean = float(c.mean())
-    plan = solve(None, None, c, reg * mean if mean > 0 else 1.0, tol=1e-4, warn=False).plan.double()
+    plan = solve(None, None, c, reg * mean if mean > 0 else 1.0, tol=1e-4).plan.double()
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     heights = plan.cumsum(1)
     u = noise.uniform((len(x0), 1), dtype=torch.float64, device=x0.device, seed=seed, step=step)
