@@ -107,6 +107,7 @@ def test_dtypes_and_empty_batches(method, dtype):
     assert immiscible_noise(x, z, method).dtype == dtype
     assert immiscible_noise(x[:0], z[:0], method).shape == (0, 1, 8, 8)
     assert torch.equal(immiscible_noise(x[:1], z[:1], method), z[:1])
+    assert immiscible_noise(x, z.float(), method).dtype == torch.float32
 
 
 def test_noise_assigned_in_training_has_no_gradient():

@@ -339,6 +339,11 @@ BAD = [
         ValueError,
         "have shapes [2] and [3, 3], expected [d] and",
     ),
+    (
+        lambda: transport.forward_backward_gvi(exact, M, -C, 0.1, 1),
+        ValueError,
+        "forward_backward_gvi: cov has an eigenvalue of -",
+    ),
     (lambda: transport.sampled_moments(sum, 0), ValueError, "sampled_moments: n_samples is 0, expected at least 1"),
 ]
 

@@ -203,6 +203,7 @@ BAD = [
         ValueError,
         "target is torch.int64 of shape [8], expected torch.int64 of",
     ),
+    (lambda: transport.minkowski_emd_loss(Z, LABELS.to("meta")), ValueError, "target is on meta, expected cpu like logits"),
     (lambda: transport.minkowski_emd_loss(Z, X), ValueError, "or floating point of shape [4, 3]"),
     (lambda: transport.minkowski_emd_loss(Z, LABELS[:3], p=0.5), ValueError, "minkowski_emd_loss: p is 0.5, expected 1 <= p"),
     (lambda: transport.minkowski_emd_loss(Z, LABELS[:3], alpha=0), ValueError, "alpha is 0, expected 0 < alpha"),

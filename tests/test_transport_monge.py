@@ -209,6 +209,7 @@ BAD = {
     "monge_gap: x has values that are not finite": lambda: monge_gap(X / 0, X),
     "monge_gap: reg is 0, expected 0 < reg": lambda: monge_gap(X, X, reg=0),
     "monge_map_loss: weight is -1": lambda: monge_map_loss(X, X, X, -1),
+    "monge_map_loss: mapped and target have shapes [3, 2] and [0, 2]": lambda: monge_map_loss(X, X, X[:0]),
     "monge_map_loss: target has shape [3, 1]": lambda: monge_map_loss(X, X, X[:, :1]),
     "draw_convergence: results is empty": lambda: draw_convergence({}),
     "draw_convergence: results['a'] is int": lambda: draw_convergence({"a": 1}),

@@ -99,6 +99,7 @@ X = normals(4)
 BAD = {
     "two_sample_test: y has shape [4, 2], expected [m, 3] like x": lambda: two_sample_test(X, X[:, :2]),
     "two_sample_test: x is torch.float64 of shape [1, 3]": lambda: two_sample_test(X[:1], X),
+    "two_sample_test: y is on meta, expected cpu like x": lambda: two_sample_test(X, torch.ones_like(X, device="meta")),
     "two_sample_test: y is torch.int64": lambda: two_sample_test(X, X.long()),
     "two_sample_test: x has values that are not finite": lambda: two_sample_test(X * torch.nan, X),
     "two_sample_test: statistic is 'mmd', expected 'sinkhorn', 'sliced' or a function": lambda: two_sample_test(X, X, "mmd"),

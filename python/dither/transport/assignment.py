@@ -96,7 +96,8 @@ def _distances(x: Tensor, y: Tensor, quantised: bool) -> Tensor:
     """|x_i - y_j| of flattened samples, [n, m]; quantised: of 0.1 x and 0.1 y in half precision, and rounded to it."""
     if quantised:
         x, y = (_QUANTISED * t.half() for t in (x, y))
-    d = torch.cdist(as_rows(x), as_rows(y))
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    d = torch.cdist(as_rows(x.to(dtype)), as_rows(y.to(dtype)))
     return d.half().float() if quantised else d
 
 

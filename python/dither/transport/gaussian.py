@@ -296,7 +296,7 @@ def forward_backward_gvi(
     Returns: mean and cov, detached.
     """
     owner = "forward_backward_gvi"
-    if tensor(owner, "mean", mean).dim() != 1 or _covariance(owner, "cov", cov).shape != (len(mean), len(mean)):
+    if tensor(owner, "mean", mean).dim() != 1 or _checked(owner, "cov", cov).shape != (len(mean), len(mean)):
         raise ValueError(f"{owner}: mean and cov have shapes {list(mean.shape)} and {list(cov.shape)}, expected [d] and [d, d]")
     n_steps, start = integer(owner, "n_steps", n_steps, 0), integer(owner, "start", start, 0)
     with torch.no_grad():

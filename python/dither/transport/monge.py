@@ -92,6 +92,9 @@ def monge_map_loss(
         tensor(owner, name, t)
     as_points(owner, ("x", x), ("mapped", mapped))
     as_points(owner, ("mapped", mapped), ("target", target))
+    if target.dim() != 2 or 0 in (len(mapped), len(target)):
+        shapes = f"{list(mapped.shape)} and {list(target.shape)}"
+        raise ValueError(f"{owner}: mapped and target have shapes {shapes}, expected [at least 1, d]")
     c = _costs(owner, "sqeuclidean", mapped, target)
     loss = _sinkhorn_divergence(owner, "sqeuclidean", mapped, target, c, _reg(owner, reg, c), tol).to(x.dtype)
     return loss + weight * monge_gap(x, mapped, cost, reg, tol=tol) if weight else loss

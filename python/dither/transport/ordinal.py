@@ -37,6 +37,8 @@ def minkowski_emd_loss(logits: Tensor, target: Tensor, p: float = 2, alpha: floa
     p, alpha = number(op, "p", p, least=1), number(op, "alpha", alpha, above=0)
     one_of(op, "reduction", reduction, REDUCTIONS)
     shape = tensor(op, "target", target).shape
+    if target.device != logits.device:
+        raise ValueError(f"{op}: target is on {target.device}, expected {logits.device} like logits")
     if target.is_floating_point() and shape == logits.shape:
         cumulative = target.to(logits.dtype).cumsum(1)
     elif target.dtype == torch.int64 and shape == logits.shape[:1]:

@@ -170,6 +170,8 @@ def _given(owner: str, a: Any, b: Any, M: Any) -> _Given:
             a, b, M = (None if w is None else w.astype(widest) for w in (a, b, M))
             M = as_tensor(owner, "M", M)
         like = M
+    if len(M.shape) < 2:
+        raise ValueError(f"{owner}: M has shape {list(M.shape)}, expected [n, m]")
     # A list takes the type of a tensor M.
     made = (like.new_tensor(w) if isinstance(w, (list, tuple)) else w for w in (a, b))
     a, b = (None if w is None else as_tensor(owner, name, w) for name, w in zip("ab", made))
@@ -246,7 +248,7 @@ def _relaxed(
     rho = tuple(np.atleast_1d(reg_m).tolist())
     rho = rho * 2 if len(rho) == 1 else rho
     n, width = given.M.shape[-2:]
-    wa, wb = (given.like.new_full((size,), 1 / size) if w is None else w for w, size in ((given.a, n), (given.b, width)))
+    wa, wb = (given.like.new_full((size,), 1 / (size or 1)) if w is None else w for w, size in ((given.a, n), (given.b, width)))
     logs = [torch.where(w > 0, torch.where(w > 0, w, 1).log(), 0) for w in (wa, wb)]
     kl, costs = reg_type.lower() == "kl" and not given.many, given.M
     if shifted := not kl or c is not None:  # KL(P | c) is KL(P | a b^T) + <P, ln(a b^T / c)>

@@ -65,9 +65,12 @@ def two_sample_test(
     for name, t in (("x", x), ("y", y)):
         if tensor(owner, name, t).dim() != 2 or len(t) < 2 or not t.is_floating_point() or t.shape[1] == 0:
             raise ValueError(f"{owner}: {name} is {t.dtype} of shape {list(t.shape)}, expected floating point [at least 2, d]")
-        finite(owner, name, t)
     if y.shape[1] != x.shape[1]:
         raise ValueError(f"{owner}: y has shape {list(y.shape)}, expected [m, {x.shape[1]}] like x")
+    if y.device != x.device:
+        raise ValueError(f"{owner}: y is on {y.device}, expected {x.device} like x")
+    for name, t in (("x", x), ("y", y)):
+        finite(owner, name, t)
     n, points = len(x), torch.cat([x, y])
     keys = noise.uniform((permutations, len(points)), dtype=torch.float64, device=x.device, seed=seed, stream=0)
     orders = torch.cat([torch.arange(len(points), device=x.device).unsqueeze(0), keys.argsort(1)])
