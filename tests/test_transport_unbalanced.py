@@ -190,13 +190,14 @@ def test_the_cost_with_penalties():
     [
         ({"c": [[1.0]]}, "c has shape [1, 1], expected [30, 40]"),
         ({"c": -np.ones((30, 40))}, "c contains -1.0, expected nothing negative"),
+        ({"M": np.ones(3)}, "M has shape [3], expected [n, m]"),
         ({"reg_type": "l2"}, "reg_type is 'l2', expected 'kl', 'entropy'"),
         ({"method": "fast"}, "method is 'fast', expected 'sinkhorn'"),
     ],
 )
 def test_pots_functions_refuse(options, message):
     with pytest.raises(ValueError, match="^sinkhorn_unbalanced: " + re.escape(message)):
-        sinkhorn_unbalanced(*instance(), 0.1, 1.0, **options)
+        sinkhorn_unbalanced(**dict(zip("abM", instance())) | {"reg": 0.1, "reg_m": 1.0} | options)
 
 
 # Partial
@@ -262,3 +263,7 @@ def test_partial_refuses():
         partial(a, b, m, 0.1, 0.9)
     with pytest.warns(UserWarning, match="partial: not converged"):
         partial(a, b, m, 0.01, 0.6, max_iterations=2)
+    alone = np.where(np.arange(len(a))[:, None] > 0, np.inf, m)  # but for the first row
+    with pytest.raises(ValueError, match=rf"partial: m is 0\.5, expected 0 < m <= {a[0]:g}"):
+        partial(a, b, alone, 0.1, 0.5)
+    assert partial(a, b, alone, 0.1).sum() == pytest.approx(a[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import instance, integer, number
 from . import _core, _warn
 from .costs import is_numpy, prepared, regularisation
-from .solve import weights_of
+from .solve import _without_pairs, weights_of
 
 
 def partial(
@@ -26,10 +26,11 @@ def partial(
 ) -> Any:
     """The plan that moves the mass m: min <P, M> + reg sum P ln P with P 1 <= a, P^T 1 <= b and a sum of m.
 
-    a: [n] or [B, n], b: [m] or [B, m], of any sums, None: uniform with sum 1; M as in `solve`; m: at most the smaller sum, and
-    None stands for it. Returns P, [n, m] or [B, n, m], of M's dtype, a numpy array if M is one; no gradients. tol: for the L1
-    change of the rows' sums that one more iteration would bring, in units of m. log: return (P, log), a dict of "converged",
-    "error", that change, "iterations" and "potentials", f and g in float64, by which P_ij = exp(f_i + g_j - M_ij / reg).
+    a: [n] or [B, n], b: [m] or [B, m], of any sums, None: uniform with sum 1; M as in `solve`; m: at most the smaller sum of
+    weights to which inf leaves a pair, and None stands for it. Returns P, [n, m] or [B, n, m], of M's dtype, a numpy array if M
+    is one; no gradients. tol: for the L1 change of the rows' sums that one more iteration would bring, in units of m. log:
+    return (P, log), a dict of "converged", "error", that change, "iterations" and "potentials", f and g in float64, by which
+    P_ij = exp(f_i + g_j - M_ij / reg).
 
     The dual is maximised in turn over the rows' multipliers, which are not positive, and over the columns' with that of the
     mass, in the log domain. That is Dykstra's algorithm of Benamou et al. 2015 (`ot.partial.entropic_partial_wasserstein`) with
@@ -41,7 +42,8 @@ def partial(
     instance(owner, "log", log, bool, "a bool")
     costs, batched = prepared(owner, M, offset=True)
     wa, wb = (w.detach() for w in weights_of(owner, a, b, M, costs, batched, equal=False))
-    most = float(torch.minimum(wa.sum(1), wb.sum(1)).min()) if len(wa) else 0.0
+    alone = _without_pairs(owner, costs, (wa, wb), (0.0, 0.0)) if costs.forbidden else (wa < 0, wb < 0)
+    most = min((float(w.masked_fill(lost, 0).sum(1).min()) for w, lost in zip((wa, wb), alone) if len(w)), default=0.0)
     mass = most if m is None else number(owner, "m", m, above=0, most=most * (1 + 1e-9))
     across = costs.transposed()
 
