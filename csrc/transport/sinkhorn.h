@@ -49,6 +49,17 @@ DITHER_HD T distance_part(Ground ground, T x, T y, T sum) {
   return sum + (ground == Ground::l1 ? absolute(d) : d * d);
 }
 
+// One cost by itself.
+template <class S>
+DITHER_HD double cost_at(const Costs& c, int64_t problem, int64_t i, int64_t j) {
+  const S* x = static_cast<const S*>(c.x) + problem * c.x_batch + i * c.dim;  // dim is m where costs are given
+  if (c.ground == Ground::given) return double(x[j]);
+  const S* y = static_cast<const S*>(c.y) + problem * c.y_batch + j;
+  S sum = 0;
+  for (int64_t k = 0; k < c.dim; ++k) sum = distance_part(c.ground, x[k], y[k * c.m], sum);
+  return double(c.ground == Ground::euclidean ? square_root(sum) : sum);
+}
+
 // Where a potential goes whose full update is `full`, and what its marginal should then be.
 DITHER_HD double relaxed(double old, double full, double damp, double omega) {
   if (damp == 1.0 && omega == 1.0) return full;

@@ -179,16 +179,6 @@ double sinkhorn_columns(const Sinkhorn& s, int64_t problem, const double* column
   return error;
 }
 
-template <class S>
-static double cost_at(const Costs& c, int64_t problem, int64_t i, int64_t j) {
-  const S* x = static_cast<const S*>(c.x) + problem * c.x_batch;
-  if (c.ground == Ground::given) return double(x[i * c.m + j]);
-  const S* y = static_cast<const S*>(c.y) + problem * c.y_batch + j;
-  S sum = 0;
-  for (int64_t k = 0; k < c.dim; ++k) sum = distance_part(c.ground, x[i * c.dim + k], y[k * c.m], sum);
-  return double(c.ground == Ground::euclidean ? square_root(sum) : sum);
-}
-
 double column_log(const Costs& c, int64_t problem, int64_t j, const double* f) {
   constexpr double none = -__builtin_inf();
   double most = none, sum = 0;
