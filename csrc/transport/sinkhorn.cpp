@@ -120,7 +120,7 @@ static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, doub
   std::vector<int64_t> faint;
   const auto rows = DITHER_PICK_ISA(sinkhorn_rows);
   const auto join = DITHER_PICK_ISA(join_columns);
-  const auto move = DITHER_PICK_ISA(sinkhorn_columns);
+  const auto move = DITHER_PICK_ISA(move_columns);
   const auto column_log_of = DITHER_PICK_ISA(column_log);
   const double* a = s.a + problem * c.n;
   for (int64_t i = 0; i < c.n; ++i) f[i] = a[i] > 0.0 ? f[i] * kLog2e : -INFINITY;
@@ -147,18 +147,16 @@ static void iterate(const Sinkhorn& s, int64_t problem, int64_t iterations, doub
         columns[faint[k]] = exp2_of_double(logs[k] + g[faint[k]]);
       }
     });
-    double error = move(s, problem, columns, g, false);
+    double error = DITHER_PICK_ISA(column_error)(s, problem, columns, g);
     for (const double e : row_error) error += e;
     errors[(*done)++] = error;
     if (error <= tol) break;
-    for (double& log : logs) log += g[faint[&log - logs.data()]];
-    std::vector<double> before(faint.size());
-    for (size_t k = 0; k < faint.size(); ++k) before[k] = g[faint[k]];
-    move(s, problem, columns, g, true);
-    for (size_t k = 0; k < faint.size(); ++k)
-      g[faint[k]] = logs[k] > -INFINITY
-                        ? relaxed(before[k], before[k] + log2_of_double(b[faint[k]]) - logs[k], s.damp_b, s.omega[problem])
-                        : before[k];
+    for (size_t k = 0; k < faint.size(); ++k) {  // where they go
+      const double old = g[faint[k]], log = logs[k] + old;
+      logs[k] = log > -INFINITY ? relaxed(old, old + log2_of_double(b[faint[k]]) - log, s.damp_b, s.omega[problem]) : old;
+    }
+    move(s, problem, columns, g);
+    for (size_t k = 0; k < faint.size(); ++k) g[faint[k]] = logs[k];
   }
   times(f, c.n, kLn2);
   times(g, c.m, kLn2);

@@ -129,8 +129,9 @@ DITHER_PER_ISA(double sinkhorn_rows(const Sinkhorn&, int64_t problem, int64_t lo
                                     double* f, void* scratch, void* sums))
 // sums[chunks][whole lines] -> columns[m].
 DITHER_PER_ISA(void join_columns(const Costs&, int64_t chunks, const void* sums, double* columns))
-// g after columns; L1 error before it. Columns that underflowed have been replaced. move: update g.
-DITHER_PER_ISA(double sinkhorn_columns(const Sinkhorn&, int64_t problem, const double* columns, double* g, bool move))
+// The L1 error of the columns, and g after them. Those that underflowed have been replaced.
+DITHER_PER_ISA(double column_error(const Sinkhorn&, int64_t problem, const double* columns, const double* g))
+DITHER_PER_ISA(void move_columns(const Sinkhorn&, int64_t problem, const double* columns, double* g))
 // sum_i 2^(f_i - C_ij) as its log2.
 DITHER_PER_ISA(double column_log(const Costs&, int64_t problem, int64_t j, const double* f))
 

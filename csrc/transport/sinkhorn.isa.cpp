@@ -158,13 +158,17 @@ void join_columns(const Costs& c, int64_t chunks, const void* sums, double* colu
   });
 }
 
-double sinkhorn_columns(const Sinkhorn& s, int64_t problem, const double* columns, double* g, bool move) {
+double column_error(const Sinkhorn& s, int64_t problem, const double* columns, const double* g) {
+  const double* b = s.b + problem * s.c.m;
+  double error = 0;
+  for (int64_t j = 0; j < s.c.m; ++j) error += absolute(columns[j] - wanted_marginal(b[j], g[j], s.damp_b));
+  return error;
+}
+
+void move_columns(const Sinkhorn& s, int64_t problem, const double* columns, double* g) {
   const double* b = s.b + problem * s.c.m;
   const double omega = s.omega[problem];
   constexpr double none = -__builtin_inf();
-  double error = 0;
-  for (int64_t j = 0; j < s.c.m; ++j) error += absolute(columns[j] - wanted_marginal(b[j], g[j], s.damp_b));
-  if (!move) return error;
   if (s.damp_b == 1.0 && omega == 1.0) {
     for (int64_t j = 0; j < s.c.m; ++j) {
       const bool moves = b[j] > 0.0 && columns[j] > 0.0;
@@ -176,7 +180,6 @@ double sinkhorn_columns(const Sinkhorn& s, int64_t problem, const double* column
       if (!(b[j] > 0.0)) g[j] = none;
       else if (columns[j] > 0.0) g[j] = relaxed(g[j], g[j] + log2_of_double(b[j] / columns[j]), s.damp_b, omega);
   }
-  return error;
 }
 
 double column_log(const Costs& c, int64_t problem, int64_t j, const double* f) {
