@@ -23,11 +23,19 @@ def along(x: Any, slope: Any, p: Point, q: Point) -> Any:
     return x * (q.alpha / p.alpha) + slope * (q.sigma - q.alpha * p.ratio)
 
 
+def beside(x: Any, x0: Any, p: Point) -> Any:
+    """The noise that x holds beside x0."""
+    return (x - x0 * p.alpha) * (1 / p.sigma)
+
+
+def noise_of(run: Any, x: Any, out: Any, p: Point) -> Any:
+    """eps, or what x holds beside x0 where that is limited."""
+    return beside(x, out.x0, p) if run.limits else out.eps
+
+
 def slope(run: Any, out: Any, x: Any, p: Point) -> Any:
-    """eps at p, as the x0 that was limited implies it."""
-    if run.limits or run.prediction == "x0":
-        return (x - out.x0 * p.alpha) * (1 / p.sigma)
-    return out.eps
+    """`noise_of`; eps of a model of x0 is written out as well, so that no tensor is made of it."""
+    return beside(x, out.x0, p) if run.prediction == "x0" else noise_of(run, x, out, p)
 
 
 def has_slope(p: Point, q: Point) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..points import Level, Point, Points
+from ._steps import along, noise_of
 
 _ABSCISSAE, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
@@ -34,25 +35,15 @@ def adams_bashforth(order: int) -> list[float]:
     return [float(w) for w in lagrange_integrals([-float(j) for j in range(order)], 0.0, 1.0)]
 
 
-def _slope(p: Point, q: Point) -> Level:
-    """What eps is multiplied by from p to q: x / alpha has the slope eps in sigma / alpha."""
-    return q.sigma - q.alpha * p.ratio
-
-
-def _along(x: Any, eps: Any, p: Point, q: Point) -> Any:
-    """From p to q with noise eps throughout."""
-    return x * (q.alpha / p.alpha) + eps * _slope(p, q)
-
-
 def _mixed(newest: Sequence[Any], weights: Sequence[Level]) -> Any:
     return sum(e * w for e, w in zip(newest, weights))
 
 
-def _step(x: Any, out: Any, newest: Sequence[Any], weights: Sequence[Level], p: Point, q: Point) -> Any:
+def _step(x: Any, x0: Any, newest: Sequence[Any], weights: Sequence[Level], p: Point, q: Point) -> Any:
     """With the noise sum_j weights[j] newest[j]. With one it is DDIM's step, which needs no signal at p."""
     if len(newest) == 1 and np.all(weights[0] == 1):
-        return out.x0 * q.alpha + newest[0] * q.sigma
-    return _along(x, _mixed(newest, weights), p, q)
+        return x0 * q.alpha + newest[0] * q.sigma
+    return along(x, _mixed(newest, weights), p, q)
 
 
 def ipndm(run: Any, x: Any, points: Points, order: int = 4) -> Any:
@@ -64,7 +55,7 @@ def ipndm(run: Any, x: Any, points: Points, order: int = 4) -> Any:
     for _, p, q in run.steps(points):
         out = run.evaluate(x, p)
         past = [out.eps, *past][:order]
-        x = _step(x, out, past, adams_bashforth(len(past)), p, q)
+        x = _step(x, out.x0, past, adams_bashforth(len(past)), p, q)
     return x
 
 
@@ -79,18 +70,18 @@ def pndm(run: Any, x: Any, points: Points, skip_prk_steps: bool = True) -> Any:
         out = run.evaluate(x, p)
         past = [out.eps, *past][:4]
         if np.any(p.alpha == 0):  # all is noise, whose slope says nothing yet
-            x = _step(x, out, past[:1], [1.0], p, q)
+            x = _step(x, out.x0, past[:1], [1.0], p, q)
         elif skip_prk_steps and i == 0:
-            then = run.evaluate(_step(x, out, past, [1.0], p, q), q) if not q.clean else out
-            x = _along(x, (out.eps + then.eps) * 0.5, p, q)
+            then = run.evaluate(_step(x, out.x0, past, [1.0], p, q), q) if not q.clean else out
+            x = along(x, (out.eps + then.eps) * 0.5, p, q)
         elif not skip_prk_steps and i < 3 and not q.clean:
             middle = _middle(run.process, p, q)
-            second = run.evaluate(_along(x, out.eps, p, middle), middle).eps
-            third = run.evaluate(_along(x, second, p, middle), middle).eps
-            fourth = run.evaluate(_along(x, third, p, q), q).eps
-            x = _along(x, (out.eps + fourth) * (1 / 6) + (second + third) * (1 / 3), p, q)
+            second = run.evaluate(along(x, out.eps, p, middle), middle).eps
+            third = run.evaluate(along(x, second, p, middle), middle).eps
+            fourth = run.evaluate(along(x, third, p, q), q).eps
+            x = along(x, (out.eps + fourth) * (1 / 6) + (second + third) * (1 / 3), p, q)
         else:
-            x = _along(x, _mixed(past, adams_bashforth(len(past))), p, q)
+            x = along(x, _mixed(past, adams_bashforth(len(past))), p, q)
     return x
 
 
@@ -119,21 +110,11 @@ def deis(run: Any, x: Any, points: Points, order: int = 2, lower_order_final: bo
         if q.clean or not np.all(np.isfinite(levels[now - 1])):
             now = 1
         if now == 1:
-            x = _step(x, out if not run.limits else _Seen(out.x0, eps), past[:1], [1.0], p, q)
+            x = _step(x, out.x0, past[:1], [1.0], p, q)
         else:
             weights = lagrange_integrals(levels[:now], -p.lam, -q.lam, np.exp)
             x = x * (q.alpha / p.alpha) + _mixed(past, [w * q.alpha for w in weights])
     return x
-
-
-class _Seen:
-    def __init__(self, x0: Any, eps: Any) -> None:
-        self.x0, self.eps = x0, eps
-
-
-def noise_of(run: Any, x: Any, out: Any, p: Point) -> Any:
-    """eps, or what x holds beside x0 where that is limited."""
-    return (x - out.x0 * p.alpha) / p.sigma if run.limits else out.eps
 
 
 def _momentum(order: int, beta: float) -> list[float]:
@@ -160,7 +141,7 @@ def ghvb(run: Any, x: Any, points: Points, order: int = 4, beta: float = 0.7) ->
         if past:
             run.keep(velocity)
         past = [velocity, *past][:order]
-        x = _step(x, out, past, _momentum(len(past), beta), p, q)
+        x = _step(x, out.x0, past, _momentum(len(past), beta), p, q)
     return x
 
 
@@ -175,5 +156,5 @@ def heavy_ball(run: Any, x: Any, points: Points, order: int = 4, beta: float = 0
         velocity = mean if velocity is None else velocity * (1 - beta) + mean * beta
         if i > 0:
             run.keep(velocity)
-        x = _step(x, out, [velocity], [1.0], p, q) if i == 0 else _along(x, velocity, p, q)
+        x = _step(x, out.x0, [velocity], [1.0], p, q) if i == 0 else along(x, velocity, p, q)
     return x

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..._checks import one_of
 from ..points import Point, Points
+from ._steps import beside
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
@@ -24,7 +25,7 @@ def ddim(run: Any, x: Any, points: Points, eta: float = 0.0, use_clipped_model_o
     """
     for _, p, q in run.steps(points):
         out = run.evaluate(x, p)
-        eps = (x - out.x0 * p.alpha) / p.sigma if use_clipped_model_output else out.eps
+        eps = beside(x, out.x0, p) if use_clipped_model_output else out.eps
         # sigma^2 = eta^2 (1 - abar_q) / (1 - abar_p) (1 - abar_p / abar_q), for any alpha and sigma
         deviation = eta * q.sigma * np.sqrt(_new_share(p, q))
         x = out.x0 * q.alpha + eps * np.sqrt(q.sigma**2 - deviation**2)

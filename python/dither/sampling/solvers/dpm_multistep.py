@@ -15,7 +15,7 @@ import numpy as np
 
 from ..._checks import one_of
 from ..points import Level, Point, Points
-from .adams import noise_of
+from ._steps import noise_of
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..points import Points
-from ._steps import along, renoised, toward
+from ._steps import along, noise_of, renoised, toward
 from .adams import lagrange_integrals
 
 
@@ -54,9 +54,8 @@ def gradient_estimation(run: Any, x: Any, points: Points, ge_gamma: float = 2.0,
 
 
 def _slope(run: Any, out: Any, x: Any, p: Any) -> Any:
-    """eps as the x0 that was limited implies it, kept for later steps."""
-    if not run.limits:
-        return out.eps
-    found = (x - out.x0 * p.alpha) * (1 / p.sigma)
-    run.keep(found)
+    """`noise_of`, kept for later steps."""
+    found = noise_of(run, x, out, p)
+    if run.limits:
+        run.keep(found)
     return found
