@@ -12,22 +12,6 @@ from ._steps import ancestral, has_slope, renoised, slope, toward
 from .adams import lagrange_integrals
 
 
-def dpmpp_2m(run: Any, x: Any, points: Points) -> Any:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2)."""
-    old: Any = None
-    before: Any = None
-    for _, p, q in run.steps(points):
-        new = run.denoised(x, p)
-        h = q.lam - p.lam
-        mean = new
-        if old is not None and not q.clean and np.all(np.isfinite(before)):
-            r = before / h
-            mean = new * (1 + 1 / (2 * r)) - old * (1 / (2 * r))
-        x = x * (q.sigma / p.sigma) - mean * (q.alpha * np.expm1(-h))
-        old, before = new, h
-    return x
-
-
 def dpmpp_2s_ancestral(run: Any, x: Any, points: Points, eta: float = 1.0, s_noise: float = 1.0) -> Any:
     """DPM-Solver++(2S) (Lu et al. 2022, algorithm 1) to below the next level, and up again with new noise (k-diffusion).
 
@@ -66,72 +50,6 @@ def dpmpp_sde(run: Any, x: Any, points: Points, eta: float = 1.0, s_noise: float
 def _phi(h: Level) -> Level:
     """1 - exp(-h), what x0 counts for over a step of h in ln(alpha / sigma)."""
     return -np.expm1(-h)
-
-
-def _sde_step(run: Any, x: Any, mean: Any, p: Point, q: Point, eta: float, s_noise: float) -> Any:
-    """To q (Lu et al. 2022, SDE-DPM-Solver++). mean: of x0, each weighted by an integral over the step."""
-    extra = eta * (q.lam - p.lam) if eta else 0.0
-    x = x * (q.sigma / p.sigma * np.exp(-extra)) + mean * q.alpha
-    noise = q.sigma * np.sqrt(_phi(2 * extra)) * s_noise
-    return x + run.noise(p, q) * noise if np.any(noise > 0) else x
-
-
-def dpmpp_2m_sde(
-    run: Any, x: Any, points: Points, eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint"
-) -> Any:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022; Crowson, k-diffusion).
-
-    eta: 0, deterministic; 1, the reverse SDE. s_noise: the noise is multiplied by it. solver_type: "midpoint" or "heun".
-    """
-    if solver_type not in ("midpoint", "heun"):
-        raise ValueError(f"dpmpp_2m_sde: solver_type is {solver_type!r}, expected 'midpoint', 'heun'")
-    old: Any = None
-    before: Any = None
-    for _, p, q in run.steps(points):
-        new = run.denoised(x, p)
-        if q.clean:
-            x = new * q.alpha
-            continue
-        h = q.lam - p.lam
-        full = h * (1 + eta)
-        mean = new * _phi(full)
-        if old is not None and np.all(np.isfinite(before)):
-            weight = _phi(full) / 2 if solver_type == "midpoint" else 1 - _phi(full) / full
-            mean = mean + (new - old) * (weight * h / before)
-        x = _sde_step(run, x, mean, p, q, eta, s_noise)
-        old, before = new, h
-    return x
-
-
-def dpmpp_3m_sde(run: Any, x: Any, points: Points, eta: float = 1.0, s_noise: float = 1.0) -> Any:
-    """SDE-DPM-Solver++(3M) (Crowson, k-diffusion).
-
-    eta: 0, deterministic; 1, the reverse SDE. s_noise: the noise is multiplied by it.
-    """
-    past: list[tuple[Any, Level]] = []  # denoised, and the step that it began: newest first
-    for _, p, q in run.steps(points):
-        new = run.denoised(x, p)
-        if q.clean:
-            x = new * q.alpha
-            continue
-        h = q.lam - p.lam
-        full = h * (1 + eta)
-        mean = new * _phi(full)
-        past = [(d, g) for d, g in past if np.all(np.isfinite(g))]
-        if past:
-            second = 1 - _phi(full) / full
-            (d1, h1), *rest = past
-            first = (new - d1) * (h / h1)
-            if rest:
-                ((d2, h2),) = rest
-                r0, r1 = h1 / h, h2 / h
-                bend = (first - (d1 - d2) * (1 / r1)) * (1 / (r0 + r1))
-                mean = mean + (first + bend * r0) * second - bend * (second / full - 0.5)
-            else:
-                mean = mean + first * second
-        x = _sde_step(run, x, mean, p, q, eta, s_noise)
-        past = [(new, h), *past][:2]
-    return x
 
 
 def res_multistep(run: Any, x: Any, points: Points, eta: float = 0.0, s_noise: float = 1.0) -> Any:

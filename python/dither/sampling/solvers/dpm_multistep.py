@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++ with all options of diffusers, as recurrences: see `dither.sampling.solvers`.
+"""DPM-Solver and DPM-Solver++ of several levels, with all options of diffusers and k-diffusion: see `dither.sampling.solvers`.
 
 All are steps of an exponential integrator: x' / sigma' = x / sigma + integral of e^lam x0 for models of x0 (++), and
 x' / alpha' = x / alpha - integral of e^-lam eps for models of noise. What is integrated is a polynomial in lam through values
@@ -18,6 +18,7 @@ from ..points import Level, Point, Points
 from ._steps import noise_of
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
+_SDE = "sde-dpmsolver++"
 
 
 @dataclass
@@ -32,30 +33,28 @@ class _Exponential:
     deviation: Level
 
     @classmethod
-    def between(cls, p: Point, q: Point, algorithm: str, midpoint: bool) -> _Exponential:
+    def between(cls, p: Point, q: Point, algorithm: str, midpoint: bool, eta: float = 1.0) -> _Exponential:
+        """eta: how much of the reverse SDE's noise those of SDEs have."""
         h = q.lam - p.lam
-        of_x0, stochastic = algorithm.endswith("++"), algorithm.startswith("sde")
-        if of_x0:
-            of_x, scale, k = q.sigma / p.sigma, -q.alpha, -h
+        eta = eta if algorithm.startswith("sde") else 0.0
+        if algorithm.endswith("++"):
+            extra = eta * h if eta else 0.0
+            of_x, scale, k = q.sigma / p.sigma * np.exp(-extra), -q.alpha, -h - extra
+            deviation = q.sigma * np.sqrt(-np.expm1(-2 * extra))
         else:
-            of_x, scale, k = q.alpha / p.alpha, -q.sigma, h
-        deviation: Level = 0.0
-        if stochastic and of_x0:
-            of_x, k, deviation = of_x * np.exp(-h), -2 * h, q.sigma * np.sqrt(-np.expm1(-2 * h))
-        elif stochastic:
-            scale, deviation = 2 * scale, q.sigma * np.sqrt(np.expm1(2 * h))
+            of_x, scale, k = q.alpha / p.alpha, -q.sigma * (1 + eta), h
+            deviation = q.sigma * np.sqrt(eta * np.expm1(2 * h)) if eta else 0.0
         phi = np.expm1(k)
         with np.errstate(invalid="ignore"):  # of infinite steps only phi is used
             exact = phi / k - 1
             return cls(of_x, scale, phi, phi / 2 if midpoint else exact, exact / k - 0.5, deviation)
 
-    def step(self, run: Any, x: Any, differences: Sequence[tuple[Any, Level]]) -> Any:
+    def step(self, run: Any, x: Any, differences: Sequence[tuple[Any, Level]], *span: Point, s_noise: float = 1.0) -> Any:
         x = x * self.of_x
         for difference, weight in differences:
             x = x + difference * (self.scale * weight)
-        if np.any(self.deviation > 0):
-            x = x + run.noise() * self.deviation
-        return x
+        noise = self.deviation * s_noise
+        return x + run.noise(*span) * noise if np.any(noise > 0) else x
 
 
 def _check(owner: str, algorithm: str, solver_type: str, order: int) -> None:
@@ -82,9 +81,28 @@ def dpm_multistep(
     of the curvature, as in the authors' code.
     """
     _check("dpm_multistep", algorithm, solver_type, order)
+    steps = len(points) - 1
+    orders = [order] * steps
+    if lower_order_final and steps < 15:
+        orders[-2:] = [min(order, 2), 1][-steps:]
+    elif euler_at_final:
+        orders[-1] = 1
+    return _multistep(run, x, points, orders, algorithm, solver_type)
+
+
+def _multistep(
+    run: Any,
+    x: Any,
+    points: Points,
+    orders: Sequence[int],
+    algorithm: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+) -> Any:
+    """orders: of each step, at most."""
     past: list[Any] = []
     lams: list[Level] = []
-    steps = len(points) - 1
     for i, p, q in run.steps(points):
         out = run.evaluate(x, p)
         if q.clean:
@@ -93,13 +111,9 @@ def dpm_multistep(
         value = out.x0 if algorithm.endswith("++") else noise_of(run, x, out, p)
         if lams and not np.all(np.isfinite(lams[0])):
             past, lams = [], []
-        past, lams = [value, *past][:order], [p.lam, *lams][:order]
-        now, few = len(past), lower_order_final and steps < 15
-        if i == steps - 1 and (few or euler_at_final):
-            now = 1
-        elif i == steps - 2 and few:
-            now = min(now, 2)
-        e = _Exponential.between(p, q, algorithm, solver_type == "midpoint" and now == 2)
+        past, lams = [value, *past][:3], [p.lam, *lams][:3]
+        now = min(orders[i], len(past))
+        e = _Exponential.between(p, q, algorithm, solver_type == "midpoint" and now == 2, eta)
         h = q.lam - p.lam
         differences = [(past[0], e.phi)]
         if now > 1:
@@ -111,8 +125,32 @@ def dpm_multistep(
                 r1 = (lams[1] - lams[2]) / h
                 curve = (first - (past[1] - past[2]) / r1) / (r0 + r1)
                 differences += [(first + curve * r0, e.slope), (curve, e.curve)]
-        x = e.step(run, x, differences)
+        x = e.step(run, x, differences, p, q, s_noise=s_noise)
     return x
+
+
+def dpmpp_2m(run: Any, x: Any, points: Points) -> Any:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2)."""
+    return _multistep(run, x, points, [2] * len(points))
+
+
+def dpmpp_2m_sde(
+    run: Any, x: Any, points: Points, eta: float = 1.0, s_noise: float = 1.0, solver_type: str = "midpoint"
+) -> Any:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022; Crowson, k-diffusion).
+
+    eta: 0, deterministic; 1, the reverse SDE. s_noise: the noise is multiplied by it. solver_type: "midpoint" or "heun".
+    """
+    _check("dpmpp_2m_sde", _SDE, solver_type, 2)
+    return _multistep(run, x, points, [2] * len(points), _SDE, solver_type, eta, s_noise)
+
+
+def dpmpp_3m_sde(run: Any, x: Any, points: Points, eta: float = 1.0, s_noise: float = 1.0) -> Any:
+    """SDE-DPM-Solver++(3M) (Crowson, k-diffusion).
+
+    eta: 0, deterministic; 1, the reverse SDE. s_noise: the noise is multiplied by it.
+    """
+    return _multistep(run, x, points, [3] * len(points), _SDE, "heun", eta, s_noise)
 
 
 def singlestep_orders(steps: int, order: int, lower_order_final: bool = True, clean: bool = True) -> list[int]:
@@ -167,5 +205,5 @@ def dpm_singlestep(
             r1, r0 = ratios
             curve = (slopes[1] - slopes[0]) / (r0 - r1)
             differences += [(slopes[0] - curve * r1, e.slope), (curve * 2.0, e.curve)]
-        x = e.step(run, base, differences)
+        x = e.step(run, base, differences, origin, q)
     return x

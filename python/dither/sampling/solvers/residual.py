@@ -21,7 +21,7 @@ import numpy as np
 
 from ..points import Level, Point, Points, Process, to_eps, to_x0
 from ..program import Linear, Output
-from .dpm import dpmpp_2m
+from .dpm_multistep import dpmpp_2m
 
 
 class _Shifted:
