@@ -122,8 +122,8 @@ CASES = [
     (solvers.rddm, {"eta": 1.0}),
     (solvers.reverse_diffusion, {}),
     (solvers.reverse_diffusion, {"corrections": 2, "snr": 0.1}),
-    (solvers.annealed_langevin, {"steps": 3, "length": 1e-3}),
-    (solvers.annealed_langevin, {"steps": 2, "length": 1e-3, "denoise": True}),
+    (solvers.annealed_langevin, {"steps_each": 3, "length": 1e-3}),
+    (solvers.annealed_langevin, {"steps_each": 2, "length": 1e-3, "denoise": True}),
     (solvers.accelerated_ddim, {}),
     (solvers.accelerated_ddpm, {}),
 ]
@@ -288,7 +288,7 @@ def test_annealed_langevin_has_the_variance_of_its_recurrence() -> None:
         a = length * (p.sigma / points[-1].sigma) ** 2
         for _ in range(steps):
             variance = (1 - a / 2 / (0.25 + p.sigma**2)) ** 2 * variance + a
-    found, calls = end_variance(solvers.annealed_langevin, points, VE, 0.5, 30.0, length=length, steps=steps)
+    found, calls = end_variance(solvers.annealed_langevin, points, VE, 0.5, 30.0, length=length, steps_each=steps)
     assert found == pytest.approx(variance, rel=1e-12) and calls == 28
 
 
@@ -307,8 +307,8 @@ def test_annealing_finds_the_weights_of_modes_that_are_far_apart() -> None:
         return float((run_program("t", p, Exact(x0, "x0", VE.at), x, seed=1).mean(1) < 0).double().mean())
 
     z = start(3, shape=(1000, 2))
-    assert near(ve(10, 0.1, 20.0, end=False), z * 20, length=2e-3, steps=50) > 0.7
-    assert near([VE.at(0.1)], z * 4, length=0.1, steps=200) < 0.55
+    assert near(ve(10, 0.1, 20.0, end=False), z * 20, length=2e-3, steps_each=50) > 0.7
+    assert near([VE.at(0.1)], z * 4, length=0.1, steps_each=200) < 0.55
 
 
 def test_reverse_diffusion_converges() -> None:
@@ -392,6 +392,34 @@ def test_accelerated_samplers_are_of_order_two() -> None:
     ratios = np.array(errors(80)) / np.array(errors(160))
     assert np.all(ratios[:2] < 2.2) and np.all(ratios[2:] > 3.7)
     assert errors(160)[2] < 0.2 * errors(160)[0] and errors(160)[3] < 0.02 * errors(160)[1]
+
+
+@pytest.mark.parametrize(
+    "solver, process, points, options, message",
+    [
+        (solvers.reverse_diffusion, Flow(), [math.inf, 1.0, 0.0], {}, "reverse_diffusion: a level is without signal"),
+        (solvers.annealed_langevin, Flow(), [math.inf, 1.0, 0.0], {}, "annealed_langevin: a level is without signal"),
+        (solvers.annealed_langevin, VE, [9.0, 0.01], {"length": 5e-4}, "length is 0.0005, expected at most 0.0004, of levels"),
+        (solvers.annealed_langevin, VE, [9.0, 0.01], {"length": 0.0}, "annealed_langevin: length is 0.0, expected 0 < length"),
+        (solvers.sgmse, VE, [9.0, 1.0, 0.0], {}, "sgmse: process is VarianceExploding, expected OrnsteinUhlenbeck"),
+    ],
+)
+def test_refusals(solver: Any, process: Process, points: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        compiled(solver, [process.at(r) for r in points], process, "x0", options=options)
+
+
+def test_annealed_langevin_is_the_same_in_every_frame() -> None:
+    """Of x / alpha. Steps by default suit levels that end at 0.002, where 2e-5 diverges: deviation 0.58 of data with 0.5."""
+    ratios, x, ends = [20.0, 5.0, 1.0, 0.2], start(1), []
+    for process in (VE, VP, Flow()):
+        points = [process.at(r) for r in ratios]
+        ours, reference = both(solvers.annealed_langevin, x * points[0].sigma, points, process, "eps", steps_each=5)
+        assert (ours - reference).abs().max() < 1e-11
+        ends.append(ours / points[-1].alpha)
+    assert max((end - ends[0]).abs().max() for end in ends) < 1e-11
+    variance, _ = end_variance(solvers.annealed_langevin, ve(8, 0.002, 80.0), VE, 0.5, 80.0**2)
+    assert abs(math.sqrt(variance) - 0.5) < 0.1
 
 
 def test_iadb_is_eulers_method_of_a_flow() -> None:

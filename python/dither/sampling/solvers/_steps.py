@@ -43,6 +43,17 @@ def has_slope(p: Point, q: Point) -> bool:
     return not q.clean and bool(np.all(np.isfinite(p.ratio)))
 
 
+def with_signal(owner: str, points: Points) -> None:
+    """ValueError if a level is all noise."""
+    if not all(np.all(np.isfinite(p.ratio)) for p in points):
+        raise ValueError(f"{owner}: a level is without signal (alpha is 0), expected finite sigma / alpha")
+
+
+def langevin(run: Any, x: Any, eps: Any, p: Point, length: Level) -> Any:
+    """A step of Langevin dynamics at p: length times the score, and noise of variance 2 length."""
+    return x - eps * (length / p.sigma) + run.noise() * np.sqrt(2 * length)
+
+
 def ancestral(run: Any, p: Point, q: Point, eta: Level) -> tuple[Point, Level]:
     """The level below q to step down to, and what noise to multiply by on the way up to q, as k-diffusion has it.
 

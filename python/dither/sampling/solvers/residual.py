@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from ..._checks import instance
 from ..points import Level, Point, Points, Process, to_eps, to_x0
 from ..program import Linear, Output
+from ._steps import langevin
 from .dpm_multistep import dpmpp_2m
 
 
@@ -51,7 +53,10 @@ class _Shifted:
 
 
 def mean_reverting(run: Any, x: Any, points: Points, solver: Callable[..., Any] = dpmpp_2m, **options: Any) -> Any:
-    """Any solver for x = alpha x0 + (1 - alpha) mu + sigma eps (MR Sampler, Li et al. 2025, is this of DPM-Solver++)."""
+    """Any solver for x = alpha x0 + (1 - alpha) mu + sigma eps (MR Sampler, Li et al. 2025, is this of DPM-Solver++).
+
+    x: (1 - alpha) mu + sigma z at the first point.
+    """
     shifted = _Shifted(run)
     x = solver(shifted, x - shifted.mu * (1 - points[0].alpha), points, **options)
     return x + shifted.mu * (1 - points[-1].alpha)
@@ -84,17 +89,16 @@ def sgmse(run: Any, x: Any, points: Points, snr: float = 0.5, corrections: int =
     equation. The last step is without noise.
     """
     shifted, process = _Shifted(run), run.process
+    instance("sgmse", "process", process, OrnsteinUhlenbeck, "OrnsteinUhlenbeck")
     for i, p, q in run.steps(points):
-        length = 2 * (snr * p.sigma) ** 2
-        score: Any = None
-        for _ in range(corrections + 1):
-            if score is not None:
-                x = x + score * length + run.noise() * math.sqrt(2 * length)
+        for k in range(corrections + 1):
             x = x - shifted.mu * (1 - p.alpha)
-            score = shifted.evaluate(x, p).eps * (-1 / p.sigma)
+            eps = shifted.evaluate(x, p).eps
             x = x + shifted.mu * (1 - p.alpha)
+            if k < corrections:
+                x = langevin(run, x, eps, p, 2 * (snr * p.sigma) ** 2)
         h, g = p.time - q.time, process.diffusion(p.time)
-        x = x - (shifted.mu - x) * (process.theta * h) + score * (g * g * h)
+        x = x - (shifted.mu - x) * (process.theta * h) - eps * (g * g * h / p.sigma)
         if i + 2 < len(points):
             x = x + run.noise() * (g * math.sqrt(h))
     return x
