@@ -125,6 +125,7 @@ CASES = [
     (solvers.annealed_langevin, {"steps_each": 3, "length": 1e-3}),
     (solvers.annealed_langevin, {"steps_each": 2, "length": 1e-3, "denoise": True}),
     (solvers.accelerated_ddim, {}),
+    (solvers.accelerated_ddim, {"reuse": True}),
     (solvers.accelerated_ddpm, {}),
 ]
 
@@ -394,9 +395,29 @@ def test_accelerated_samplers_are_of_order_two() -> None:
     assert errors(160)[2] < 0.2 * errors(160)[0] and errors(160)[3] < 0.02 * errors(160)[1]
 
 
+def test_accelerated_ddim_is_that_of_the_experiments() -> None:
+    """Of abar and arcsin, as its authors' code has it."""
+    points, x = vp(900, 600, 300, 100, 30), start(1)
+    model = Exact(two, "eps", points)
+    published, old = x, None
+    for p, q in itertools.pairwise(points):
+        a, b = p.alpha**2, q.alpha**2
+        eps = model.at(published, p)
+        new = published * math.sqrt(b / a) + eps * (math.sqrt(1 - b) - math.sqrt(b / a) * math.sqrt(1 - a))
+        if old is not None:
+            area = a * math.sqrt((1 - b) / b) + math.asin(math.sqrt(b)) - math.sqrt(a * (1 - a)) - math.asin(math.sqrt(a))
+            new = new + (old[0] - eps) * (math.sqrt(b) / (a - old[1]) * area)
+        published, old = new, (eps, a)
+    ours = both(solvers.accelerated_ddim, x, points, VP, "eps", reuse=True)[0]
+    assert (ours - published).abs().max() < 1e-12
+    assert (ours - both(solvers.accelerated_ddim, x, points, VP, "eps")[0]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "solver, process, points, options, message",
     [
+        (solvers.accelerated_ddim, Flow(), [math.inf, 1.0, 0.0], {}, "accelerated_ddim: a level is without signal"),
+        (solvers.accelerated_ddpm, Flow(), [math.inf, 1.0, 0.0], {}, "accelerated_ddpm: a level is without signal"),
         (solvers.reverse_diffusion, Flow(), [math.inf, 1.0, 0.0], {}, "reverse_diffusion: a level is without signal"),
         (solvers.annealed_langevin, Flow(), [math.inf, 1.0, 0.0], {}, "annealed_langevin: a level is without signal"),
         (solvers.annealed_langevin, VE, [9.0, 0.01], {"length": 5e-4}, "length is 0.0005, expected at most 0.0004, of levels"),
