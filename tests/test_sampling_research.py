@@ -443,6 +443,16 @@ def test_annealed_langevin_is_the_same_in_every_frame() -> None:
     assert abs(math.sqrt(variance) - 0.5) < 0.1
 
 
+def test_lcm_scales_times_that_are_whole() -> None:
+    x, flows = start(1), [Flow().at(r) for r in (5.0, 1.0, 0.0)]
+    for process, points, scaling in ((Flow(), flows, 0.0), (VP, vp(900, 300), 10.0)):
+        ours, same, other = (
+            both(solvers.lcm, x, points, process, "x0", **o)[0]
+            for o in ({}, {"timestep_scaling": scaling}, {"timestep_scaling": 10.0 - scaling})
+        )
+        assert torch.equal(ours, same) and not torch.equal(ours, other)
+
+
 def test_iadb_is_eulers_method_of_a_flow() -> None:
     """x + (alpha' - alpha) (x1 - x0), x0 being the noise and x1 the data."""
     points, x = flow(8), start(1)

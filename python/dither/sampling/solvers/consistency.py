@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from ..points import Points
+from ..points import Points, VariancePreserving
 
 
-def lcm(run: Any, x: Any, points: Points, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> Any:
+def lcm(run: Any, x: Any, points: Points, timestep_scaling: float | None = None, sigma_data: float = 0.5) -> Any:
     """Multistep consistency sampling (Song et al. 2023, algorithm 1) as latent consistency models do it (Luo et al. 2023).
 
     x0 is c_skip x + c_out x0', with c_skip = s^2 / (t^2 + s^2), c_out = t / sqrt(t^2 + s^2), t = timestep_scaling time and
-    s = sigma_data, and is brought to the next level with new noise. timestep_scaling: 0 takes what the model says as it is.
+    s = sigma_data, and is brought to the next level with new noise. timestep_scaling: 0 takes what the model says as it is;
+    None: 10 of processes of discrete times, for which it is made, 0 of others.
     """
+    if timestep_scaling is None:
+        timestep_scaling = 10.0 if isinstance(run.process, VariancePreserving) else 0.0
     for _, p, q in run.steps(points):
         x0 = run.denoised(x, p)
         if timestep_scaling:
