@@ -86,11 +86,11 @@ def er_sde(
     noise_scaler: Callable[[Level], Level] | None = None,
     max_stage: int = 3,
 ) -> Any:
-    """Extended reverse-time SDE solver (Cui et al. 2023, algorithms 1 to 3), on x / alpha and r = sigma / alpha.
+    """Extended reverse-time SDE solver, by default with ER SDE 5's noise, at order 3 (Cui et al. 2023, algorithms 1 to 3).
 
-    s_noise: the noise is multiplied by it. noise_scaler: phi(r) of the SDE, a function of numpy arrays (None: `er_sde_noise`);
-    r is the probability flow, r^2 the reverse SDE. max_stage: order, 1 to 3. Integrals of 1 / phi are by Gauss-Legendre
-    quadrature in ln r, where the authors sum 200 rectangles.
+    It is taken of x / alpha. s_noise: the noise is multiplied by it. noise_scaler: phi(r) of the SDE, r = sigma / alpha, a
+    function of numpy arrays (None: `er_sde_noise`); r is the probability flow, r^2 the reverse SDE. max_stage: order, 1 to 3.
+    Integrals of 1 / phi are by Gauss-Legendre quadrature in ln r, where the authors sum 100 rectangles.
     """
     if max_stage not in (1, 2, 3):
         raise ValueError(f"er_sde: max_stage is {max_stage}, expected 1, 2, 3")

@@ -81,9 +81,11 @@ def heun(
 def heunpp2(
     run: Any, x: Any, points: Points, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = INF, s_noise: float = 1.0
 ) -> Any:
-    """Heun++ (Carzit, sd-webui-samplers-scheduler): slopes of up to three levels, weighted by these over the first level.
+    """Heun++ (Carzit, sd-webui-samplers-scheduler), of order 1: slopes of three levels, weighted by these over the first level.
 
-    Three evaluations a step, two in the last but one. s_churn, s_tmin, s_tmax, s_noise: as in `heun`.
+    Three evaluations a step, two in the last but one, one in the last. A slope ahead, at r, has the weight r / (3 r_0), or
+    r / (2 r_0) where there are two, the first slope the rest: no rule of integration, so that it converges as `euler` does.
+    s_churn, s_tmin, s_tmax, s_noise: as in `heun`.
     """
     last = len(points) - 2
     for i, p, q in run.steps(points):
