@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,26 @@ DETERMINISTIC = {
     "dpm_solver": 3,
 }
 OPTIONS = {"eta": 0.0, "s_churn": 0.0}
+# Those whose defaults are not of their order, or draw noise.
+MORE: list[tuple[str, dict[str, Any], int]] = [
+    ("accelerated_ddim", {}, 2),
+    ("accelerated_ddim", {"reuse": True}, 2),
+    ("deis", {"order": 3}, 2),
+    ("dpm_multistep", {"order": 3}, 2),
+    ("dpm_solver", {"orders": (1,) * 256}, 1),
+    ("dpm_solver", {"orders": (2,) * 256}, 2),
+    ("er_sde", {"noise_scaler": np.array, "max_stage": 1}, 1),
+    ("er_sde", {"noise_scaler": np.array, "max_stage": 2}, 2),
+    ("er_sde", {"noise_scaler": np.array}, 2),
+    ("lms", {"order": 1}, 1),
+    ("lms", {"order": 2}, 2),
+    ("mean_reverting", {}, 2),
+    ("pndm", {"skip_prk_steps": False}, 2),
+    ("rddm", {}, 1),
+    ("restart", {"segments": ()}, 2),
+    ("unipc", {"order": 1}, 2),
+    ("unipc", {"order": 3}, 2),
+]
 # Orders of the error of the variance, with the noise of each.
 WEAK = {
     "ddim": 1,
@@ -62,6 +83,8 @@ WEAK = {
     "dpmpp_2m_sde": 2,
     "dpmpp_3m_sde": 2,
     "er_sde": 2,
+    "accelerated_ddpm": 2,
+    "reverse_diffusion": 1,
 }
 
 
@@ -81,18 +104,23 @@ def slope(errors: list[float]) -> float:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", [n for n in DETERMINISTIC if hasattr(solvers, n)])
-def test_order_of_deterministic_solvers(name, process):
+@pytest.mark.parametrize(
+    "name, options, order",
+    [*((n, OPTIONS, k) for n, k in DETERMINISTIC.items()), *MORE],
+    ids=lambda v: ",".join(v) if isinstance(v, dict) else str(v),
+)
+def test_order_of_deterministic_solvers(name, options, order, process):
     data = GaussianMixture([[0.3, -1.0]], [[0.5, 1.5]])
     frame, solver = PROCESSES[process], getattr(solvers, name)
     x = torch.tensor([[1.0, 2.0], [-3.0, 0.5]], dtype=torch.float64) * frame.at(5.0).sigma
     errors = []
     for steps in (64, 128, 256):
         grid = points(frame, steps)
-        program = compiled(solver, grid, frame, "x0", options=options_of(solver, OPTIONS))
-        y = run_program("test", program, data.model(frame), x)
+        program = compiled(solver, grid, frame, "x0", options=options_of(solver, options))
+        given = {register: torch.zeros_like(x) for register in program.registers}
+        y = run_program("test", program, data.model(frame), x, given=given)
         errors.append(float((y - data.flow(x, grid[0], grid[-1])).abs().max()))
-    assert abs(slope(errors) - DETERMINISTIC[name]) < 0.25, errors
+    assert abs(slope(errors) - order) < 0.25, errors
 
 
 class Moments(Reference):
@@ -108,7 +136,7 @@ class Moments(Reference):
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("name", [n for n in WEAK if hasattr(solvers, n)])
+@pytest.mark.parametrize("name", WEAK)
 def test_weak_order_of_stochastic_solvers(name, process):
     """The variance that comes of the right one at the start."""
     std = 0.7
