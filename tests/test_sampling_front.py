@@ -489,6 +489,7 @@ def test_a_run_can_be_captured(name, options):
         ({"steps": 0}, ValueError, "sample: steps is 0, expected at least 1"),
         ({"steps": 2.0}, TypeError, "sample: steps is 2.0, expected an integer"),
         ({"eta": 1.0}, TypeError, "sample: eta is no argument, and no option of dpmpp_2m, whose options are"),
+        ({"sampler": "dpm_solver_v3"}, TypeError, "sample: statistics is missing, expected this option of dpm_solver_v3"),
         ({"shape": None}, ValueError, "sample: x is None and so is shape, expected one of them"),
         ({"x": torch.zeros(SHAPE)}, ValueError, "sample: x is given and so is shape, expected one of them"),
         ({"x": torch.zeros(SHAPE, dtype=torch.int64), "shape": None}, TypeError, "sample: x is torch.int64 of 4 dimensions"),

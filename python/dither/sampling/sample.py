@@ -158,6 +158,9 @@ def _check_options(owner: str, solver: Callable[..., Any], options: Mapping[str,
             number(owner, p.name, value, least=0 if p.name in _NEVER_NEGATIVE else -math.inf, most=math.inf)
         elif kind is int:
             integer(owner, p.name, value)
+        elif value is p.empty and p.kind is not p.VAR_KEYWORD:
+            called = getattr(solver, "__name__", "this solver")
+            raise TypeError(f"{owner}: {p.name} is missing, expected this option of {called}")
     if any(p.kind is p.VAR_KEYWORD for p in takes):
         return
     for name in options:
