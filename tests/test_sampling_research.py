@@ -14,12 +14,13 @@ from torch import Tensor
 
 from dither import noise
 from dither.reference.sampling import STREAM
-from dither.sampling import solvers, spectral
+from dither.sampling import sample, solvers, spectral
 from dither.sampling.adaptive import AdaptiveSkip, gotta_go_fast, paradigms, predictor_corrector
+from dither.sampling.gmm import GaussianMixture
 from dither.sampling.per_row import rolling
 from dither.sampling.pfgmpp import pfgmpp_noise
 from dither.sampling.points import Flow, Point, Process, VarianceExploding, VariancePreserving, to_x0
-from dither.sampling.program import Limits
+from dither.sampling.program import Evaluate, Limits
 from dither.sampling.reference import Reference
 from dither.sampling.run import START, compiled, run_program
 from dither.sampling.solvers import residual
@@ -882,3 +883,48 @@ def test_dtypes(dtype: torch.dtype) -> None:
         assert found.dtype == dtype and (found.float() - want).abs().max() < {torch.float32: 1e-6}.get(dtype, 0.1)
     with pytest.raises(TypeError, match=r"x is torch\.int64 of 3 dimensions"):
         predictor_corrector(model, x.long(), points)
+
+
+# ---- RePaint
+
+
+def test_repaint_goes_up_and_down_as_published() -> None:
+    """Times of 7 steps, jumps of 2 and three samples, as the authors' schedule has them; one sample is DDPM."""
+    jumps, t, times = dict.fromkeys(range(0, 7 - 2, 2), 2), 7, []
+    while t >= 1:
+        t -= 1
+        times.append(t)
+        if jumps.get(t, 0) > 0:
+            jumps[t] -= 1
+            times.append(t + 1)
+            t += 2
+            times.append(t)
+    asked = [t for t, then in itertools.pairwise([*times, -1]) if then < t]  # where it goes down
+    points = [*(VP.at_time(100 * t + 50) for t in reversed(range(7))), Point(1.0, 0.0, -1)]
+    p = compiled(solvers.repaint, points, VP, "eps", options={"jump_length": 2, "jump_n_sample": 3})
+    assert [(it.point.time - 50) / 100 for it in p.instructions if isinstance(it, Evaluate)] == asked
+    ours, reference = both(solvers.repaint, start(1), points, VP, "eps", jump_length=2, jump_n_sample=3)
+    assert (ours - reference).abs().max() < 1e-11
+    once = both(solvers.repaint, start(1), points, VP, "eps", jump_length=2, jump_n_sample=1)[0]
+    assert torch.equal(once, both(solvers.ddpm, start(1), points, VP, "eps")[0])
+
+
+def test_repaint_makes_the_rest_fit_what_is_known() -> None:
+    """Pairs near (-1, -1) or (1, 1), one of which is known to be 1: the other fits in 0.86 with DDPM, 0.95 with RePaint."""
+    data = GaussianMixture([[-1.0, -1.0], [1.0, 1.0]], 0.3)
+    known, mask = torch.tensor([[1.0, 0.0]], dtype=torch.float64).repeat(2000, 1), torch.tensor([0.0, 1.0])
+    settings: dict[str, Any] = {
+        "process": "vp",
+        "grid": "trailing",
+        "steps": 50,
+        "prediction": "x0",
+        "seed": 0,
+        "known": known,
+        "mask": mask,
+    }
+
+    def fits(sampler: str, **options: Any) -> float:
+        x = sample(data.model(VP), shape=(2000, 2), dtype=known.dtype, sampler=sampler, **settings, **options)
+        return float((x[:, 1] > 0).double().mean())
+
+    assert fits("ddpm") < 0.9 and fits("repaint", jump_length=5, jump_n_sample=3) > 0.93

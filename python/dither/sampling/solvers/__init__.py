@@ -15,6 +15,7 @@ from .consistency import lcm as lcm
 from .consistency import tcd as tcd
 from .ddim import ddim as ddim
 from .ddim import ddpm as ddpm
+from .ddim import repaint as repaint
 from .dpm import dpm_solver as dpm_solver
 from .dpm import dpmpp_2s_ancestral as dpmpp_2s_ancestral
 from .dpm import dpmpp_sde as dpmpp_sde
