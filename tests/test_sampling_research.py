@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dither import noise
 from dither.reference.sampling import STREAM
-from dither.sampling import sample, solvers, spectral
+from dither.sampling import grids, sample, solvers, spectral
 from dither.sampling.adaptive import AdaptiveSkip, gotta_go_fast, paradigms, predictor_corrector
 from dither.sampling.gmm import GaussianMixture
 from dither.sampling.per_row import rolling
@@ -652,6 +652,22 @@ def test_rolling_moves_each_frame_as_a_solver_by_itself() -> None:
         rolling(each, 6, (2, 5), points, window=3, process=Flow())
 
 
+def test_rolling_begins_where_no_signal_is_left() -> None:
+    """Frames that wait are at the level of the flow's start, of which a step to itself has no coefficients."""
+    points = [Flow().at(r) for r in grids.flow(8)]
+    model = Exact(two, "velocity", points)
+
+    def each(x: Tensor, time: Tensor) -> Tensor:
+        return torch.stack([model.at(x[:, w], model.levels[float(time[0, w])]) for w in range(x.shape[1])], 1)
+
+    run = {"window": 4, "process": Flow(), "prediction": "velocity", "seed": 1, "dtype": torch.float64}
+    found = rolling(each, 6, (2, 5), points, **run)
+    z = [noise.normal(5, seed=1, stream=STREAM, step=START + f, dtype=torch.float64) for f in range(6)]
+    alone = both(solvers.ddim, torch.stack(z), points, Flow(), "velocity")[0]
+    assert (found[0] - alone).abs().max() < 1e-13
+    assert rolling(each, 6, (2, 5), points, eta=1.0, **run).isfinite().all()
+
+
 # ---- coefficients of elements
 
 
@@ -860,6 +876,24 @@ def test_tweedie() -> None:
     assert (tweedie(y, score, "poisson", zeta) / want - 1).abs().max() < 2e-3
     with pytest.raises(ValueError, match="family"):
         tweedie(y, y, "cauchy", 1.0)
+
+
+def test_networks_are_run_without_gradients() -> None:
+    net = torch.nn.Linear(4, 4)
+    grads = []
+
+    def model(x: Tensor, time: Tensor) -> Tensor:
+        grads.append(torch.is_grad_enabled())
+        return net(x)
+
+    x, points = start(3, shape=(2, 4)).float(), ve(4)
+    found = (
+        gotta_go_fast(model, x, 20.0, 0.05, rtol=0.5, atol=0.5).x,
+        predictor_corrector(model, x, points),
+        paradigms(model, x, points).x,
+        rolling(model, 2, (2, 4), points, window=2),
+    )
+    assert not any(grads) and not any(y.requires_grad for y in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -72,7 +72,8 @@ class Model:
         """shape: of the times, [B] by default."""
         self.calls += 1
         times = np.array(np.broadcast_to(np.asarray(time, np.float64), shape or (len(x),)))
-        found = self.model(x, torch.from_numpy(times).to(x.device, x.dtype), **self.arguments)
+        with torch.no_grad():
+            found = self.model(x, torch.from_numpy(times).to(x.device, x.dtype), **self.arguments)
         if not isinstance(found, Tensor) or found.shape != x.shape or not found.is_floating_point():
             given = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{self.owner}: the model gave {given}, expected floats {list(x.shape)}")

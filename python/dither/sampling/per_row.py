@@ -72,11 +72,12 @@ def rolling(
     def step(phase: int) -> tuple[np.ndarray, ...]:
         """What every frame is multiplied by where the first is at points[phase]: a later one begins `apart` steps later."""
         now, after = (np.clip(phase + ahead - apart * np.arange(window), 0, steps) for ahead in (0, 1))
-        p = levels(points, now)
-        a, b, c = one_step(owner, solver, p, levels(points, after), process, prediction, options)
-        waits = now == after
-        each = (np.where(waits, 1.0, a), np.where(waits, 0.0, b), np.where(waits, 0.0, c))
-        return (*(np.tile(k, batch) for k in each), np.concatenate([np.full(seen_clean, points[-1].time), p.time]))
+        moves = now < after
+        p, q = (levels(points, index[moves]) for index in (now, after))
+        each = np.tile([[1.0], [0.0], [0.0]], window)
+        each[:, moves] = one_step(owner, solver, p, q, process, prediction, options)
+        time = np.concatenate([np.full(seen_clean, points[-1].time), levels(points, now).time])
+        return (*np.tile(each, batch), time)
 
     state = torch.stack([fresh() for _ in range(window)], 1)
     phase, draw = 0, 0
