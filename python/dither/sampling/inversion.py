@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from .. import ops
-from .._checks import integer, number, tensor
+from .._checks import integer, number
+from .loops import falling, rows, state_of
 from .points import Points, VarianceExploding
 from .program import Evaluate, Program, Row
 from .run import START, Seed, compiled, run_program, seeds_of
@@ -30,7 +28,7 @@ def ddim_invert(model: Model, x: Tensor, points: Points, prediction: str = "eps"
     about a step's change in ln(sigma / alpha) times how strongly the model's output depends on x. run: the keywords of
     `run_program`: arguments, guide, model_dtype.
     """
-    _check("ddim_invert", points)
+    falling("ddim_invert", points)
     integer("ddim_invert", "iterations", iterations, 1)
     program = _compiled(recurrences.ddim_inverse, points[::-1], prediction, run, iterations=iterations)
     return run_program("ddim_invert", program, model, x, **run)
@@ -62,14 +60,14 @@ def bdia_invert(
 
     x: data of the last level, of which the first step is DDIM's inverse; or a pair that `bdia_sample` gave.
     """
-    _check("bdia_invert", points, 3)
+    falling("bdia_invert", points, 3)
     if not isinstance(x, Pair):
         x = Pair(x, ddim_invert(model, x, points[-2:], prediction, **run))
     return _bdia("bdia_invert", model, x, points[::-1], prediction, gamma, -1.0, run)
 
 
 def _bdia(owner: str, model: Model, x: Any, points: Points, prediction: str, gamma: float, power: float, run: Any) -> Pair:
-    _check(owner, points if power > 0 else points[::-1], 3)
+    falling(owner, points if power > 0 else points[::-1], 3)
     gamma = number(owner, "gamma", gamma, above=0, most=1) ** power
     given, start = ({"before": x.x.contiguous()}, x.before) if isinstance(x, Pair) else (None, x)
     program = _compiled(recurrences.bdia, points, prediction, run, gamma=gamma, pair=given is not None)
@@ -106,18 +104,18 @@ def ddpm_invert(
     eta: as DDIM's; 1 is DDPM.
     """
     owner = "ddpm_invert"
-    _check(owner, points)
+    falling(owner, points)
     number(owner, "eta", eta, above=0, most=1)
-    tensor(owner, "x", x)
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = state_of(owner, x)
     seeds = seeds_of(owner, seed, len(x), x.device)
 
     def noisy(i: int) -> Tensor:
         """x at level i."""
-        return _row([wide.contiguous()], [float(points[i].alpha), 0, float(points[i].sigma)], seeds, START + 2 + i)
+        (found,) = rows([wide], [[float(points[i].alpha), float(points[i].sigma)]], seeds, START + 2 + i)
+        return found
 
     program = _compiled(ddim, points, prediction, run, eta=eta)
-    rows = _noisy_rows(program)
+    noisy_rows = _noisy_rows(program)
     states: list[Tensor] = []
     noises: list[Tensor] = []
     now: dict[str, Tensor] = {}
@@ -130,11 +128,11 @@ def ddpm_invert(
         now.update(zip(it.outputs, (o.contiguous() for o in outputs)))
 
     def noise(*_: Tensor) -> Tensor:
-        row = rows[len(noises)]
+        row = noisy_rows[len(noises)]
         goal = noisy(row.step + 1)
         k = row.weights[0] / row.weights[0, -1]
         known = [now[name] for name in row.inputs]
-        noises.append(_row([goal, *known], [1 / row.weights[0, -1], *-k[:-2], 0, 0]))
+        noises.extend(rows([goal, *known], [[1 / float(row.weights[0, -1]), *map(float, -k[:-2])]]))
         return noises[-1]
 
     end = run_program(owner, program, model, noisy(0), noise_sampler=noise, begun=begun, evaluated=evaluated, **run)
@@ -158,7 +156,7 @@ def ddpm_replay(
     which has no noise, misses.
     """
     owner = "ddpm_replay"
-    _check(owner, points)
+    falling(owner, points)
     if len(maps.states) != len(points) - 1:
         raise ValueError(f"{owner}: maps has {len(maps.states)} states, expected {len(points) - 1}, one for each step")
     if integer(owner, "skip", skip, 0) >= len(maps.states):
@@ -185,7 +183,7 @@ def ddcm_edit(
 
     source, target: the model's keyword arguments. run: as for `ddim_invert`, and seed.
     """
-    _check("ddcm_edit", points)
+    falling("ddcm_edit", points)
     number("ddcm_edit", "eta", eta, least=0, most=1)
     turns = itertools.cycle((source, target))
     program = _compiled(recurrences.ddcm, points, prediction, run, eta=eta)
@@ -196,25 +194,9 @@ def ddcm_edit(
     return run_program("ddcm_edit", program, of_turn, x, **run)
 
 
-def _check(owner: str, points: Points, least: int = 2) -> None:
-    if len(points) < least:
-        raise ValueError(f"{owner}: points has {len(points)} levels, expected at least {least}")
-    for i, (p, q) in enumerate(itertools.pairwise(points)):
-        if not bool(np.all(p.ratio > q.ratio)):
-            raise ValueError(f"{owner}: points[{i}] has sigma / alpha {p.ratio} and points[{i + 1}] {q.ratio}, expected less")
-
-
 def _compiled(solver: Any, points: Points, prediction: str, run: Mapping[str, Any], **options: Any) -> Program:
     return compiled(solver, points, _FRAME, prediction, guide=run.get("guide"), options=options)
 
 
 def _noisy_rows(program: Program) -> list[Row]:
     return [it for it in program.instructions if isinstance(it, Row) and it.draw is not None]
-
-
-def _row(inputs: list[Tensor], weights: Sequence[float], seeds: Tensor | None = None, draw: int = 0) -> Tensor:
-    """A new tensor: the inputs and noise (the last weight) with weights; the one before it is of no use here."""
-    out = [torch.empty_like(inputs[0])]
-    table = torch.tensor([[[0.0] * len(weights), [float(w) for w in weights]]], dtype=torch.float64)
-    ops.write("rows_", out, out, inputs, table, 0, 0, seeds, draw, None, False, None)
-    return out[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._checks import tensor
-from .points import Level, Point, Process
+from .._checks import instance, tensor
+from .._extras import progress as progress_bar
+from .points import Level, Point, Points, Process
 from .program import Evaluate, Row
 from .run import compiled
+from .sample import check_options
 
 Weight = Any  # a number, or one for each run of the elements: an array or a tensor on the data's device
 
@@ -62,18 +66,51 @@ def state_of(owner: str, x: Any) -> Tensor:
     return found if x.dtype == torch.float64 else found.float()
 
 
+def falling(owner: str, points: Points, least: int = 2) -> Points:
+    """The points, at least so many, each with less noise than the one before it."""
+    for i, p in enumerate(points):
+        instance(owner, f"points[{i}]", p, Point, "a Point, as process.at(ratio) gives")
+    if len(points) < least:
+        raise ValueError(f"{owner}: points has {len(points)} levels, expected at least {least}")
+    for i, (p, q) in enumerate(itertools.pairwise(points)):
+        if not bool(np.all(p.ratio > q.ratio)):
+            raise ValueError(f"{owner}: points[{i}] has sigma / alpha {p.ratio} and points[{i + 1}] {q.ratio}, expected less")
+    return points
+
+
+def finite(owner: str, x: Tensor) -> Tensor:
+    """A result, which must be finite."""
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{owner}: the model gave NaN or inf, or the sample overflowed")
+    return x
+
+
+@contextmanager
+def bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    """What moves a bar of tqdm's on, by so many of `total`; on terminals, where it is to be shown."""
+    with progress_bar(total, None if shown else True) as move:
+        yield move or (lambda _: None)  # type: ignore[misc]
+
+
 class Model:
     """A model at points whose levels are numbers or one for each of the first dimensions' entries."""
 
     def __init__(self, owner: str, model: Callable[..., Any], arguments: Mapping[str, Any] | None = None) -> None:
         self.owner, self.model, self.arguments, self.calls = owner, model, dict(arguments or {}), 0
 
-    def __call__(self, x: Tensor, time: Level, shape: tuple[int, ...] | None = None) -> Tensor:
-        """shape: of the times, [B] by default."""
+    def __call__(self, x: Tensor, time: Level, shape: tuple[int, ...] | None = None, times: int = 1) -> Tensor:
+        """shape: of the times, [B] by default. times: how many states x has of each sample; arguments [B, ...] follow."""
         self.calls += 1
-        times = np.array(np.broadcast_to(np.asarray(time, np.float64), shape or (len(x),)))
+        arguments = self.arguments
+        if times > 1:
+            batch = len(x) // times
+            arguments = {
+                k: torch.cat([v] * times) if isinstance(v, Tensor) and v.shape[:1] == (batch,) else v
+                for k, v in arguments.items()
+            }
+        levels = np.array(np.broadcast_to(np.asarray(time, np.float64), shape or (len(x),)))
         with torch.no_grad():
-            found = self.model(x, torch.from_numpy(times).to(x.device, x.dtype), **self.arguments)
+            found = self.model(x, torch.from_numpy(levels).to(x.device, x.dtype), **arguments)
         if not isinstance(found, Tensor) or found.shape != x.shape or not found.is_floating_point():
             given = f"{list(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{self.owner}: the model gave {given}, expected floats {list(x.shape)}")
@@ -84,6 +121,7 @@ def one_step(
     owner: str, solver: Callable[..., Any], p: Point, q: Point, process: Process, prediction: str, options: Mapping[str, Any]
 ) -> tuple[Level, Level, Level]:
     """(a, b, c) of a step a x + b output + c z, by a solver that makes it of one evaluation."""
+    check_options(owner, solver, options)
     program = compiled(solver, [p, q], process, prediction, options=options)
     if [type(it) for it in program.instructions] != [Evaluate, Row]:
         name = getattr(solver, "__name__", solver)

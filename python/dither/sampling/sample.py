@@ -117,6 +117,11 @@ def _default(value: Any) -> str:
     return "" if value is inspect.Parameter.empty else f"={getattr(value, '__name__', repr(value))}"
 
 
+def solver_of(owner: str, name: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
+    """A solver, or that of a name of `SAMPLERS`."""
+    return value if callable(value) else grids.nearest(owner, name, value, SAMPLERS).solver  # type: ignore[no-any-return]
+
+
 # ---- programs
 
 
@@ -129,7 +134,8 @@ PROCESSES: dict[str, Callable[[], Process]] = {
 }
 
 
-def _process(owner: str, process: str | Process) -> Process:
+def process_of(owner: str, process: str | Process) -> Process:
+    """By name, as `sample` takes it."""
     if isinstance(process, str):
         return _named(grids.nearest(owner, "process", process, PROCESSES))
     instance(owner, "process", process, Process, "a Process or its name")
@@ -150,7 +156,8 @@ def _prediction(owner: str, prediction: str | None, process: Process) -> str:
 _NEVER_NEGATIVE = ("eta", "s_noise", "s_churn", "s_tmin")
 
 
-def _check_options(owner: str, solver: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(owner: str, solver: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Those of a solver: their names, and what kind of number each is."""
     takes = list(inspect.signature(solver).parameters.values())[3:]
     for p in takes:
         value, kind = options.get(p.name, p.default), type(p.default)
@@ -166,7 +173,8 @@ def _check_options(owner: str, solver: Callable[..., Any], options: Mapping[str,
     for name in options:
         if name not in {p.name for p in takes}:
             called, expected = getattr(solver, "__name__", "this solver"), ", ".join(p.name for p in takes) or "none"
-            meant = grids.close(name, [*inspect.signature(sample).parameters, *(p.name for p in takes)])
+            known = {*inspect.signature(sample).parameters, *(p.name for p in takes)} - {name}
+            meant = grids.close(name, sorted(known))
             raise TypeError(f"{owner}: {name} is no argument{meant}, and no option of {called}, whose options are: {expected}")
 
 
@@ -243,8 +251,8 @@ def _planned(
     options: Mapping[str, Any],
 ) -> _Plan:
     """As planned before, where everything that a plan is made of can be looked up."""
-    solver = sampler if callable(sampler) else grids.nearest(owner, "sampler", sampler, SAMPLERS).solver
-    kind = _process(owner, process)
+    solver = solver_of(owner, "sampler", sampler)
+    kind = process_of(owner, process)
     integer(owner, "steps", steps, least=1)
     if grid is not None and not isinstance(grid, str):
         grid = tuple(grids.own(owner, grid).tolist())
@@ -283,7 +291,7 @@ def _plan(
     options: tuple[tuple[str, Any], ...],
     guidance: Any,
 ) -> _Plan:
-    _check_options(owner, solver, dict(options))
+    check_options(owner, solver, dict(options))
     levels = _begin(owner, grids.levels(owner, grid, steps, process, **dict(grid_options)), start, strength)
     points = [process.at(r) for r in levels]
     said, limits = _prediction(owner, prediction, process), _limits(owner, clip, quantile)
