@@ -572,9 +572,53 @@ def test_paradigms_takes_solvers_of_one_evaluation() -> None:
     x, points = start(3) * 20, ve(5)
     euler = paradigms(Exact(two, "x0", VE.at), x, points, tolerance=0.0, solver=solvers.euler).x
     assert (euler - both(solvers.euler, x, points, VE, "x0")[0]).abs().max() < 1e-13
+    assert torch.equal(paradigms(Exact(two, "x0", VE.at), x, points, process="ve", tolerance=0.0, solver="euler").x, euler)
     with pytest.raises(ValueError, match="sgmse has 2 evaluations a step, expected a solver of one"):
         ou = residual.OrnsteinUhlenbeck()
         paradigms(Exact(two, "x0", VE.at), x, residual.ou_points(ou, 4), process=ou, solver=solvers.sgmse)
+
+
+def test_paradigms_repeats_the_arguments_of_samples() -> None:
+    x, points, shift = start(3) * 20, ve(12), start(4)
+    alone = paradigms(lambda x, t: two(x, 1.0, t.numpy()) + 1.0, x[:1], points, tolerance=0.0).x
+
+    def model(x: Tensor, time: Tensor, shift: Tensor, table: Tensor) -> Tensor:
+        assert shift.shape == x.shape and table.shape == (5,)
+        return two(x, 1.0, time.numpy()) + shift
+
+    shift[0] = 1.0
+    found = paradigms(model, x, points, tolerance=0.0, arguments={"shift": shift, "table": torch.zeros(5)}).x
+    assert (found[:1] - alone).abs().max() < 1e-12 and (found[1] - alone[0]).abs().max() > 0.1
+
+
+P, X3 = ve(4), start(3)
+DENOISER = Exact(two, "x0", VE.at)
+REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "ratios": (lambda: predictor_corrector(DENOISER, X3, [4.0, 1.0]), TypeError, r"points\[0\] is float, expected a Point"),
+    "rising": (lambda: paradigms(DENOISER, X3, P[::-1]), ValueError, r"points\[0\] has sigma / alpha 0"),
+    "one level": (lambda: paradigms(DENOISER, X3, P[:1]), ValueError, "points has 1 levels, expected at least 2"),
+    "tolerance": (lambda: paradigms(DENOISER, X3, P, tolerance=-1.0), ValueError, "tolerance is -1.0, expected 0 <="),
+    "solver": (lambda: paradigms(DENOISER, X3, P, solver="dim"), ValueError, r"solver is 'dim' \(did you mean 'ddim'\?\)"),
+    "option": (lambda: paradigms(DENOISER, X3, P, nu=1.0), TypeError, "nu is no argument, and no option of ddim"),
+    "process": (lambda: gotta_go_fast(DENOISER, X3, 9.0, 0.1, process="vx"), ValueError, "process is 'vx'"),
+    "most": (lambda: gotta_go_fast(DENOISER, X3, math.inf, 0.1), ValueError, "most is inf, expected 0 < most < inf"),
+    "exponent": (lambda: gotta_go_fast(DENOISER, X3, 9.0, 0.1, exponent=0.0), ValueError, "exponent is 0.0"),
+    "NaN": (lambda: predictor_corrector(lambda x, t: x * math.nan, X3, P), ValueError, "the model gave NaN or inf"),
+    "shape": (lambda: rolling(DENOISER, 2, 2, P, window=2), TypeError, "shape is int, expected integers"),
+    "context": (
+        lambda: rolling(DENOISER, 2, (2, 3), P, window=2, context=torch.zeros(2, 3)),
+        ValueError,
+        r"context has shape \[2, 3\], expected \[2, 'C', 3\]",
+    ),
+    "frames of NaN": (lambda: rolling(lambda x, t: x * math.nan, 2, (2, 3), P, window=2), ValueError, "model gave NaN"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str) -> None:
+    call, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_adaptive_skip() -> None:

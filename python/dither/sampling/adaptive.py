@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .._checks import integer, number
-from .loops import Model, normal, one_step, rows, state_of
-from .points import Point, Process, VarianceExploding, to_eps, to_x0
+from .loops import Model, falling, finite, normal, one_step, rows, state_of
+from .points import Point, Process, to_eps, to_x0
 from .run import Seed, seeds_of
+from .sample import process_of, solver_of
 from .solvers.ddim import ddim
 
 
@@ -34,7 +35,7 @@ def gotta_go_fast(
     most: float,
     least: float,
     *,
-    process: Process | None = None,
+    process: str | Process = "ve",
     prediction: str = "x0",
     rtol: float = 0.01,
     atol: float = 0.0078,
@@ -59,10 +60,12 @@ def gotta_go_fast(
     The host looks at B errors a step.
     """
     owner = "gotta_go_fast"
+    number(owner, "most", most, above=0.0)
     number(owner, "least", least, above=0.0, below=most)
-    for name, value in (("rtol", rtol), ("atol", atol), ("first", first), ("safety", safety)):
+    for name, value in (("rtol", rtol), ("atol", atol), ("first", first), ("safety", safety), ("exponent", exponent)):
         number(owner, name, value, above=0.0)
-    process = process or VarianceExploding()
+    integer(owner, "evaluations", evaluations, 1)
+    process = process_of(owner, process)
     net, state = Model(owner, model, arguments), state_of(owner, x)
     batch = len(state)
     seeds, range_ = seeds_of(owner, seed, batch, state.device), math.log(most / least)
@@ -115,7 +118,6 @@ def predictor_corrector(
     x: Tensor,
     points: Sequence[Point],
     *,
-    process: Process | None = None,
     prediction: str = "x0",
     snr: float = 0.15,
     corrections: int = 1,
@@ -130,6 +132,7 @@ def predictor_corrector(
     without noise. noise: what draws z instead of `seed`.
     """
     owner = "predictor_corrector"
+    falling(owner, points)
     integer(owner, "corrections", corrections, 0)
     number(owner, "snr", snr, above=0.0)
     net, state, draw = Model(owner, model, arguments), state_of(owner, x), 0
@@ -157,7 +160,7 @@ def predictor_corrector(
         if i + 2 < len(points):
             inputs, weights = [*inputs, drawn()], [*weights, q.alpha * math.sqrt(change)]
         (state,) = rows(inputs, [weights])
-    return state.to(x.dtype)
+    return finite(owner, state).to(x.dtype)
 
 
 class Parallel(NamedTuple):
@@ -175,9 +178,9 @@ def paradigms(
     x: Tensor,
     points: Sequence[Point],
     *,
-    process: Process | None = None,
+    process: str | Process = "ve",
     prediction: str = "x0",
-    solver: Callable[..., Any] = ddim,
+    solver: str | Callable[..., Any] = ddim,
     window: int = 10,
     tolerance: float = 0.1,
     seed: Seed = None,
@@ -186,25 +189,27 @@ def paradigms(
 ) -> Parallel:
     """Any solver of one evaluation a step, `window` of its steps at once (ParaDiGMS, Shih et al. 2023, algorithm 1).
 
-    Picard's iteration: all steps of the window are evaluated in one call (model(x [window B, ...], time [window B])), and
-    their changes summed up. The window moves past the steps that changed by at most `tolerance` standard deviations of DDPM's
-    noise there, as root mean square, in every sample; tolerance 0: until nothing changes. The noise is that of the serial
-    sampler with the same seed, to which the result converges.
+    Picard's iteration: all steps of the window are evaluated in one call (model(x [window B, ...], time [window B]), tensors
+    [B, ...] of `arguments` repeated likewise), and their changes summed up. The window moves past the steps that changed by at
+    most `tolerance` standard deviations of DDPM's noise there, as root mean square, in every sample; tolerance 0: until nothing
+    changes. The noise is that of the serial sampler with the same seed, to which the result converges.
 
     The last step has no noise: the step before it gives the measure.
     """
     owner = "paradigms"
     integer(owner, "window", window, 1)
-    number(owner, "tolerance", tolerance)
-    process = process or VarianceExploding()
+    number(owner, "tolerance", tolerance, least=0.0)
+    falling(owner, points)
+    process, solver = process_of(owner, process), solver_of(owner, "solver", solver)
     net, first = Model(owner, model, arguments), state_of(owner, x)
     steps, batch = len(points) - 1, len(first)
     pairs = list(itertools.pairwise(points))
     a, b, c = (np.array(k) for k in zip(*(one_step(owner, solver, p, q, process, prediction, options) for p, q in pairs)))
     seeds = seeds_of(owner, seed, batch, first.device) if c.any() else None
     draws = np.cumsum(c != 0) - 1
-    scales = [q.sigma**2 * (1 - (p.alpha * q.sigma / (q.alpha * p.sigma)) ** 2) for p, q in pairs]
-    scales = scales[1:] + scales[-2:] if scales[-1] > 0 else scales[1:-1] + 2 * scales[-2:-1]  # of the state after each step
+    # of the state after each step, the variance of the next step's noise; where there is none, the last that there was
+    scales = [q.sigma**2 * (1 - (p.alpha * q.sigma / (q.alpha * p.sigma)) ** 2) for p, q in pairs[1:] if not q.clean]
+    scales += (scales[-1:] or [0.0]) * (steps - len(scales))
     states = torch.stack([first] * (min(window, steps) + 1))  # of the window, and the one after
     noises: dict[int, Tensor] = {}
     begin = evaluations = 0
@@ -213,7 +218,8 @@ def paradigms(
         index = np.repeat(np.arange(begin, end), batch)
         width = end - begin
         seen = states[:width].flatten(0, 1)
-        (change,) = rows([seen, net(seen, np.array([points[int(i)].time for i in index]))], [[a[index] - 1, b[index]]])
+        raw = net(seen, np.array([points[int(i)].time for i in index]), times=width)
+        (change,) = rows([seen, raw], [[a[index] - 1, b[index]]])
         changes = change.view(width, *first.shape)
         evaluations += width
         for i in range(begin, end):
@@ -231,9 +237,7 @@ def paradigms(
         begin += ahead
         following = [states[min(j + ahead, width)] for j in range(min(window, steps - begin) + 1)]  # new ones start as the last
         states = torch.stack(following)
-    if not bool(states[0].isfinite().all()):
-        raise ValueError(f"{owner}: the model gave NaN or inf, or the sample overflowed")
-    return Parallel(states[0].to(x.dtype), net.calls, evaluations)
+    return Parallel(finite(owner, states[0]).to(x.dtype), net.calls, evaluations)
 
 
 class AdaptiveSkip:

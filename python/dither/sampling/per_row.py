@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import integer
-from .loops import Model, normal, one_step, rows
-from .points import Point, Process, VarianceExploding
+from .._checks import instance, integer
+from .loops import Model, falling, finite, normal, one_step, rows, state_of
+from .points import Point, Process
 from .run import START, Seed, seeds_of
+from .sample import process_of, solver_of
 from .solvers.ddim import ddim
 
 
@@ -30,9 +31,9 @@ def rolling(
     points: Sequence[Point],
     *,
     window: int,
-    process: Process | None = None,
+    process: str | Process = "ve",
     prediction: str = "x0",
-    solver: Callable[..., Any] = ddim,
+    solver: str | Callable[..., Any] = ddim,
     context: Tensor | None = None,
     seed: Seed = None,
     dtype: torch.dtype = torch.float32,
@@ -53,14 +54,17 @@ def rolling(
     owner = "rolling"
     integer(owner, "frames", frames, 1)
     integer(owner, "window", window, 1)
-    steps = len(points) - 1
-    if steps % window or steps == 0:
+    instance(owner, "shape", shape, Sequence, "integers [B, ...]")
+    steps = len(falling(owner, points)) - 1
+    if steps % window:
         raise ValueError(f"{owner}: points has {steps} steps, expected a multiple of window {window}")
-    process = process or VarianceExploding()
+    process, solver = process_of(owner, process), solver_of(owner, "solver", solver)
     batch, device = shape[0], torch.device(device)
     net, seeds = Model(owner, model, arguments), seeds_of(owner, seed, batch, device)
-    blank = torch.empty(tuple(shape), dtype=dtype, device=device)
-    clean = [] if context is None else list(context.to(device, dtype).unbind(1))
+    blank = state_of(owner, torch.empty(tuple(shape), dtype=dtype, device=device))
+    if context is not None and (context.ndim < 2 or (context.shape[0], *context.shape[2:]) != blank.shape):
+        raise ValueError(f"{owner}: context has shape {list(context.shape)}, expected {[batch, 'C', *shape[1:]]}")
+    clean = [] if context is None else list(context.to(blank).unbind(1))
     seen_clean, drawn, start, apart = len(clean), 0, float(points[0].sigma), steps // window
 
     def fresh() -> Tensor:
@@ -93,4 +97,4 @@ def rolling(
             clean = [*clean, state[:, 0]][1:] if clean else []
             state = torch.cat([state[:, 1:], fresh().unsqueeze(1)], 1)
             phase -= apart
-    return torch.stack(found, 1)
+    return finite(owner, torch.stack(found, 1)).to(dtype)
