@@ -244,9 +244,10 @@ class AdaptiveSkip:
     """A model that gives its last output again where the states move evenly (AdaptiveDiffusion, Ye et al. 2024).
 
     D_i is the mean of |x_i - x_(i-1)|; the model is left out at step i if |(D_i + D_(i-2)) / 2 - D_(i-1)| < threshold D_(i-1),
-    at most `most` times in a row. For samplers of one evaluation a step, whose times fall; a time that rises begins a new
-    sample. What is repeated is the output itself: give a model of eps to have eps repeated, as the paper does. All samples of
-    a batch skip together, as in the authors' code.
+    at most `most` times in a row (the authors' code lets the first run be of five), and never in the first four steps. For
+    samplers of one evaluation a step, whose times fall; a time that rises begins a new sample. What is repeated is the output
+    itself: give a model of eps to have eps repeated, as the paper does. All samples of a batch skip together, as in the
+    authors' code.
 
     calls, skipped: how often the model was and was not called since the object was made.
     """
@@ -272,10 +273,10 @@ class AdaptiveSkip:
         if now >= self._time or (self._state is not None and self._state.shape != x.shape):
             self.reset()
         if self._state is not None:
-            self._moves = [*self._moves[-2:], float((x - self._state).abs().mean(dtype=torch.float64))]
+            self._moves = [*self._moves[-3:], float((x - self._state).abs().mean(dtype=torch.float64))]
         self._time, self._state = now, x.detach().clone()
-        if self._output is not None and len(self._moves) == 3 and self._row < self.most:
-            old, middle, new = self._moves
+        if self._output is not None and len(self._moves) == 4 and self._row < self.most:
+            _, old, middle, new = self._moves
             if abs((new + old) / 2 - middle) < self.threshold * middle:
                 self._row += 1
                 self.skipped += 1
