@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dither import noise
 from dither.reference.sampling import STREAM
-from dither.sampling import grids, sample, solvers, spectral
+from dither.sampling import adaptive, grids, inversion, per_row, sample, solvers, spectral
 from dither.sampling.adaptive import AdaptiveSkip, gotta_go_fast, paradigms, predictor_corrector
 from dither.sampling.gmm import GaussianMixture
 from dither.sampling.per_row import rolling
@@ -589,6 +590,36 @@ def test_paradigms_repeats_the_arguments_of_samples() -> None:
     shift[0] = 1.0
     found = paradigms(model, x, points, tolerance=0.0, arguments={"shift": shift, "table": torch.zeros(5)}).x
     assert (found[:1] - alone).abs().max() < 1e-12 and (found[1] - alone[0]).abs().max() > 0.1
+
+
+def test_who_watches_sees_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, points, moved = start(3, shape=(2, 4)) * 20, ve(6), []
+
+    @contextlib.contextmanager
+    def bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+        steps: list[int] = []
+        yield steps.append
+        moved.append((shown, total == sum(steps)))
+
+    for module in (adaptive, per_row, inversion):
+        monkeypatch.setattr(module, "bar", bar)
+    seen: list[tuple[int, Tensor]] = []
+    run: dict[str, Any] = {"watch": lambda k, x: seen.append((k, x)), "progress": True, "seed": 1}
+    model = Exact(two, "x0", VE.at)
+    found = gotta_go_fast(model, x, 20.0, 0.05, rtol=0.5, atol=0.5, **run)
+    assert [k for k, _ in seen] == list(range(len(seen))) and 2 * len(seen) + 1 >= int(found.evaluations.max())
+    assert torch.equal(two(seen[-1][1], 1.0, 0.05), found.x)
+    seen.clear()
+    end = predictor_corrector(model, x, points, **run)
+    assert [k for k, _ in seen] == list(range(6)) and torch.equal(seen[-1][1], end)
+    seen.clear()
+    parallel = paradigms(model, x, points, window=3, **run)
+    assert len(seen) == parallel.sweeps and seen[-1][0] == 6 and torch.equal(seen[-1][1], parallel.x)
+    seen.clear()
+    frames = rolling(lambda x, t: torch.tanh(x), 3, (2, 4), points, window=2, dtype=torch.float64, **run)
+    assert [k for k, _ in seen] == [0, 1, 2] and torch.equal(torch.stack([y for _, y in seen], 1), frames)
+    inversion.ddim_invert(lambda x, t: torch.tanh(x), x, points, iterations=2, progress=True)
+    assert moved == [(True, True)] * 5
 
 
 P, X3 = ve(4), start(3)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import integer, number
-from .loops import Model, falling, finite, normal, one_step, rows, state_of
+from .loops import Model, Watch, bar, falling, finite, normal, one_step, rows, state_of
 from .points import Point, Process, to_eps, to_x0
 from .run import Seed, seeds_of
 from .sample import process_of, solver_of
@@ -45,6 +45,8 @@ def gotta_go_fast(
     seed: Seed = None,
     arguments: Mapping[str, Any] | None = None,
     evaluations: int = 10_000,
+    watch: Watch | None = None,
+    progress: bool = False,
 ) -> Adaptive:
     """The reverse SDE with step lengths of each sample's own (Jolicoeur-Martineau et al. 2021, algorithm 1).
 
@@ -55,6 +57,7 @@ def gotta_go_fast(
     x: [B, ...] at noise-to-signal ratio `most`; it ends at ratio `least`. Time is ln(ratio) scaled to 0 .. 1, of which `first`
     is the first step: the paper's VE process. Other processes are taken as x / alpha, which is VE; the paper discretises VP
     itself. atol: the paper has 0.0039 for data in 0 .. 1, 0.0078 for -1 .. 1. evaluations: an error if a sample needs more.
+    watch(number, x): after each step, taken or not. progress: a bar of the slowest sample's time, in percent.
 
     A step that was rejected is tried again with new noise, as in the authors' code, which favours noise that makes small steps.
     The host looks at B errors a step.
@@ -71,7 +74,7 @@ def gotta_go_fast(
     seeds, range_ = seeds_of(owner, seed, batch, state.device), math.log(most / least)
     t, h = np.ones(batch), np.full(batch, min(first, 1.0))
     spent, rejected = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
-    before, draw = state, 0
+    before, draw, shown = state, 0, 0
 
     def at(time: np.ndarray) -> tuple[Point, np.ndarray]:
         ratio = least * np.exp(range_ * time)
@@ -87,26 +90,33 @@ def gotta_go_fast(
         (new,) = rows([state, seen, raw], [weights], seeds, draw)
         return new
 
-    while (h > 0).any():
-        spent += 2 * (h > 0)
-        if spent.max() > evaluations:
-            raise ValueError(f"{owner}: a sample needs more than {evaluations} evaluations, expected fewer; raise rtol or atol")
-        (p, ratio), (q, ratio_q) = at(t), at(np.maximum(t - h, 0.0))
-        euler = stage(state, p, ratio, q, p)
-        heun = stage(euler, q, ratio_q, q, p)
-        (error,) = rows([euler, heun], [[-0.5, 0.5]])
-        allowed = (torch.maximum(before.abs(), euler.abs()) * rtol).clamp_(min=atol)
-        far = (error / allowed).flatten(1).double().square().mean(1).sqrt().cpu().numpy()
-        if not np.isfinite(far).all():
-            raise ValueError(f"{owner}: the model gave NaN or inf, or the sample overflowed")
-        taken = np.where((far <= 1) | (h == 0), 1.0, 0.0)
-        rejected += taken == 0
-        new = [[1 - taken, 0.0, taken / 2, taken / 2], [0.0, 1 - taken, taken, 0.0]]
-        state, before = rows([state, before, euler, heun], new)
-        t = np.where(taken == 1, np.maximum(t - h, 0.0), t)
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            h = np.where(h > 0, np.minimum(t, safety * h * far**-exponent), 0.0)
-        draw += 1
+    with bar(100, progress) as move:
+        while (h > 0).any():
+            spent += 2 * (h > 0)
+            if spent.max() > evaluations:
+                raise ValueError(
+                    f"{owner}: a sample needs more than {evaluations} evaluations, expected fewer; raise rtol or atol"
+                )
+            (p, ratio), (q, ratio_q) = at(t), at(np.maximum(t - h, 0.0))
+            euler = stage(state, p, ratio, q, p)
+            heun = stage(euler, q, ratio_q, q, p)
+            (error,) = rows([euler, heun], [[-0.5, 0.5]])
+            allowed = (torch.maximum(before.abs(), euler.abs()) * rtol).clamp_(min=atol)
+            far = (error / allowed).flatten(1).double().square().mean(1).sqrt().cpu().numpy()
+            if not np.isfinite(far).all():
+                raise ValueError(f"{owner}: the model gave NaN or inf, or the sample overflowed")
+            taken = np.where((far <= 1) | (h == 0), 1.0, 0.0)
+            rejected += taken == 0
+            new = [[1 - taken, 0.0, taken / 2, taken / 2], [0.0, 1 - taken, taken, 0.0]]
+            state, before = rows([state, before, euler, heun], new)
+            t = np.where(taken == 1, np.maximum(t - h, 0.0), t)
+            with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+                h = np.where(h > 0, np.minimum(t, safety * h * far**-exponent), 0.0)
+            draw += 1
+            if watch is not None:
+                watch(draw - 1, state)
+            done, shown = shown, int(100 * (1 - t.max()))
+            move(shown - done)
     p, _ = at(t)
     k, m = to_x0(prediction, p)
     (state,) = rows([state, net(state, p.time)], [[k, m]])
@@ -124,12 +134,14 @@ def predictor_corrector(
     seed: Seed = None,
     arguments: Mapping[str, Any] | None = None,
     noise: Callable[[], Tensor] | None = None,
+    watch: Watch | None = None,
+    progress: bool = False,
 ) -> Tensor:
     """Predictor and corrector (Song et al. 2021, algorithms 2, 4, 5): at each level Langevin steps, then `reverse_diffusion`'s.
 
     A Langevin step is 2 (snr |z| / |score|)^2 long, of each sample's own norms, where the authors' code has means over the
     batch (and a factor near 1 for VP): samples do not depend on each other. The lengths stay on the device. The last step is
-    without noise. noise: what draws z instead of `seed`.
+    without noise. noise: what draws z instead of `seed`. watch(number, x): after each level. progress: a bar.
     """
     owner = "predictor_corrector"
     falling(owner, points)
@@ -146,20 +158,24 @@ def predictor_corrector(
         draw += 1
         return normal(state, seeds, draw - 1) if seeds is not None else noise().to(state).contiguous()  # type: ignore[misc]
 
-    for i, (p, q) in enumerate(itertools.pairwise(points)):
-        k, m = to_eps(prediction, p)
-        for _ in range(corrections):
-            (score,) = rows([state, net(state, p.time)], [[-k / p.sigma, -m / p.sigma]])
-            z = drawn()
-            length = 2 * (snr * norm(z) / norm(score)) ** 2
-            (state,) = rows([state, score, z], [[1.0, length, (2 * length).sqrt()]])
-        change = p.ratio**2 - q.ratio**2
-        drift = change / p.ratio * q.alpha
-        raw = net(state, p.time)
-        inputs, weights = [state, raw], [q.alpha / p.alpha - drift * k, -drift * m]
-        if i + 2 < len(points):
-            inputs, weights = [*inputs, drawn()], [*weights, q.alpha * math.sqrt(change)]
-        (state,) = rows(inputs, [weights])
+    with bar(len(points) - 1, progress) as move:
+        for i, (p, q) in enumerate(itertools.pairwise(points)):
+            k, m = to_eps(prediction, p)
+            for _ in range(corrections):
+                (score,) = rows([state, net(state, p.time)], [[-k / p.sigma, -m / p.sigma]])
+                z = drawn()
+                length = 2 * (snr * norm(z) / norm(score)) ** 2
+                (state,) = rows([state, score, z], [[1.0, length, (2 * length).sqrt()]])
+            change = p.ratio**2 - q.ratio**2
+            drift = change / p.ratio * q.alpha
+            raw = net(state, p.time)
+            inputs, weights = [state, raw], [q.alpha / p.alpha - drift * k, -drift * m]
+            if i + 2 < len(points):
+                inputs, weights = [*inputs, drawn()], [*weights, q.alpha * math.sqrt(change)]
+            (state,) = rows(inputs, [weights])
+            if watch is not None:
+                watch(i, state)
+            move(1)
     return finite(owner, state).to(x.dtype)
 
 
@@ -185,6 +201,8 @@ def paradigms(
     tolerance: float = 0.1,
     seed: Seed = None,
     arguments: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Parallel:
     """Any solver of one evaluation a step, `window` of its steps at once (ParaDiGMS, Shih et al. 2023, algorithm 1).
@@ -194,7 +212,8 @@ def paradigms(
     most `tolerance` standard deviations of DDPM's noise there, as root mean square, in every sample; tolerance 0: until nothing
     changes. The noise is that of the serial sampler with the same seed, to which the result converges.
 
-    The last step has no noise: the step before it gives the measure.
+    The last step has no noise: the step before it gives the measure. watch(number, x): the state after that many steps, once
+    for each call of the model. progress: a bar.
     """
     owner = "paradigms"
     integer(owner, "window", window, 1)
@@ -213,30 +232,34 @@ def paradigms(
     states = torch.stack([first] * (min(window, steps) + 1))  # of the window, and the one after
     noises: dict[int, Tensor] = {}
     begin = evaluations = 0
-    while begin < steps:
-        end = min(begin + window, steps)
-        index = np.repeat(np.arange(begin, end), batch)
-        width = end - begin
-        seen = states[:width].flatten(0, 1)
-        raw = net(seen, np.array([points[int(i)].time for i in index]), times=width)
-        (change,) = rows([seen, raw], [[a[index] - 1, b[index]]])
-        changes = change.view(width, *first.shape)
-        evaluations += width
-        for i in range(begin, end):
-            if seeds is not None and c[i] != 0:
-                if i not in noises:
-                    (noises[i],) = rows([first], [[0.0, float(c[i])]], seeds, int(draws[i]))
-                changes[i - begin] += noises[i]
-        new = states[0] + changes.cumsum(0)
-        moved = (new - states[1 : width + 1]).flatten(2).double().square().mean(2).amax(1).cpu().numpy()
-        over = np.flatnonzero(~(moved <= tolerance**2 * np.array(scales[begin:end])))
-        ahead = min(int(over[0]) + 1 if len(over) else width, width)
-        states[1 : width + 1] = new
-        for i in range(begin, begin + ahead):
-            noises.pop(i, None)
-        begin += ahead
-        following = [states[min(j + ahead, width)] for j in range(min(window, steps - begin) + 1)]  # new ones start as the last
-        states = torch.stack(following)
+    with bar(steps, progress) as move:
+        while begin < steps:
+            end = min(begin + window, steps)
+            index = np.repeat(np.arange(begin, end), batch)
+            width = end - begin
+            seen = states[:width].flatten(0, 1)
+            raw = net(seen, np.array([points[int(i)].time for i in index]), times=width)
+            (change,) = rows([seen, raw], [[a[index] - 1, b[index]]])
+            changes = change.view(width, *first.shape)
+            evaluations += width
+            for i in range(begin, end):
+                if seeds is not None and c[i] != 0:
+                    if i not in noises:
+                        (noises[i],) = rows([first], [[0.0, float(c[i])]], seeds, int(draws[i]))
+                    changes[i - begin] += noises[i]
+            new = states[0] + changes.cumsum(0)
+            moved = (new - states[1 : width + 1]).flatten(2).double().square().mean(2).amax(1).cpu().numpy()
+            over = np.flatnonzero(~(moved <= tolerance**2 * np.array(scales[begin:end])))
+            ahead = min(int(over[0]) + 1 if len(over) else width, width)
+            states[1 : width + 1] = new
+            for i in range(begin, begin + ahead):
+                noises.pop(i, None)
+            begin += ahead
+            # new ones start as the last
+            states = torch.stack([states[min(j + ahead, width)] for j in range(min(window, steps - begin) + 1)])
+            if watch is not None:
+                watch(begin, states[0])
+            move(ahead)
     return Parallel(finite(owner, states[0]).to(x.dtype), net.calls, evaluations)
 
 

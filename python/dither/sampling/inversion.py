@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import integer, number
-from .loops import falling, rows, state_of
+from .loops import bar, falling, rows, state_of
 from .points import Points, VarianceExploding
 from .program import Evaluate, Program, Row
 from .run import START, Seed, compiled, run_program, seeds_of
@@ -25,13 +25,13 @@ def ddim_invert(model: Model, x: Tensor, points: Points, prediction: str = "eps"
     """The noise that DDIM, or Euler's method, makes x of, nearly; with more `iterations` a step, exactly.
 
     x [B, ...]: data of the last level. Iterations converge where steps are small: each makes the error smaller by a factor of
-    about a step's change in ln(sigma / alpha) times how strongly the model's output depends on x. run: the keywords of
-    `run_program`: arguments, guide, model_dtype.
+    about a step's change in ln(sigma / alpha) times how strongly the model's output depends on x. run: `progress` (a bar), and
+    the keywords of `run_program`: arguments, guide, model_dtype.
     """
     falling("ddim_invert", points)
     integer("ddim_invert", "iterations", iterations, 1)
     program = _compiled(recurrences.ddim_inverse, points[::-1], prediction, run, iterations=iterations)
-    return run_program("ddim_invert", program, model, x, **run)
+    return _run("ddim_invert", program, model, x, **run)
 
 
 @dataclass
@@ -78,7 +78,7 @@ def _bdia(owner: str, model: Model, x: Any, points: Points, prediction: str, gam
         if it.step == last:
             seen.append(state.clone())
 
-    end = run_program(owner, program, model, start, given=given, begun=begun, **run)
+    end = _run(owner, program, model, start, given=given, begun=begun, **run)
     return Pair(end, seen[0].to(end.dtype))
 
 
@@ -135,7 +135,7 @@ def ddpm_invert(
         noises.extend(rows([goal, *known], [[1 / float(row.weights[0, -1]), *map(float, -k[:-2])]]))
         return noises[-1]
 
-    end = run_program(owner, program, model, noisy(0), noise_sampler=noise, begun=begun, evaluated=evaluated, **run)
+    end = _run(owner, program, model, noisy(0), noise_sampler=noise, begun=begun, evaluated=evaluated, **run)
     return NoiseMaps(states, noises, wide - end)
 
 
@@ -164,7 +164,7 @@ def ddpm_replay(
     program = _compiled(ddim, points[skip:], prediction, run, eta=eta)
     left = len(_noisy_rows(program))
     noises = iter(maps.noises[len(maps.noises) - left :])
-    end = run_program(owner, program, model, maps.states[skip], noise_sampler=lambda *_: next(noises), **run)
+    end = _run(owner, program, model, maps.states[skip], noise_sampler=lambda *_: next(noises), **run)
     return end + maps.residual if residual else end
 
 
@@ -191,7 +191,7 @@ def ddcm_edit(
     def of_turn(at: Tensor, time: Tensor, **arguments: Any) -> Tensor:
         return model(at, time, **arguments, **next(turns))
 
-    return run_program("ddcm_edit", program, of_turn, x, **run)
+    return _run("ddcm_edit", program, of_turn, x, **run)
 
 
 def _compiled(solver: Any, points: Points, prediction: str, run: Mapping[str, Any], **options: Any) -> Program:
@@ -200,3 +200,14 @@ def _compiled(solver: Any, points: Points, prediction: str, run: Mapping[str, An
 
 def _noisy_rows(program: Program) -> list[Row]:
     return [it for it in program.instructions if isinstance(it, Row) and it.draw is not None]
+
+
+def _run(owner: str, program: Program, model: Model, x: Tensor, *, progress: bool = False, **run: Any) -> Tensor:
+    with bar(program.evaluations, progress) as move:
+
+        def counted(at: Tensor, time: Tensor, **arguments: Any) -> Tensor:
+            found = model(at, time, **arguments)
+            move(1)
+            return found
+
+        return run_program(owner, program, counted, x, **run)

@@ -19,6 +19,8 @@ from .program import Evaluate, Row
 from .run import compiled
 from .sample import check_options
 
+Watch = Callable[[int, Tensor], None]
+"""What is told the number of a step, from 0 on, and the state after it."""
 Weight = Any  # a number, or one for each run of the elements: an array or a tensor on the data's device
 
 

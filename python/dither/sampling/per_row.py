@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import instance, integer
-from .loops import Model, falling, finite, normal, one_step, rows, state_of
+from .loops import Model, Watch, bar, falling, finite, normal, one_step, rows, state_of
 from .points import Point, Process
 from .run import START, Seed, seeds_of
 from .sample import process_of, solver_of
@@ -39,6 +39,8 @@ def rolling(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     arguments: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Tensor:
     """[B, frames, ...] of `shape` [B, ...]: a sequence of any length, by a model of windows whose frames differ in noise.
@@ -49,7 +51,8 @@ def rolling(
     Rolling Diffusion (Ruhe et al. 2024). PA-VDM (Xie et al. 2024) has k >= 1 as well, TEDi (Zhang et al. 2023) k = 1.
 
     context: [B, C, ...], the clean frames before; the model then sees the last C clean frames first, [B, C + window, ...].
-    solver: one of one evaluation a step. The noise of sample b is that of seed[b], whatever the batch.
+    solver: one of one evaluation a step. The noise of sample b is that of seed[b], whatever the batch. watch(number, frame
+    [B, ...]): of each frame as it leaves the window. progress: a bar of frames.
     """
     owner = "rolling"
     integer(owner, "frames", frames, 1)
@@ -86,15 +89,19 @@ def rolling(
     state = torch.stack([fresh() for _ in range(window)], 1)
     phase, draw = 0, 0
     found: list[Tensor] = []
-    while len(found) < frames:
-        a, b, c, time = step(phase)
-        seen = torch.cat([torch.stack(clean, 1), state], 1) if clean else state
-        raw = net(seen, time, seen.shape[:2])[:, seen_clean:].contiguous()
-        (state,) = rows([state, raw], [[a, b, c]], seeds, draw)
-        phase, draw = phase + 1, draw + 1
-        if phase == steps:
-            found.append(state[:, 0])
-            clean = [*clean, state[:, 0]][1:] if clean else []
-            state = torch.cat([state[:, 1:], fresh().unsqueeze(1)], 1)
-            phase -= apart
+    with bar(frames, progress) as move:
+        while len(found) < frames:
+            a, b, c, time = step(phase)
+            seen = torch.cat([torch.stack(clean, 1), state], 1) if clean else state
+            raw = net(seen, time, seen.shape[:2])[:, seen_clean:].contiguous()
+            (state,) = rows([state, raw], [[a, b, c]], seeds, draw)
+            phase, draw = phase + 1, draw + 1
+            if phase == steps:
+                found.append(state[:, 0])
+                if watch is not None:
+                    watch(len(found) - 1, found[-1])
+                move(1)
+                clean = [*clean, state[:, 0]][1:] if clean else []
+                state = torch.cat([state[:, 1:], fresh().unsqueeze(1)], 1)
+                phase -= apart
     return finite(owner, torch.stack(found, 1)).to(dtype)
