@@ -641,6 +641,13 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         r"context has shape \[2, 3\], expected \[2, 'C', 3\]",
     ),
+    "data": (lambda: optimal_denoiser(X3, X3[:, :2]), ValueError, r"x has shape \[2, 3, 4\] and data \[2, 2, 4\]"),
+    "no data": (lambda: optimal_denoiser(X3, X3[:0]), ValueError, r"data \[0, 3, 4\], expected \[B, ...\]"),
+    "no noise": (lambda: optimal_denoiser(X3, X3, sigma=0.0), ValueError, "sigma is 0.0, expected 0 < sigma"),
+    "score": (lambda: tweedie(X3, X3[:1], "gaussian", 1.0), ValueError, r"score has shape \[1, 3, 4\], expected \[2, 3, 4\]"),
+    "integers": (lambda: pfgmpp_noise(X3.long(), 1.0, 8.0), TypeError, "x is torch.int64 of 3 dimensions"),
+    "sigma": (lambda: pfgmpp_noise(X3, -1.0, 8.0), ValueError, "sigma is -1.0, expected 0 <= sigma"),
+    "sigmas": (lambda: pfgmpp_noise(X3, torch.ones(3), 8.0), ValueError, r"sigma has shape \[3\], expected a number or \[2\]"),
     "frames of NaN": (lambda: rolling(lambda x, t: x * math.nan, 2, (2, 3), P, window=2), ValueError, "model gave NaN"),
 }
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import number, tensor
+from .._checks import instance, number, tensor
 from .points import Point
 
 Share = float | Tensor
@@ -63,6 +63,9 @@ def noise_diffusion(
     number, or [B]; 0 is a. noise: standard normal, of a's shape; needed if gamma is not 0.
     """
     owner = "noise_diffusion"
+    instance(owner, "at", at, Point, "a Point, as process.at(ratio) gives")
+    if abs(at.alpha**2 + at.sigma**2 - 1) > 1e-3:
+        raise ValueError(f"{owner}: at has alpha {at.alpha:g} and sigma {at.sigma:g}, expected alpha^2 + sigma^2 = 1")
     number(owner, "gamma", gamma, least=0, most=1)
     if (noise is None) != (gamma == 0):
         raise ValueError(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import number, one_of
+from .._checks import integer, number, one_of, tensor
 
 FAMILIES = ("gaussian", "poisson", "gamma")
 
@@ -20,6 +20,8 @@ def tweedie(y: Tensor, score: Tensor, family: str, parameter: float) -> Tensor:
     """
     one_of("tweedie", "family", family, FAMILIES)
     number("tweedie", "parameter", parameter, above=1.0 if family == "gamma" else 0.0)
+    if tensor("tweedie", "score", score).shape != tensor("tweedie", "y", y).shape:
+        raise ValueError(f"tweedie: score has shape {list(score.shape)}, expected {list(y.shape)}, that of y")
     if family == "gaussian":
         return y + parameter**2 * score
     if family == "poisson":
@@ -35,7 +37,14 @@ def optimal_denoiser(
     The mean of the data, weighted by exp(-|x - alpha data|^2 / (2 sigma^2)): a step of mean shift (Chen et al. 2023). x: [B,
     ...], data: [n, ...], seen `chunk` at a time. dimensions: D of PFGM++, by (|x - alpha data|^2 + D sigma^2)^(-(N + D) / 2).
     """
-    flat, size = x.flatten(1).double(), x[0].numel()
+    owner = "optimal_denoiser"
+    number(owner, "sigma", sigma, above=0.0)
+    number(owner, "dimensions", dimensions, above=0.0, most=math.inf)
+    integer(owner, "chunk", chunk, 1)
+    if tensor(owner, "data", data).shape[1:] != tensor(owner, "x", x).shape[1:] or x.ndim < 2 or not len(data):
+        given = f"x has shape {list(x.shape)} and data {list(data.shape)}"
+        raise ValueError(f"{owner}: {given}, expected [B, ...] and [n, ...] with n > 0")
+    flat, size = x.flatten(1).double(), math.prod(x.shape[1:])
     best = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     total, mean = torch.zeros_like(best), torch.zeros_like(flat)
     for part in data.flatten(1).split(chunk):
