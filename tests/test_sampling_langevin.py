@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dither import noise
 from dither.reference.sampling import STREAM
+from dither.sampling.diagnostics import effective_sample_size, r_hat
 from dither.sampling.gmm import GaussianMixture
 from dither.sampling.langevin import Minibatch, langevin
 
@@ -214,6 +215,54 @@ def test_mala_is_exact():
     assert rates[1] < rates[0] / 4, rates
 
 
+@pytest.mark.parametrize("start", [1e-4, 30.0])
+def test_mala_finds_its_step(start):
+    """Of 20 dimensions whose deviations are 0.1 to 1, from steps far too short and far too long."""
+    scale = torch.linspace(0.1, 1, 20, dtype=torch.float64)
+    x = scale * torch.randn(16, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logp = lambda x: -((x / scale) ** 2).sum(1) / 2
+    run = {"logp": logp, "step": start, "steps": 900, "burn_in": 300, "method": "mala", "seed": 0}
+    c = langevin(x, adapt=0.574, **run)
+    assert abs(float(c.acceptance.mean()) - 0.574) < 0.06  # measured 0.57 and 0.59
+    assert 0.004 < c.step < 0.02
+    assert abs(float((c.samples / scale).var()) - 1) < 0.06
+    still = langevin(c.x, logp=logp, step=c.step, steps=50, first=c.steps, method="mala", seed=0)
+    assert abs(float(still.acceptance.mean()) - 0.574) < 0.1
+    assert not 0.1 < float(langevin(x, **run).acceptance.mean()) < 0.99
+
+
+def test_effective_sample_sizes_are_those_of_arviz():
+    """ArviZ 0.23.4's ess(method="mean") and rhat(method="split"): of AR(1), with one chain shifted, and of white noise."""
+    z = noise.normal((60, 3), seed=4, dtype=torch.float64)
+    x = z.clone()
+    for i in range(1, 60):
+        x[i] = 0.6 * x[i - 1] + 0.8 * z[i]
+    cases = {
+        (53.84300239301238, 1.06036924082404): x,
+        (22.203769893230046, 1.1237484185410926): x + torch.tensor([0.0, 0.0, 1.0]),
+        (167.71472939962135, 0.9886615312383094): z[:41],
+    }
+    for (size, ratio), samples in cases.items():
+        assert float(effective_sample_size(samples)) == pytest.approx(size, rel=1e-12)
+        assert float(r_hat(samples)) == pytest.approx(ratio, rel=1e-12)
+    both = torch.stack([x, x + torch.tensor([0.0, 0.0, 1.0])], -1).float()
+    assert effective_sample_size(both).tolist() == pytest.approx([53.843, 22.2038], rel=1e-4)
+    assert bool(r_hat(torch.ones(20, 2, 3)).isnan().all()) and bool(effective_sample_size(torch.ones(20, 2, 3)).isnan().all())
+    with pytest.raises(ValueError, match=r"r_hat: samples has shape \[9, 2\], expected \[n, chains, ...\] with n >= 10"):
+        r_hat(x[:9, :2])
+
+
+def test_effective_sample_sizes_of_autoregressions():
+    """n (1 - rho) / (1 + rho): the means of 50 are off by 6, -1, 0 and 4%."""
+    for rho, expected in ((-0.5, 12000.0), (0.0, 4000.0), (0.5, 4000 / 3), (0.9, 4000 / 19)):
+        z = noise.normal((1000, 4, 50), seed=7, dtype=torch.float64)
+        x = z.clone()
+        for i in range(1, 1000):
+            x[i] = rho * x[i - 1] + math.sqrt(1 - rho**2) * z[i]
+        assert float(effective_sample_size(x).mean()) == pytest.approx(expected, rel=0.1)
+        assert float((r_hat(x) - 1).abs().max()) < 0.06
+
+
 def test_mala_stays_where_p_is_positive():
     logp = lambda x: torch.where(x > 0, -x, torch.where(x > 0, x, -torch.inf)).sum(1)
     x = torch.ones(4000, 1, dtype=torch.float64)
@@ -320,6 +369,8 @@ BAD = {
     "velocity": ((X,), {"velocity": torch.zeros(2)}, ValueError, r"velocity is \[2\] of torch.float32, expected \[2, 3\]"),
     "score's shape": ((X,), {"score": lambda x: x.sum(1)}, ValueError, r"score gave \[2\], expected a tensor \[2, 3\]"),
     "logp's shape": ((X,), {"score": None, "logp": lambda x: x.sum()}, ValueError, r"logp gave \[\], expected a tensor \[2\]"),
+    "adapt": ((X,), {"adapt": 1.5}, ValueError, "adapt is 1.5, expected 0 < adapt < 1"),
+    "adapt of words": ((X,), {"adapt": 0.5}, ValueError, "adapt is 0.5 of baoab with burn_in 0, expected mala"),
     "mala": ((X,), {"method": "mala"}, ValueError, "mala was given a score, expected logp"),
     "start": (
         (X,),

@@ -10,6 +10,8 @@ from .adaptive import gotta_go_fast as gotta_go_fast
 from .adaptive import paradigms as paradigms
 from .adaptive import predictor_corrector as predictor_corrector
 from .brownian import BrownianNoise as BrownianNoise
+from .diagnostics import effective_sample_size as effective_sample_size
+from .diagnostics import r_hat as r_hat
 from .gmm import GaussianMixture as GaussianMixture
 from .interop import DiffusersScheduler as DiffusersScheduler
 from .interop import denoiser as denoiser

@@ -48,7 +48,9 @@ class Chains:
     velocity: Tensor | None
     """The last velocities; psgld: the averages of squared scores."""
     acceptance: Tensor | None
-    """[B], the share of proposals that each chain took (mala)."""
+    """[B], the share of proposals that each chain took after burn_in (mala)."""
+    step: float
+    """The last step's length."""
     steps: int
     """Taken so far, those before `first` included."""
     evaluations: int
@@ -72,6 +74,7 @@ def langevin(
     first: int = 0,
     decay: float = 0.99,
     damping: float = 1e-5,
+    adapt: float | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
     progress: bool = False,
 ) -> Chains:
@@ -85,6 +88,10 @@ def langevin(
     its curvature). friction: per unit of time; inf makes "baoab" the method of Leimkuhler & Matthews (2013) for overdamped
     dynamics, of step h^2 / 2. Samples are the states after burn_in + thin, burn_in + 2 thin, ... steps. velocity: normal of
     variance `temperature` by default.
+
+    adapt (mala): while burn_in lasts, all chains' step follows what makes them take this share of proposals on average, by
+    factors exp((share - adapt) / sqrt(number)), which ask for a host sync a step; 0.574 is best in many dimensions (Roberts &
+    Rosenthal 1998). The step is then that of `Chains.step`. Chains then depend on each other.
 
     seed: one for each chain, as for samplers; the noise of a chain depends on its seed and on the step's number alone, not on
     the others. watch(number, x): after each step; the next one overwrites x. There is no host sync before the end, but mala's
@@ -105,6 +112,10 @@ def langevin(
     word = _word(owner, method)
     if method == "mala" and (logp is None or isinstance(logp, Minibatch)):
         raise ValueError(f"{owner}: mala was given {'a score' if logp is None else 'batches'}, expected logp of all data")
+    if adapt is not None:
+        number(owner, "adapt", adapt, above=0, below=1)
+        if method != "mala" or burn_in == 0:
+            raise ValueError(f"{owner}: adapt is {adapt} of {method} with burn_in {burn_in}, expected mala and burn_in > 0")
     if not callable(step):
         size = number(owner, "step", step, above=0)
         step = lambda _: size
@@ -119,13 +130,17 @@ def langevin(
 
     kept = (steps - burn_in) // thin
     samples = x.new_empty((kept, *x.shape))
+    factor = 1.0
     with torch.no_grad():
         for k in with_progress(range(steps), owner, "step") if progress else range(steps):
-            h = float(step(first + k))
+            h = float(step(first + k)) * factor
             if word:
                 state.word(word, h, friction, temperature, first + k)
             elif method == "mala":
-                state.mala(h, temperature, first + k)
+                taken = state.mala(h, temperature, first + k)
+                state.accepted += taken * (k >= burn_in)
+                if adapt is not None and k < burn_in:
+                    factor *= math.exp((float(taken.double().mean()) - adapt) / math.sqrt(k + 1))
             else:
                 state.psgld(h, temperature, decay, damping, first + k)
             if watch is not None:
@@ -139,8 +154,8 @@ def langevin(
                 f"{owner}: chain {int((~finite).nonzero()[0])} ended with NaN or inf, expected a score that is finite, and "
                 "steps that are small enough for it"
             )
-    accepted = state.accepted / steps if method == "mala" else None
-    return Chains(samples, state.x, state.v, accepted, first + steps, state.evaluations)
+    accepted = state.accepted / (steps - burn_in) if method == "mala" else None
+    return Chains(samples, state.x, state.v, accepted, h, first + steps, state.evaluations)
 
 
 class Minibatch:
@@ -314,7 +329,8 @@ class _State:
             draw = None if z is None else number * each + z
             self.row([getattr(self, n) for n in outputs], [getattr(self, n) for n in inputs], table, draw)
 
-    def mala(self, h: float, temperature: float, number: int) -> None:
+    def mala(self, h: float, temperature: float, number: int) -> Tensor:
+        """Which chains took their proposal, [B]."""
         if self.s is None:
             self.value, self.s = self.evaluate(self.x)
             assert self.value is not None
@@ -330,10 +346,10 @@ class _State:
         ratio = (value.double() - self.value.double()) / temperature + (there - back) / (4 * h * temperature)
         u = torch.special.log_ndtr(self.normal(2 * number + 1, torch.zeros_like(ratio)[:, None]))[:, 0]
         taken = u < ratio  # not if the ratio is NaN
-        self.accepted += taken
         rows = taken.view(-1, *[1] * (y.ndim - 1))
         self.x, self.s = torch.where(rows, y, self.x), torch.where(rows, s, self.s)
         self.value = torch.where(taken, value, self.value)
+        return taken
 
     def psgld(self, h: float, temperature: float, decay: float, damping: float, number: int) -> None:
         assert self.v is not None
