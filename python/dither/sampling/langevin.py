@@ -29,6 +29,7 @@ from torch import Tensor
 from .. import noise, ops
 from .._checks import integer, number, one_of, tensor
 from .._extras import with_progress
+from .loops import normal
 from .run import START, Seed, seeds_of
 
 METHODS = {"ula": "L", "sghmc": "AE", "mala": "", "psgld": ""}
@@ -123,7 +124,7 @@ def langevin(
     if method == "psgld":
         state.v = torch.zeros_like(state.x) if velocity is None else velocity.clone()
     elif method not in ("ula", "mala"):
-        state.v = state.normal(START + 1) * math.sqrt(temperature) if velocity is None else velocity.clone()
+        state.v = normal(state.x, state.seeds, START + 1) * math.sqrt(temperature) if velocity is None else velocity.clone()
     if state.v is not None and (state.v.shape != x.shape or state.v.dtype != x.dtype):
         given = f"{list(state.v.shape)} of {state.v.dtype}"
         raise ValueError(f"{owner}: velocity is {given}, expected {list(x.shape)} of {x.dtype}")
@@ -277,9 +278,6 @@ def _plan(word: str, h: float, friction: float, temperature: float, fresh: bool)
     return plan, fresh
 
 
-_ONLY_Z = torch.tensor([[[0.0, 0, 0], [0, 0, 1]]], dtype=torch.float64)
-
-
 class _State:
     """The chains on their way."""
 
@@ -312,12 +310,6 @@ class _State:
     def row(self, out: list[Tensor], inputs: list[Tensor], table: Tensor, draw: int | None) -> None:
         ops.write("rows_", out, out, inputs, table, 0, 0, None if draw is None else self.seeds, draw or 0, None, False, None)
 
-    def normal(self, draw: int, like: Tensor | None = None) -> Tensor:
-        """Standard normal of every chain."""
-        z = torch.empty_like(self.x if like is None else like)
-        self.row([z], [self.x if like is None else like], _ONLY_Z, draw)
-        return z
-
     def word(self, word: str, h: float, friction: float, temperature: float, number: int) -> None:
         plan, self.fresh = _plan(word, h, friction, temperature, self.fresh)
         each = sum(letter in "OEL" for letter in word)
@@ -344,7 +336,7 @@ class _State:
         assert value is not None
         there, back = ((b - a - h * g).double().flatten(1).square().sum(1) for a, b, g in ((self.x, y, self.s), (y, self.x, s)))
         ratio = (value.double() - self.value.double()) / temperature + (there - back) / (4 * h * temperature)
-        u = torch.special.log_ndtr(self.normal(2 * number + 1, torch.zeros_like(ratio)[:, None]))[:, 0]
+        u = torch.special.log_ndtr(normal(ratio[:, None], self.seeds, 2 * number + 1))[:, 0]
         taken = u < ratio  # not if the ratio is NaN
         rows = taken.view(-1, *[1] * (y.ndim - 1))
         self.x, self.s = torch.where(rows, y, self.x), torch.where(rows, s, self.s)
@@ -356,7 +348,7 @@ class _State:
         s = self.evaluate(self.x)[1]
         self.v.mul_(decay).addcmul_(s, s, value=1 - decay)
         g = h / (self.v.sqrt() + damping)
-        self.x.addcmul_(g, s).addcmul_((2 * temperature * g).sqrt(), self.normal(number))
+        self.x.addcmul_(g, s).addcmul_((2 * temperature * g).sqrt(), normal(self.x, self.seeds, number))
 
 
 def _said(value: object) -> str:
