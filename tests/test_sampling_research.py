@@ -427,7 +427,7 @@ def test_accelerated_ddim_is_that_of_the_experiments() -> None:
         (solvers.sgmse, VE, [9.0, 1.0, 0.0], {}, "sgmse: process is VarianceExploding, expected OrnsteinUhlenbeck"),
     ],
 )
-def test_refusals(solver: Any, process: Process, points: Any, options: dict[str, Any], message: str) -> None:
+def test_solvers_refuse(solver: Any, process: Process, points: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         compiled(solver, [process.at(r) for r in points], process, "x0", options=options)
 
