@@ -878,6 +878,8 @@ def test_cosine_transform_and_paths() -> None:
     assert (
         length(cosine) > 1.01 * shortest and length(spectral.blurring_points((8, 8), cosine, times, blur=4.0)) > 1.01 * shortest
     )
+    for t, p in zip(times, spectral.shortest_path_points(variances, times)):
+        np.testing.assert_allclose(p.alpha**2 * variances.reshape(1, -1) + p.sigma**2, variances.reshape(1, -1) ** (1 - t))
     blurred = spectral.blurring_points((4,), [Point(0.6, 0.8, 7)], [0.5], blur=3.0, dims=1)[0]
     want = 0.6 * (0.999 * np.exp(-((np.pi * np.arange(4) / 4) ** 2) * (3 * 0.5) ** 2 / 2) + 0.001)
     np.testing.assert_allclose(blurred.alpha[0], want)
