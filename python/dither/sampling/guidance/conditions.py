@@ -1,0 +1,129 @@
+"""Several conditions at once: added up, each for a part of the sample, or one turning into another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._checks import number, tensor
+from ..program import At, Evaluate
+from .gram import Scale, Weights, _level, _scale
+from .guide import Branch, Guide, State
+
+
+class Compose(Guide):
+    """Conditions together (Liu et al. 2022): u + sum_i scale_i (c_i - u); a negative scale is a condition not to be met.
+
+    parts: (scale, keyword arguments) of each.
+    """
+
+    base = "uncond"
+
+    def __init__(
+        self, parts: Sequence[tuple[Scale, Mapping[str, Any]]], uncond: Mapping[str, Any] | None = None, *, batched: bool = True
+    ) -> None:
+        for scale, _ in parts:
+            _scale("Compose", scale)
+        self.scales, self.batched = [scale for scale, _ in parts], batched
+        self.branches = {"uncond": Branch(uncond or {})}
+        self.branches |= {f"part{i}_": Branch(keywords) for i, (_, keywords) in enumerate(parts)}
+
+    def weights(self, at: At) -> Weights | None:
+        scales = [_level(scale, at.point) for scale in self.scales]
+        return dict(zip(self.branches, [1 - sum(scales), *scales]))
+
+
+@dataclass(eq=False)
+class NoiseCorrection(Guide):
+    """Image-to-image translation by noise correction (Lee et al. 2024):
+
+        eps(x_source, source) + scale (eps(x, mixed) - eps(x, source)),   mixed = (1 - beta) source + beta target.
+
+    For models of eps. source, target: keyword arguments, of tensors of one shape. states: x_source of each evaluation, as the
+    inversion of the source image went through them. beta: of the evaluation's share of all, 0 to 1; the paper's own course of
+    it could not be checked, here it is the share itself.
+    """
+
+    scale: Scale
+    source: Mapping[str, Tensor]
+    target: Mapping[str, Tensor]
+    states: Sequence[Tensor]
+    beta: Callable[[float], float] = field(default=lambda share: share)
+    batched: bool = True
+    base: str = "origin"
+
+    def __post_init__(self) -> None:
+        _scale("NoiseCorrection", self.scale)
+        self.branches = {
+            "origin": Branch(self.source, state=lambda it: self.states[it.call]),
+            "mixed": Branch(self._mixed),
+            "here": Branch(self.source),
+        }
+
+    def _mixed(self, it: Evaluate) -> dict[str, Tensor]:
+        beta = self.beta(it.call / max(len(self.states) - 1, 1))
+        return {key: torch.lerp(value, self.target[key], beta) for key, value in self.source.items()}
+
+    def weights(self, at: At) -> Weights | None:
+        if at.prediction != "eps":
+            raise ValueError(f"NoiseCorrection: prediction is {at.prediction!r}, expected 'eps'")
+        if at.call >= len(self.states):
+            raise ValueError(f"NoiseCorrection: states has {len(self.states)} entries, expected one for each evaluation")
+        w = _level(self.scale, at.point)
+        return {"origin": 1.0, "mixed": w, "here": -w}
+
+
+class Factorized(Guide):
+    """Factorized diffusion (Geng et al. 2024): sum_i f_i(c_i), linear f_i whose sum is the identity: a condition for the low
+    frequencies and one for the high, one for gray and one for colour, one for each region.
+
+    parts: (keyword arguments, f), f a function of outputs [B, ...] or a mask [0, 1]; one f may be None, what the others leave.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Mapping[str, Any], Any]], *, batched: bool = True) -> None:
+        if sum(f is None for _, f in parts) > 1:
+            raise ValueError("Factorized: several functions are None, expected at most one")
+        self.branches = {f"part{i}_": Branch(keywords) for i, (keywords, _) in enumerate(parts)}
+        self.base, self.batched = next(iter(self.branches)), batched
+        self.functions = [(lambda y, m=f: y * m.to(y)) if isinstance(f, Tensor) else f for _, f in parts]
+
+    def weights(self, at: At) -> Weights | None:
+        return None
+
+    def combine(self, at: At, values: dict[str, Tensor], into: Tensor, state: State) -> None:
+        outputs = [values[name].to(into) for name in self.branches]
+        rest = next((y for y, f in zip(outputs, self.functions) if f is None), None)
+        into.zero_() if rest is None else into.copy_(rest)
+        for y, f in zip(outputs, self.functions):
+            if f is not None:
+                into.add_(f(y if rest is None else y - rest))
+
+
+def low_pass(sigma: float) -> Callable[[Tensor], Tensor]:
+    """Gaussian blur of [B, C, H, W], of standard deviation `sigma` in pixels, cut off at 3 sigma; edges are reflected."""
+    number("low_pass", "sigma", sigma, above=0)
+    radius = math.ceil(3 * sigma)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
+    taps = taps / taps.sum()
+
+    def blur(y: Tensor) -> Tensor:
+        if y.ndim != 4 or min(y.shape[2:]) <= radius:
+            raise ValueError(
+                f"low_pass: given {list(tensor('low_pass', 'y', y).shape)}, expected [B, C, H, W], sides > {radius}"
+            )
+        kernel = taps.to(y).expand(y.shape[1], 1, 1, -1)
+        padded = F.pad(y, [radius] * 4, mode="reflect")
+        return F.conv2d(F.conv2d(padded, kernel, groups=y.shape[1]), kernel.mT, groups=y.shape[1])
+
+    return blur
+
+
+def gray(y: Tensor) -> Tensor:
+    """The mean over channels, in each."""
+    return y.mean(1, keepdim=True).expand_as(y)
