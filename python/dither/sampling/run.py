@@ -89,6 +89,8 @@ def run_program(
     seeds = seeds_of(owner, seed, batch, device) if program.draws and noise_sampler is None else None
     half = model_dtype if model_dtype not in (None, state.dtype) else None
     runner = Runner.of(program, device, half, noise_sampler is not None)
+    for count in runner.samples - {1, batch}:  # the kernel itself would give each a part of the elements
+        raise ValueError(f"{owner}: levels or scales are of {count} samples, expected {batch}, one for each of x")
     times = runner.times(batch, time_dtype or state.dtype)
     keywords = dict(arguments or {})
     for name in program.registers:

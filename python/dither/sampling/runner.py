@@ -116,6 +116,8 @@ class Runner:
             self._most = torch.tensor([limits.most], dtype=torch.float64, device=device)
         self._kept = _kept(program, names)
         self._evaluations = [it for it in program.instructions if isinstance(it, Evaluate)]
+        self.samples = {len(it.weights) for it in program.instructions if isinstance(it, Row) and it.weights.ndim == 3}
+        """How many rows have coefficients for."""
         self._times: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def times(self, batch: int, dtype: torch.dtype) -> dict[int, Tensor]:
