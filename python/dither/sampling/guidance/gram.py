@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ..._checks import number
+from ..._checks import is_real
 from ..points import Level, Point
 from ..program import MOST_INPUTS
 
@@ -35,12 +36,28 @@ def _number(k: Level) -> bool:
 
 
 def _level(scale: Scale, point: Point) -> Level:
-    return scale(point) if callable(scale) else scale
+    """What the scale is there."""
+    found = scale(point) if callable(scale) else scale
+    _finite("guidance", "a scale", found)
+    return found
 
 
 def _scale(owner: str, scale: Any, name: str = "scale") -> None:
-    if not (callable(scale) or isinstance(scale, np.ndarray)):
-        number(owner, name, scale)
+    """ValueError unless it is one."""
+    if not callable(scale):
+        _finite(owner, name, scale)
+
+
+def _finite(owner: str, name: str, k: Any) -> None:
+    if isinstance(k, np.ndarray):
+        rows = k.ndim < 2 or len(k) == 1  # or of the elements of a sample, where levels are
+        fine = rows and k.dtype.kind in "fiu" and bool(np.isfinite(k).all())
+    else:
+        fine = is_real(k) and math.isfinite(k)
+    if not fine:
+        expected = "a finite number, an array [B] of such, or a function of the Point that gives one"
+        said = " ".join(repr(k).split())  # arrays have lines
+        raise ValueError(f"{owner}: {name} is {said}, expected {expected}")
 
 
 class Gram:
@@ -81,12 +98,19 @@ class Gram:
             return _constant(tuple(row), self.device)
         found = torch.zeros(self.batch, len(self.places), dtype=torch.float64, device=self.device)
         for name, k in kept.items():
-            found[:, self.places[name]] = torch.as_tensor(k, device=self.device)
+            found[:, self.places[name]] = self._column(k)
         return found
+
+    def _column(self, k: Level) -> Tensor:
+        """[B], [1] or [] on the device."""
+        if np.shape(k) not in ((), (1,), (self.batch,)):
+            expected = f"a number or [{self.batch}], one for each sample"
+            raise ValueError(f"guidance: a scale or level is of shape {list(np.shape(k))}, expected {expected}")
+        return torch.as_tensor(k, device=self.device)
 
     def level(self, k: Level) -> Any:
         """A number, or [B, 1]."""
-        return float(k) if _number(k) else torch.as_tensor(k, device=self.device)[:, None]
+        return float(k) if _number(k) else self._column(k)[:, None]
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """[B, 1]"""
