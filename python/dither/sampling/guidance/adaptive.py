@@ -79,6 +79,12 @@ class LinearAG(CFG):
     def __init__(self, scale: Scale, table: Sequence[Weights | None], *args: Any, **keywords: Any) -> None:
         super().__init__(scale, *args, **keywords)
         self.table = list(table)
+        for call, row in enumerate(self.table):
+            for key in row or {}:
+                before = isinstance(key, tuple) and len(key) == 2 and key[0] in self.branches
+                if not (before and 0 <= integer("LinearAG", "an evaluation", key[1]) < call + (key[0] == self.base)):
+                    known = f"('{self.base}', n <= {call}) or ('{self.name}', n < {call})"
+                    raise ValueError(f"LinearAG: entry {call} of table has weights of {key!r}, expected of {known}")
 
     def _uncond(self, call: int) -> Weights:
         if call >= len(self.table):

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..._checks import integer, number
 from ..program import At
-from .contrast import Contrast
+from .contrast import Extrapolated
 from .gram import Gram, Scale, Weights, _level, _some
 from .guide import Branch, State
 
 
-class CFG(Contrast):
+class CFG(Extrapolated):
     """Classifier-free guidance (Ho & Salimans 2022): u + scale (c - u).
 
     cond, uncond: the model's keyword arguments with and without the condition. At scale 1 no uncond is evaluated, at 0 no cond.
@@ -24,11 +24,7 @@ class CFG(Contrast):
         self, scale: Scale = 7.5, cond: Mapping[str, Any] | None = None, uncond: Mapping[str, Any] | None = None, *,
         batched: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(scale, Branch(uncond or {}), cond or {}, "uncond", batched)
-
-    def weights(self, at: At) -> Weights | None:
-        w = _level(self.scale, at.point)
-        return {self.base: w, self.name: 1 - w}
+        super().__init__(scale, Branch({} if uncond is None else uncond), {} if cond is None else cond, "uncond", batched)
 
 
 class CFGPlusPlus(CFG):
@@ -87,22 +83,21 @@ class APG(CFG):
         self.eta = number("APG", "eta", eta)
         self.momentum = number("APG", "momentum", momentum)
         self.radius = number("APG", "radius", radius, least=0)
-        self._register = f"running{id(self)}"  # of this guide, where there are several
 
     def weights(self, at: At) -> Weights | None:
         return None
 
     def columns(self, at: At) -> list[str]:
         k, _ = at.x0
-        return [*self.branches, *(["x"] if _some(k) else []), *([self._register] if self.momentum else [])]
+        return [*self.branches, *(["x"] if _some(k) else []), *(["running"] if self.momentum else [])]
 
     def _difference(self, at: At, gram: Gram) -> Tensor:
         _, b = at.x0
-        kept = {self._register: self.momentum} if self.momentum else {}
+        kept = {"running": self.momentum} if self.momentum else {}
         return gram.vector({self.base: b, self.name: -b, **kept})
 
     def updates(self, at: At, gram: Gram) -> dict[str, Tensor]:
-        return {self._register: self._difference(at, gram)} if self.momentum else {}
+        return {"running": self._difference(at, gram)} if self.momentum else {}
 
     def coefficients(self, at: At, gram: Gram, state: State) -> Tensor:
         a, b = at.x0

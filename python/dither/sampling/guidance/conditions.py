@@ -31,7 +31,7 @@ class Compose(Guide):
         for scale, _ in parts:
             _scale("Compose", scale)
         self.scales, self.batched = [scale for scale, _ in parts], batched
-        self.branches = {"uncond": Branch(uncond or {})}
+        self.branches = {"uncond": Branch({} if uncond is None else uncond)}
         self.branches |= {f"part{i}_": Branch(keywords) for i, (_, keywords) in enumerate(parts)}
 
     def weights(self, at: At) -> Weights | None:
@@ -87,8 +87,8 @@ class Factorized(Guide):
     """
 
     def __init__(self, parts: Sequence[tuple[Mapping[str, Any], Any]], *, batched: bool = True) -> None:
-        if sum(f is None for _, f in parts) > 1:
-            raise ValueError("Factorized: several functions are None, expected at most one")
+        if not parts or sum(f is None for _, f in parts) > 1:
+            raise ValueError(f"Factorized: {'several functions' if parts else 'parts'} are None, expected at most one")
         self.branches = {f"part{i}_": Branch(keywords) for i, (keywords, _) in enumerate(parts)}
         self.base, self.batched = next(iter(self.branches)), batched
         self.functions = [(lambda y, m=f: y * m.to(y)) if isinstance(f, Tensor) else f for _, f in parts]

@@ -17,7 +17,7 @@ from .guide import Branch, Guide
 
 @dataclass(eq=False)
 class Contrast(Guide):
-    """base + scale (base - other): away from what is worse. `CFG` and its kin are this."""
+    """base + scale (base - other): away from what is worse."""
 
     scale: Scale
     other: Branch
@@ -32,6 +32,14 @@ class Contrast(Guide):
     def weights(self, at: At) -> Weights | None:
         w = _level(self.scale, at.point)
         return {self.base: 1 + w, self.name: -w}
+
+
+class Extrapolated(Contrast):
+    """other + scale (base - other): 1 is base alone. `CFG` and its kin are this."""
+
+    def weights(self, at: At) -> Weights | None:
+        w = _level(self.scale, at.point)
+        return {self.base: w, self.name: 1 - w}
 
 
 class Perturbed(Contrast):
@@ -71,12 +79,14 @@ class NAG(Contrast):
     ) -> None:  # fmt: skip
         if null is None and arguments is None:
             raise ValueError("NAG: null is None, expected the time that stands for none, or arguments=")
+        if null is not None:
+            number("NAG", "null", null)
         joined = None if arguments is None else {**(cond or {}), **arguments}
         super().__init__(scale, Branch(joined, time=null), cond, "untimed", batched)
 
 
-class AutoGuidance(Contrast):
+class AutoGuidance(Extrapolated):
     """Autoguidance (Karras et al. 2024): weak + scale (c - weak), of a weaker version of the model."""
 
-    def __init__(self, scale: float, model: Callable[..., Tensor], *, cond: Mapping[str, Any] | None = None) -> None:
-        super().__init__(number("AutoGuidance", "scale", scale) - 1, Branch(None, model=model), cond, "weak")
+    def __init__(self, scale: Scale, model: Callable[..., Tensor], *, cond: Mapping[str, Any] | None = None) -> None:
+        super().__init__(scale, Branch(None, model=model), cond, "weak")

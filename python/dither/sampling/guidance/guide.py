@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._checks import instance
 from ...tokens import Method
 from ..program import At, Evaluate, Program
 from .gram import Gram, Weights, _kept, _rows, _some
@@ -33,6 +34,10 @@ class Branch:
     blocks: str | tuple[str, ...] | None = None
     module: nn.Module | None = None
     state: Callable[[Evaluate], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.keywords is None or callable(self.keywords)):
+            instance("guidance", "a condition", self.keywords, Mapping, "the model's keyword arguments, as a dict")
 
 
 class Guide:
@@ -106,7 +111,7 @@ class Guide:
         state.update(zip(updates, registers))
 
     def __add__(self, other: Guide) -> Guide:
-        return Sum([self, other])
+        return Sum([self, other]) if isinstance(other, Guide) else NotImplemented
 
     def running(self, model: Callable[..., Any], keywords: Mapping[str, Any] | None = None) -> Running:
         """For one run; a context manager. keywords: arguments of all branches."""
@@ -117,6 +122,10 @@ class Sum(Guide):
     """Guides together: base + the sum of what each adds to it. Written a + b."""
 
     def __init__(self, guides: Sequence[Guide]) -> None:
+        if not guides:
+            raise ValueError("Sum: guides are none, expected at least one")
+        for guide in guides:
+            instance("Sum", "a guide", guide, Guide, "a Guide")
         self.guides: list[Guide] = [inner for g in guides for inner in (g.guides if isinstance(g, Sum) else [g])]
         self.base, self.batched = self.guides[0].base, all(g.batched for g in self.guides)
         self.branches = {}
