@@ -3,6 +3,7 @@ known exactly."""
 
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from dither.sampling.points import Flow, VarianceExploding, VariancePreserving, 
 from dither.sampling.program import Evaluate
 from dither.sampling.reference import Reference
 from dither.sampling.run import compiled, run_program
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # what is computed is small
 
 VE, FLOW = VarianceExploding(), Flow()
 VP = VariancePreserving(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
@@ -46,7 +49,11 @@ class Mixture:
     def __call__(self, x, time, logits, sharper=1.0):
         self.calls += 1
         self.rows += len(x)
-        return torch.cat([self.one(x[i : i + 1], float(time[i]), logits[i : i + 1]) * 1.0 for i in range(len(x))]) * sharper
+        out = torch.empty_like(x)
+        for t in set(time.tolist()):
+            some = time == t
+            out[some] = self.one(x[some], t, logits[some])
+        return out * sharper
 
     def one(self, x, time, logits):
         p = self.point(time) if time >= 0 else self.points[3]
@@ -435,14 +442,21 @@ def test_noise_correction_reconstructs_and_edits():
     source = run_program("t", compiled(solvers.ddim, points, VP, "eps"), recorded, x, arguments=COND)
     again = sampled(solvers.ddim, VP, "eps", g.NoiseCorrection(0.0, COND, OTHER, states), model, x)
     torch.testing.assert_close(again, source, rtol=1e-10, atol=1e-11)
-    got = sampled(solvers.ddim, VP, "eps", g.NoiseCorrection(1.2, COND, OTHER, states), model, x)
-    y = x
-    for n, (p, q) in enumerate(itertools.pairwise(points)):
-        time = torch.full((len(x),), float(p.time), dtype=x.dtype)
-        mixed = torch.lerp(COND["logits"], OTHER["logits"], n / 6)
-        eps = model(states[n], time, **COND) + 1.2 * (model(y, time, mixed) - model(y, time, **COND))
-        y = q.alpha * (y - p.sigma * eps) / p.alpha + q.sigma * eps
-    torch.testing.assert_close(got, y, rtol=1e-9, atol=1e-10)
+    for options, corrected in (({}, 4), ({"beta": 0.3, "gamma": 1.0}, 7), ({}, 0)):
+        guide = g.NoiseCorrection(1.2, COND, OTHER, states[:corrected], **options)
+        beta, gamma = (options.get(name, default) for name, default in (("beta", 0.8), ("gamma", 0.2)))
+        y = x
+        for n, (p, q) in enumerate(itertools.pairwise(points)):
+            time = torch.full((len(x),), float(p.time), dtype=x.dtype)
+            target = torch.lerp(
+                COND["logits"], OTHER["logits"], beta + (1 - beta) * (n + 1) / corrected if n < corrected else 1.0
+            )
+            here, there = model(y, time, **COND), model(y, time, target)
+            delta = 1.2 * (there - here)
+            eps = model(states[n], time, **COND) + gamma * delta if n < corrected else here + delta
+            y = q.alpha * (y - p.sigma * eps) / p.alpha + q.sigma * eps
+        got = sampled(solvers.ddim, VP, "eps", pickle.loads(pickle.dumps(guide)), model, x)
+        torch.testing.assert_close(got, y, rtol=1e-9, atol=1e-10)
     with pytest.raises(ValueError, match="prediction is 'x0', expected 'eps'"):
         sampled(solvers.ddim, VE, "x0", g.NoiseCorrection(1.0, COND, OTHER, states), model, x)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,42 +42,53 @@ class Compose(Guide):
 
 @dataclass(eq=False)
 class NoiseCorrection(Guide):
-    """Image-to-image translation by noise correction (Lee et al. 2024):
+    """Image-to-image translation by noise correction (Lee et al. 2024), as in the authors' code: evaluation n of the first T is
 
-        eps(x_source, source) + scale (eps(x, mixed) - eps(x, source)),   mixed = (1 - beta) source + beta target.
+        eps(x_source, source) + gamma scale (eps(x, mixed) - eps(x, source)),   mixed = (1 - b) source + b target,
 
-    For models of eps. source, target: keyword arguments, of tensors of one shape. states: x_source of each evaluation, as the
-    inversion of the source image went through them. beta: of the evaluation's share of all, 0 to 1; the paper's own course of
-    it could not be checked, here it is the share itself.
+    b = beta + (1 - beta) (n + 1) / T; the others are CFG, eps(x, source) + scale (eps(x, target) - eps(x, source)).
+
+    For models of eps. source, target: keyword arguments, of tensors of one shape. states: T of them, x_source of each
+    evaluation as the sampler goes through them from the inverted image with `source` alone. The authors take scale 5, and 25
+    of 50 evaluations for T.
     """
 
     scale: Scale
     source: Mapping[str, Tensor]
     target: Mapping[str, Tensor]
     states: Sequence[Tensor]
-    beta: Callable[[float], float] = field(default=lambda share: share)
+    beta: float = 0.8
+    gamma: float = 0.2
     batched: bool = True
     base: str = "origin"
 
     def __post_init__(self) -> None:
         _scale("NoiseCorrection", self.scale)
+        number("NoiseCorrection", "beta", self.beta, least=0, most=1)
+        number("NoiseCorrection", "gamma", self.gamma)
+        if self.source.keys() != self.target.keys():
+            names = f"{sorted(self.source)} and {sorted(self.target)}"
+            raise ValueError(f"NoiseCorrection: source and target are of {names}, expected the same arguments")
         self.branches = {
-            "origin": Branch(self.source, state=lambda it: self.states[it.call]),
+            "origin": Branch(self.source, state=self._origin),
             "mixed": Branch(self._mixed),
             "here": Branch(self.source),
         }
 
+    def _origin(self, it: Evaluate) -> Tensor:
+        return self.states[it.call]
+
     def _mixed(self, it: Evaluate) -> dict[str, Tensor]:
-        beta = self.beta(it.call / max(len(self.states) - 1, 1))
-        return {key: torch.lerp(value, self.target[key], beta) for key, value in self.source.items()}
+        b = min(self.beta + (1 - self.beta) * (it.call + 1) / max(len(self.states), 1), 1.0)
+        return {key: torch.lerp(value, self.target[key], b) for key, value in self.source.items()}
 
     def weights(self, at: At) -> Weights | None:
         if at.prediction != "eps":
             raise ValueError(f"NoiseCorrection: prediction is {at.prediction!r}, expected 'eps'")
-        if at.call >= len(self.states):
-            raise ValueError(f"NoiseCorrection: states has {len(self.states)} entries, expected one for each evaluation")
         w = _level(self.scale, at.point)
-        return {"origin": 1.0, "mixed": w, "here": -w}
+        if at.call >= len(self.states):
+            return {"mixed": w, "here": 1 - w}
+        return {"origin": 1.0, "mixed": self.gamma * w, "here": -self.gamma * w}
 
 
 class Factorized(Guide):
@@ -91,7 +103,7 @@ class Factorized(Guide):
             raise ValueError(f"Factorized: {'several functions' if parts else 'parts'} are None, expected at most one")
         self.branches = {f"part{i}_": Branch(keywords) for i, (keywords, _) in enumerate(parts)}
         self.base, self.batched = next(iter(self.branches)), batched
-        self.functions = [(lambda y, m=f: y * m.to(y)) if isinstance(f, Tensor) else f for _, f in parts]
+        self.functions = [functools.partial(_masked, mask=f) if isinstance(f, Tensor) else f for _, f in parts]
 
     def weights(self, at: At) -> Weights | None:
         return None
@@ -105,23 +117,25 @@ class Factorized(Guide):
                 into.add_(f(y if rest is None else y - rest))
 
 
+def _masked(y: Tensor, mask: Tensor) -> Tensor:
+    return y * mask.to(y)
+
+
 def low_pass(sigma: float) -> Callable[[Tensor], Tensor]:
     """Gaussian blur of [B, C, H, W], of standard deviation `sigma` in pixels, cut off at 3 sigma; edges are reflected."""
     number("low_pass", "sigma", sigma, above=0)
     radius = math.ceil(3 * sigma)
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
-    taps = taps / taps.sum()
+    return functools.partial(_blurred, taps=taps / taps.sum())
 
-    def blur(y: Tensor) -> Tensor:
-        if y.ndim != 4 or min(y.shape[2:]) <= radius:
-            raise ValueError(
-                f"low_pass: given {list(tensor('low_pass', 'y', y).shape)}, expected [B, C, H, W], sides > {radius}"
-            )
-        kernel = taps.to(y).expand(y.shape[1], 1, 1, -1)
-        padded = F.pad(y, [radius] * 4, mode="reflect")
-        return F.conv2d(F.conv2d(padded, kernel, groups=y.shape[1]), kernel.mT, groups=y.shape[1])
 
-    return blur
+def _blurred(y: Tensor, taps: Tensor) -> Tensor:
+    radius = len(taps) // 2
+    if tensor("low_pass", "y", y).ndim != 4 or min(y.shape[2:]) <= radius:
+        raise ValueError(f"low_pass: given {list(y.shape)}, expected [B, C, H, W], sides > {radius}")
+    kernel = taps.to(y).expand(y.shape[1], 1, 1, -1)
+    padded = F.pad(y, [radius] * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, kernel, groups=y.shape[1]), kernel.mT, groups=y.shape[1])
 
 
 def gray(y: Tensor) -> Tensor:
