@@ -45,6 +45,11 @@ class Running:
             self._patch.remove()
             self._patch = None
 
+    def use(self, keywords: Mapping[str, Any]) -> None:
+        """Other arguments of all branches."""
+        self.keywords = keywords
+        self._joined.clear()
+
     def evaluate(self, x: Tensor, time: Tensor, it: Evaluate) -> list[Tensor]:
         """The outputs of it.branches."""
         if it.call <= self._call:  # again from the start
@@ -52,11 +57,12 @@ class Running:
         self._call = it.call
         skipped = self.guide.skips(self.state)
         names = [name for name in it.branches if name not in skipped]
-        models: dict[Any, list[str]] = {}
+        models: dict[int, tuple[Any, list[str]]] = {}  # by identity: a model may have no hash
         for name in names:
-            models.setdefault(self.guide.branches[name].model or self.model, []).append(name)
+            model = self.guide.branches[name].model or self.model
+            models.setdefault(id(model), (model, []))[1].append(name)
         found: dict[str, Tensor] = {}
-        for model, members in models.items():
+        for model, members in models.values():
             for part in [members] if self.guide.batched else [[name] for name in members]:
                 found.update(zip(part, self._ask(model, part, x, time, it)))
         return [found[name] if name in found else found[self.guide.base] for name in it.branches]

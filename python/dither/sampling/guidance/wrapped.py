@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,10 +59,11 @@ class Interval(_Wrapped):
         return (ratio > self.low) & (ratio <= self.high)
 
     def weights(self, at: At) -> Weights | None:
-        inside = self._inside(at)
-        if not inside.any():
-            return {self.base: 1.0}
-        weights = self.guide.weights(at)
+        return self._within(at, self.guide.weights) if self._inside(at).any() else {self.base: 1.0}
+
+    def _within(self, at: At, of: Callable[[At], Weights | None]) -> Weights | None:
+        """Inside its weights, elsewhere the base branch."""
+        weights, inside = of(at), self._inside(at)
         if inside.all() or weights is None:
             return weights
         return {k: np.where(inside, weights.get(k, 0.0), float(k == self.base)) for k in {self.base: 1.0, **weights}}
@@ -71,7 +72,7 @@ class Interval(_Wrapped):
         return self.guide.names(at) if self._inside(at).all() else Guide.names(self, at)
 
     def renoising(self, at: At) -> Weights | None:
-        return self.guide.renoising(at) if self._inside(at).any() else None
+        return self._within(at, self.guide.renoising) if self._inside(at).any() else None
 
     def combine(self, at: At, values: dict[str, Tensor], into: Tensor, state: State) -> None:
         if self._inside(at).all():
@@ -178,20 +179,23 @@ class Omegance(_Wrapped):
         if self._fixed:
             return super().combine(at, values, into, state)
         self.guide.combine(at, values, into, state)
-        omega = self.omega
-        if not isinstance(omega, Tensor):
-            omega = torch.from_numpy(np.asarray(_level(omega, at.point), np.float64))
-            omega = omega.view(-1, *[1] * (into.ndim - 1)) if omega.ndim else omega
-        omega = omega.to(into)
+        each = (-1, *[1] * (into.ndim - 1))
+        if isinstance(self.omega, Tensor):
+            try:
+                omega = self.omega.to(into).expand(into.shape[1:])
+            except RuntimeError:
+                shape, expected = list(self.omega.shape), list(into.shape[1:])
+                raise ValueError(f"Omegance: omega is of {shape}, expected what broadcasts to {expected}") from None
+        else:
+            k = np.asarray(_level(self.omega, at.point), np.float64)
+            if k.shape not in ((), (1,), (len(into),)):
+                raise ValueError(f"Omegance: omega is of {list(k.shape)}, expected a number or [{len(into)}]")
+            omega = torch.from_numpy(k.reshape(each)).to(into)
         if self.about == "mean":
-            mean = into.flatten(1).mean(1).view(-1, *[1] * (into.ndim - 1))
+            mean = into.flatten(1).mean(1).view(each)
             into.sub_(mean).mul_(omega).add_(mean)
             return None
-        try:
-            omega = omega.expand(into.shape[1:]).flatten()
-        except RuntimeError:
-            shape = list(omega.shape)
-            raise ValueError(f"Omegance: omega is of {shape}, expected what broadcasts to {list(into.shape[1:])}") from None
+        omega = omega.flatten()
         shift = self._shift(at)
         if np.ndim(shift):
             raise NotImplementedError("Omegance: levels differ by sample, expected one level where omega is a map")
