@@ -496,7 +496,8 @@ class _Lowering:
             columns[noises[0]] = size + 1
         first = rows[0][0].known
         values = [value for _, value in rows] + ([] if first is None else [first])
-        levels = np.broadcast_shapes(*(np.shape(k) for v in values for k in v.terms.values()))
+        whole = self._value(limited[0]) if limited else Linear({})
+        levels = np.broadcast_shapes(*(np.shape(k) for v in [*values, whole] for k in v.terms.values()))
         weights = np.zeros((*levels, len(values), size + 2))
         for j, value in enumerate(values):
             for s, k in value.terms.items():
@@ -505,7 +506,7 @@ class _Lowering:
         derived = None
         if limited:
             derived = np.zeros((*levels, size))
-            for s, k in self._value(limited[0]).terms.items():
+            for s, k in whole.terms.items():
                 if np.any(k != 0):
                     derived[..., columns[s]] = k
         draw = self.draws.setdefault(noises[0], len(self.draws)) if noises else None
