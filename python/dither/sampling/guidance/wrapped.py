@@ -71,6 +71,12 @@ class Interval(_Wrapped):
     def names(self, at: At) -> list[str]:
         return self.guide.names(at) if self._inside(at).all() else Guide.names(self, at)
 
+    def columns(self, at: At) -> list[str]:
+        return self.guide.columns(at) if self._inside(at).any() else [self.base]
+
+    def updates(self, at: At, gram: Gram) -> dict[str, Tensor]:
+        return self.guide.updates(at, gram) if self._inside(at).any() else {}
+
     def renoising(self, at: At) -> Weights | None:
         return self._within(at, self.guide.renoising) if self._inside(at).any() else None
 
@@ -80,10 +86,11 @@ class Interval(_Wrapped):
         return super().combine(at, values, into, state)
 
     def coefficients(self, at: At, gram: Gram, state: State) -> Tensor:
-        found, inside = self.guide.coefficients(at, gram, state), self._inside(at)
-        if inside.all():
-            return found
-        return torch.where(torch.as_tensor(inside, device=found.device)[:, None], found, gram.vector({self.base: 1.0}))
+        inside, base = self._inside(at), gram.vector({self.base: 1.0})
+        if not inside.any():
+            return base
+        found = self.guide.coefficients(at, gram, state)
+        return found if inside.all() else torch.where(torch.as_tensor(inside, device=found.device)[:, None], found, base)
 
 
 class Rescale(_Wrapped):
