@@ -35,6 +35,7 @@ from .guide import Branch as Branch
 from .guide import Guide as Guide
 from .guide import State as State
 from .guide import Sum as Sum
+from .guided import guided as guided
 from .running import Running as Running
 from .wrapped import Interval as Interval
 from .wrapped import Omegance as Omegance

@@ -103,6 +103,9 @@ class Guide:
             raise NotImplementedError("guidance: outputs of before are kept for known weights alone, expected no LinearAG here")
         found = [values[c] if c in values else state.get(c) for c in columns]
         inputs = [torch.zeros_like(into) if t is None else t for t in found]
+        if not inputs:
+            into.zero_()
+            return
         gram = Gram(inputs, columns)
         updates = self.updates(at, gram) if weights is None else {}
         rows = [self.coefficients(at, gram, state), *updates.values()]
