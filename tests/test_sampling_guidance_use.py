@@ -14,7 +14,22 @@ from dither.sampling import guidance as g
 from dither.sampling import noise as start_noise
 from dither.sampling.points import to_eps, to_x0
 from dither.sampling.run import compiled, run_program
-from test_sampling_guidance import CASES, COND, FLOW, NULL, OTHER, RATIOS, SHAPE, UNCOND, VE, VP, Mixture, normal, sampled
+from test_sampling_guidance import (
+    CASES,
+    COND,
+    FLOW,
+    NULL,
+    OTHER,
+    RATIOS,
+    SHAPE,
+    UNCOND,
+    VE,
+    VP,
+    Denoiser,
+    Mixture,
+    normal,
+    sampled,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DISCRETE = VariancePreserving.linear()
@@ -148,6 +163,23 @@ def test_compiled_models():
             sample(m, x, "dpmpp_2m", 6, process="ve", guidance=guide) for m in (net, torch.compile(net, backend="eager"))
         )
         torch.testing.assert_close(got, want)
+
+
+def test_attention_that_cannot_be_reached():
+    model, x = Denoiser(), normal(2, 4, 3, 3)
+    guide = lambda **options: g.Perturbed(1.5, cond={"shift": torch.zeros(2, 4, dtype=torch.float64)}, **options)
+    wrong = "the model does not run the module whose attention is to change; is it compiled"
+    for options in ({}, {"batched": False}):
+        with pytest.raises(ValueError, match=wrong):
+            sampled(solvers.ddim, VE, "x0", guide(module=Denoiser(), **options), model, x)
+    want = sampled(solvers.ddim, VE, "x0", guide(blocks="*1"), model, x)
+    for options in ({}, {"module": model}):  # torch may compile it with the hooks, or not
+        try:
+            got = sampled(solvers.ddim, VE, "x0", guide(blocks="*1", **options), torch.compile(model, backend="eager"), x)
+        except ValueError as error:
+            assert wrong in str(error)
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
 # of samplers that take a model alone

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import instance
+from ...tokens import Method
 from ...tokens.patch import patch
 from ..program import Combine, Evaluate
 
@@ -27,6 +28,7 @@ class Running:
         self._joined: dict[tuple[str, ...], dict[str, Any]] = {}
         self._patch: Any = None
         self._perturbed: str | None = None
+        self._reached = False
 
     def __enter__(self) -> Running:
         for name, branch in self.guide.branches.items():
@@ -36,7 +38,7 @@ class Running:
                     raise ValueError("guidance: two branches change attention, expected at most one")
                 module = branch.module or self.model
                 instance("guidance", "model", module, nn.Module, "a torch.nn.Module; give module=")
-                self._patch = patch(module, copy.copy(branch.method), blocks=branch.blocks)  # type: ignore[arg-type]
+                self._patch = patch(module, self._watched(branch.method), blocks=branch.blocks)  # type: ignore[arg-type]
                 self._perturbed = name
         return self
 
@@ -44,6 +46,19 @@ class Running:
         if self._patch is not None:
             self._patch.remove()
             self._patch = None
+
+    def _watched(self, method: Method) -> Method:
+        """A copy, for this run alone, that says whether it was asked."""
+        found = copy.copy(method)
+        if found.place != "inside":
+            return found
+
+        def asked(call: Any, layer: Any, grid: Any) -> Tensor:
+            self._reached = True
+            return type(found).attend(found, call, layer, grid)
+
+        found.attend = asked  # type: ignore[method-assign]
+        return found
 
     def use(self, keywords: Mapping[str, Any]) -> None:
         """Other arguments of all branches."""
@@ -74,9 +89,16 @@ class Running:
             self._patch.method.samples = slice(size * at, size * (at + 1))
         states = [x if b.state is None else b.state(it).to(x) for b in branches]
         times = [time if b.time is None else torch.full_like(time, b.time) for b in branches]
+        watched = self._perturbed in names and self._patch.method.place == "inside"
+        self._reached = False
         if len(names) == 1:
-            return [model(states[0], times[0], **self._arguments(names[0], it))]
-        out = model(torch.cat(states), torch.cat(times), **self._batch(names, it, size))
+            out = model(states[0], times[0], **self._arguments(names[0], it))
+        else:
+            out = model(torch.cat(states), torch.cat(times), **self._batch(names, it, size))
+        if watched and not self._reached:  # hooks do not see into what is compiled
+            raise ValueError("guidance: the model does not run the module whose attention is to change; is it compiled?")
+        if len(names) == 1:
+            return [out]
         if not isinstance(out, Tensor) or len(out) != len(names) * size:
             shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"guidance: the model gave {shape} for {len(names)} branches of {size} samples; try batched=False")
