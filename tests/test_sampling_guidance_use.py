@@ -305,6 +305,7 @@ def test_scales_of_other_shapes_are_not_spread_over_the_samples():
         (lambda: g.LinearAG(2.0, [None, {"cond": 1.0}]), "entry 1 of table has weights of 'cond'"),
         (lambda: g.NoiseCorrection(1.0, COND, {}, []), r"of \['logits'\] and \[\], expected the same arguments"),
         (lambda: g.NoiseCorrection(1.0, COND, OTHER, [], beta=1.5), "beta is 1.5"),
+        (lambda: g.NoiseCorrection(1.0, {"label": 1}, {"label": 2}, []), "an argument is int"),
     ],
 )
 def test_misuse(make, message):

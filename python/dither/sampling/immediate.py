@@ -25,7 +25,8 @@ class _Held(Symbol):
 class Immediate:
     """What `Trace` is to programs: states are combinations of tensors, each computed by one kernel call when it is kept.
 
-    model(x, point) -> output. seeds [B]: of the noise, as in `run_program`; or noise(*span) -> standard normal.
+    model(x, point) -> output; with guidance, a model of `guidance.guided`. seeds [B]: of the noise, as in `run_program`; or
+    noise(*span) -> standard normal.
     """
 
     def __init__(

@@ -69,6 +69,8 @@ class NoiseCorrection(Guide):
         if self.source.keys() != self.target.keys():
             names = f"{sorted(self.source)} and {sorted(self.target)}"
             raise ValueError(f"NoiseCorrection: source and target are of {names}, expected the same arguments")
+        for value in (*self.source.values(), *self.target.values()):
+            tensor("NoiseCorrection", "an argument", value)
         self.branches = {
             "origin": Branch(self.source, state=self._origin),
             "mixed": Branch(self._mixed),
