@@ -374,6 +374,15 @@ def test_sample_digits():
     assert min(euler, heun) > 2 * max(multistep, unipc) and right > 95
 
 
+def test_perturbed_guidance():
+    """Measured: divergences 3.56, 3.54, 3.56, 3.69, 3.75, entropies 0.62, 0.59, 0.56, 0.52, 0.60; of all classes >= 2.10."""
+    found = numbers_of("perturbed_guidance.py", r"(?m)^(?:no guidance|PAG, .*?|SEG, .*?) {2,}([\d.]+) +([\d.]+) +([\d.]+)$")
+    near, each, together = zip(*([float(n) for n in row] for row in found))
+    plain, *pag, seg = each
+    assert plain > pag[0] > pag[1] > pag[2] and pag[2] < 0.92 * plain and seg < plain
+    assert min(together) > 2 and max(near[1:3]) < 1.03 * near[0]
+
+
 def test_colour_transfer(tmp_path):
     """Measured: 0.397 to 0.017 and 0.397 to 0.011."""
     pictures = tmp_path / "a.png", tmp_path / "b.png"
