@@ -130,25 +130,29 @@ def test_guides_within_guides():
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 
-def test_noise_of_cfg_plus_plus_where_some_samples_are_outside_of_an_interval():
-    levels = np.stack([np.array(RATIOS[:-1]), np.array(RATIOS[:-1]) * 1.3], 1)
+def test_samples_outside_of_an_interval_keep_what_they_had():
+    """Where levels differ by sample: momentum, agreement, and the noise of CFG++."""
+    levels = np.stack([np.array(RATIOS[:-1]), np.array(RATIOS[:-1]) * 3], 1)
 
     def model(x, time, shift):
-        return x / (1 + time.view(-1, 1, 1).square()) + shift[:, None, None]
+        t = time.view(-1, 1, 1)
+        return (x + shift[:, None, None] * t * torch.linspace(0.1, 1.0, 9, dtype=x.dtype).view(3, 3)) / (1 + t.square())
 
-    def guide(count):
-        cond, uncond = ({"shift": torch.full((count,), s, dtype=torch.float64)} for s in (0.5, -0.5))
-        return g.Interval(g.CFGPlusPlus(0.6, cond, uncond), 0.2, 3.0)
-
-    def run(ratios, x):
-        made = guide(len(x))
-        program = compiled(solvers.ddim, [VE.at(r) for r in ratios], VE, "x0", guide=made)
-        return run_program("t", program, model, x, guide=made)
+    def run(ratios, x, make):
+        cond, uncond = ({"shift": torch.full((len(x),), s, dtype=torch.float64)} for s in (0.5, -0.5))
+        guide = g.Interval(make(cond, uncond), 0.2, 3.0)
+        program = compiled(solvers.ddim, [VE.at(r) for r in ratios], VE, "x0", guide=guide)
+        return run_program("t", program, model, x, guide=guide)
 
     x = normal(2, 3, 3) * 8
-    together = run(levels, x)
-    for i in range(2):
-        torch.testing.assert_close(together[i : i + 1], run(levels[:, i], x[i : i + 1]), rtol=1e-10, atol=1e-11)
+    for make in (
+        lambda c, u: g.APG(3.0, c, u, radius=0.0),
+        lambda c, u: g.AdaptiveGuidance(3.0, c, u, threshold=0.9),
+        lambda c, u: g.CFGPlusPlus(0.6, c, u),
+    ):
+        together = run(levels, x, make)
+        for i in range(2):
+            torch.testing.assert_close(together[i : i + 1], run(levels[:, i], x[i : i + 1], make), rtol=1e-10, atol=1e-11)
 
 
 def test_compiled_models():

@@ -75,7 +75,9 @@ class Interval(_Wrapped):
         return self.guide.columns(at) if self._inside(at).any() else [self.base]
 
     def updates(self, at: At, gram: Gram) -> dict[str, Tensor]:
-        return self.guide.updates(at, gram) if self._inside(at).any() else {}
+        inside = self._inside(at)
+        found = self.guide.updates(at, gram) if inside.any() else {}
+        return found if inside.all() else {k: self._inner(at, row, gram.vector({k: 1.0})) for k, row in found.items()}
 
     def renoising(self, at: At) -> Weights | None:
         return self._within(at, self.guide.renoising) if self._inside(at).any() else None
@@ -89,8 +91,18 @@ class Interval(_Wrapped):
         inside, base = self._inside(at), gram.vector({self.base: 1.0})
         if not inside.any():
             return base
+        before = dict(state)
         found = self.guide.coefficients(at, gram, state)
-        return found if inside.all() else torch.where(torch.as_tensor(inside, device=found.device)[:, None], found, base)
+        if inside.all():
+            return found
+        for key, new in state.items():  # samples outside keep what they had
+            if new is not before.get(key):
+                state[key] = self._inner(at, new, before.get(key, torch.zeros_like(new)))
+        return self._inner(at, found, base)
+
+    def _inner(self, at: At, found: Tensor, otherwise: Tensor) -> Tensor:
+        """[B, ...], of the samples that are inside, and of the others."""
+        return torch.where(torch.as_tensor(self._inside(at), device=found.device)[:, None], found, otherwise)
 
 
 class Rescale(_Wrapped):
