@@ -1,4 +1,4 @@
-"""Models and pipelines of diffusers and k-diffusion with these samplers."""
+"""Samplers inside pipelines of diffusers."""
 
 from __future__ import annotations
 
@@ -10,241 +10,19 @@ import pathlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
 from .._checks import integer, tensor
 from . import solvers
-from .configs import KINDS, Schedule, alphas_cumprod, read, schedule
+from .configs import KINDS, Schedule, read, schedule
+from .configured import ConfiguredSampler, from_scheduler_config, program_of, spread_of
+from .loops import normal
+from .networks import as_model, denoiser, edm_denoiser, halves
 from .points import Point, VariancePreserving, to_x0
-from .program import Evaluate, Program, Row
-from .run import Seed, compiled, run_program, seeds_of
+from .program import Evaluate, Row
+from .run import Seed, seeds_of
 from .runner import Runner
-
-_Z = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
-
-
-# ---- models
-
-
-def as_model(net: Callable[..., Any], channels: int = 1) -> Callable[..., Tensor]:
-    """net(x, t, **arguments) as a function that returns a tensor: of an output with `.sample`, of a tuple its first entry.
-
-    Where the output has twice as many channels as x (dimension `channels`), the first half is taken: the second is a learned
-    variance.
-    """
-
-    def model(x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
-        return _halves(_sample_of(net(x, time, **arguments)), x, channels)[0]
-
-    return model
-
-
-def _sample_of(found: Any) -> Tensor:
-    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
-    return found[0] if isinstance(found, (tuple, list)) else found
-
-
-def _halves(found: Tensor, x: Tensor, channels: int = 1) -> tuple[Tensor, Tensor | None]:
-    if isinstance(found, Tensor) and found.ndim == x.ndim > channels and found.shape[channels] == 2 * x.shape[channels]:
-        first, second = found.chunk(2, channels)
-        return first, second
-    return found, None
-
-
-def denoiser(net: Callable[..., Any], config: Any = None, channels: int = 1) -> Callable[..., Tensor]:
-    """A network of diffusers as k-diffusion's D(x, sigma [B], **arguments), for x = x0 + sigma eps.
-
-    config: of its scheduler (see `from_scheduler_config`), for abar and prediction_type. sigma becomes a time of the network,
-    between those of training.
-    """
-    c = read(config if config is not None else {})
-    abar = c.get("alphas_cumprod")
-    process = VariancePreserving(alphas_cumprod(c) if abar is None else abar)
-    prediction = schedule({**c, "_class_name": "DDIMScheduler"}, 1, "ddim")[0].prediction
-    model = as_model(net, channels)
-    levels = np.sqrt((1 - process.alphas_cumprod) / np.maximum(process.alphas_cumprod, 1e-300))
-    table: dict[torch.device, Tensor] = {}
-
-    def D(x: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
-        logs = table.get(x.device)
-        if logs is None:
-            logs = table[x.device] = torch.from_numpy(np.log(levels)).to(x.device)
-        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x)).double()
-        at = sigma.log()
-        low = torch.searchsorted(logs, at, right=True).sub(1).clamp(0, len(logs) - 2)
-        time = (low + (at - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, len(logs) - 1)
-        k = (1 / (1 + sigma**2).sqrt()).view(-1, *[1] * (x.ndim - 1))
-        inside = (x * k.to(x.dtype)).contiguous()
-        m = model(inside, time.to(x.dtype), **arguments)
-        if prediction == "x0":
-            return m
-        s = sigma.view_as(k)
-        if prediction == "eps":
-            return x - s.to(x.dtype) * m
-        return x * (k**2).to(x.dtype) - m * (s * k).to(x.dtype)
-
-    return D
-
-
-def edm_denoiser(
-    net: Callable[..., Any], sigma_data: float = 0.5, prediction: str = "epsilon", channels: int = 1
-) -> Callable[..., Tensor]:
-    """A raw network F of EDM as D(x, sigma [B]) = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, table 1).
-
-    prediction: "v_prediction" changes the sign of c_out, as diffusers has it.
-    """
-    model = as_model(net, channels)
-    sign = -1.0 if prediction == "v_prediction" else 1.0
-
-    def D(x: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
-        sigma = torch.as_tensor(sigma, device=x.device, dtype=x.dtype).expand(len(x))
-        s = sigma.view(-1, *[1] * (x.ndim - 1))
-        total = s**2 + sigma_data**2
-        m = model(x / total.sqrt(), sigma.log() / 4, **arguments)
-        return x * (sigma_data**2 / total) + m * (sign * s * sigma_data / total.sqrt())
-
-    return D
-
-
-# ---- learned variances
-
-
-def _spread_of(config: Mapping[str, Any], points: Sequence[Point]) -> Callable[[int, Tensor], Tensor] | None:
-    """(step, what the model says of the variance) -> the learned deviation over the fixed one (Nichol & Dhariwal 2021)."""
-    kind = config.get("variance_type")
-    if kind not in ("learned", "learned_range"):
-        return None
-
-    def spread(step: int, said: Tensor) -> Tensor:
-        p, q = points[step], points[step + 1]
-        share = 1 - (p.alpha * q.sigma / (q.alpha * p.sigma)) ** 2
-        if kind == "learned":
-            return (said / (q.sigma**2 * share)).sqrt()
-        # -1: the posterior's variance; 1: that of the noise that came since; their ratio is (sigma_p / sigma_q)^2 (eq. 15)
-        return ((said + 1) / 2 * math.log(p.sigma / q.sigma)).exp()
-
-    return spread
-
-
-# ---- samplers
-
-
-class ConfiguredSampler:
-    """sampler(model, x) -> sample. x: standard normal noise [B, ...]; model(x, t [B], **arguments) as the configuration says.
-
-    `schedule` has the noise levels, `program` what is done at each (print it).
-    """
-
-    def __init__(self, config: Any, sampler: str | None, steps: int, mu: float | None, given: Any, options: Mapping[str, Any]):
-        self.config = read(config)
-        self.schedule, self.solver, found = schedule(config, steps, sampler, mu=mu, given=given)
-        self.program = _program(self.schedule, self.solver, {**found, **options})
-        self._spread = _spread_of(self.config, self.schedule.points) if self.solver == "ddpm" else None
-
-    def __call__(
-        self,
-        model: Callable[..., Any],
-        x: Tensor,
-        *,
-        seed: Seed = None,
-        noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
-        model_dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> Tensor:
-        plan = self.schedule
-        tensor("sampler", "x", x)
-        if plan.sigma_data is not None:
-            model = edm_denoiser(model, plan.sigma_data, self.config.get("prediction_type", "epsilon"))
-        if self._spread is not None:
-            learned = _Learned(model, self._spread, x, seed, noise_sampler)
-            model, noise_sampler = learned.model, learned.noise
-        else:
-            model = as_model(model)
-        return run_program(
-            "sampler",
-            self.program,
-            model,
-            x * plan.scale,
-            seed=seed,
-            arguments=arguments,
-            time_dtype=torch.int64 if plan.whole else None,
-            model_dtype=model_dtype,
-            noise_sampler=noise_sampler,
-        )
-
-
-class _Learned:
-    """A model whose second half of channels scales the noise of its step."""
-
-    def __init__(self, net: Any, spread: Callable[[int, Tensor], Tensor], x: Tensor, seed: Seed, given: Any) -> None:
-        self.net, self.spread, self.given = net, spread, given
-        self.seeds = seeds_of("sampler", seed, len(x), x.device) if given is None else None
-        self.calls = self.draws = 0
-        self.said: Tensor | None = None
-        self.state = x
-
-    def model(self, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
-        found, self.said = _halves(_sample_of(self.net(x, time, **arguments)), x)
-        if self.said is None:
-            raise ValueError(f"sampler: the model gave {list(found.shape)}, expected twice the channels of x: its variance")
-        self.calls += 1
-        self.state = x
-        return found
-
-    def noise(self, sigma: Tensor, after: Tensor) -> Tensor:
-        assert self.said is not None
-        z = _noise(self.seeds, self.draws, self.state) if self.given is None else self.given(sigma, after)
-        self.draws += 1
-        return z * self.spread(self.calls - 1, self.said.to(z))
-
-
-def _noise(seeds: Tensor | None, draw: int, x: Tensor) -> Tensor:
-    """z of a row, by its address: a row whose only weight is that of z."""
-    out = torch.empty_like(x)
-    ops.write("rows_", [out], [out], [x], _Z, 0, 0, seeds, draw, None, False, None)
-    return out
-
-
-def _program(plan: Schedule, solver: str, options: Mapping[str, Any]) -> Program:
-    function = getattr(solvers, solver, None)
-    if function is None:
-        raise NotImplementedError(f"sampler: there is no solver {solver} yet")
-    known = [*inspect.signature(function).parameters][3:]
-    for key in options:
-        if key not in known:
-            raise TypeError(f"sampler: {solver} has no option {key}, expected one of {known}")
-    options = dict(options)
-    if str(options.get("variance_type", "")).startswith("learned"):
-        options["variance_type"] = "fixed_small"
-    return compiled(function, plan.points, plan.process, plan.prediction, plan.limits, options=options)
-
-
-def from_scheduler_config(
-    config: Any,
-    sampler: str | None = None,
-    steps: int = 50,
-    *,
-    mu: float | None = None,
-    timesteps: Sequence[float] | None = None,
-    sigmas: Sequence[float] | None = None,
-    **options: Any,
-) -> ConfiguredSampler:
-    """The sampler that a configuration of diffusers describes: sampler(model, x) -> sample.
-
-    config: a dict, a scheduler object of diffusers, or the path of a scheduler_config.json or its folder. sampler: a name of
-    `dither.sampling.KINDS`; None is the configuration's own. options: of the solver, before those of the configuration.
-    mu: of flows with use_dynamic_shifting, ln of `grids.resolution_shift`. timesteps, or sigmas of flows and EDM: in place of
-    the grid.
-    """
-    given = timesteps if sigmas is None else sigmas
-    steps = len(given) if given is not None else steps
-    return ConfiguredSampler(config, sampler, steps, mu, given, options)
-
-
-# ---- a scheduler for diffusers' pipelines
 
 
 class _Config(dict[str, Any]):
@@ -330,8 +108,8 @@ class DiffusersScheduler:
             config = {**self.config, "alphas_cumprod": self._abar}
             self.schedule, self._solver, found = schedule(config, num_inference_steps, self._sampler, mu=mu, given=levels)
             self._found = {**found, **self.options}
-            self._spread = _spread_of(self.config, self.schedule.points) if self._solver == "ddpm" else None
-            self._whole = _program(self.schedule, self._solver, self._found)
+            self._spread = spread_of(self.config, self.schedule.points) if self._solver == "ddpm" else None
+            self._whole = program_of(self.schedule, self._solver, self._found)
             self._evaluations = [it for it in self._whole.instructions if isinstance(it, Evaluate)]
             self._times = [self._time(it.point) for it in self._evaluations]
         dtype = torch.int64 if self.schedule.whole else torch.float32
@@ -460,7 +238,7 @@ class _Steps:
         self.owner, self.index, self.over = owner, begin, False
         self.first = evaluations[begin].step
         part = Schedule(plan.process, plan.points[self.first :], plan.prediction, plan.limits)
-        program = owner._whole if self.first == 0 and options == owner._found else _program(part, owner._solver, options)
+        program = owner._whole if self.first == 0 and options == owner._found else program_of(part, owner._solver, options)
         self.state = sample.double() if sample.dtype == torch.float64 else sample.float()
         self.state = self.state.contiguous().clone() if self.state.data_ptr() == sample.data_ptr() else self.state.contiguous()
         self.sample = sample
@@ -481,7 +259,8 @@ class _Steps:
         if given is not None:
             z = given
         elif generator is None:
-            z = _noise(self.seeds, row.draw or 0, self.state)
+            assert self.seeds is not None
+            z = normal(self.state, self.seeds, row.draw or 0)
         elif isinstance(generator, (list, tuple)):
             z = torch.cat([_normal(g, self.state[:1], dtype) for g in generator])
         else:
@@ -501,7 +280,7 @@ class _Steps:
             raise ValueError(f"step: timestep is {float(timestep):g}, expected {expected:g}: steps follow `timesteps`")
         if sample.shape != self.state.shape:
             raise ValueError(f"step: sample is {list(sample.shape)}, expected {list(self.state.shape)}, as in the steps before")
-        output, self.said = _halves(output, sample)
+        output, self.said = halves(output, sample)
         if output.shape != sample.shape:
             raise ValueError(f"step: model_output is {list(output.shape)}, expected {list(sample.shape)}, as sample")
         if sample is not self.sample:  # someone changed it

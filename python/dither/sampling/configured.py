@@ -1,0 +1,147 @@
+"""Samplers that configurations of diffusers describe."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import tensor
+from . import solvers
+from .configs import Schedule, read, schedule
+from .loops import normal
+from .networks import as_model, edm_denoiser, halves, sample_of
+from .points import Point
+from .program import Program
+from .run import Seed, compiled, run_program, seeds_of
+
+# ---- learned variances
+
+
+def spread_of(config: Mapping[str, Any], points: Sequence[Point]) -> Callable[[int, Tensor], Tensor] | None:
+    """(step, what the model says of the variance) -> the learned deviation over the fixed one (Nichol & Dhariwal 2021)."""
+    kind = config.get("variance_type")
+    if kind not in ("learned", "learned_range"):
+        return None
+
+    def spread(step: int, said: Tensor) -> Tensor:
+        p, q = points[step], points[step + 1]
+        share = 1 - (p.alpha * q.sigma / (q.alpha * p.sigma)) ** 2
+        if kind == "learned":
+            return (said / (q.sigma**2 * share)).sqrt()
+        # -1: the posterior's variance; 1: that of the noise that came since; their ratio is (sigma_p / sigma_q)^2 (eq. 15)
+        return ((said + 1) / 2 * math.log(p.sigma / q.sigma)).exp()
+
+    return spread
+
+
+# ---- samplers
+
+
+class ConfiguredSampler:
+    """sampler(model, x) -> sample. x: standard normal noise [B, ...]; model(x, t [B], **arguments) as the configuration says.
+
+    `schedule` has the noise levels, `program` what is done at each (print it).
+    """
+
+    def __init__(self, config: Any, sampler: str | None, steps: int, mu: float | None, given: Any, options: Mapping[str, Any]):
+        self.config = read(config)
+        self.schedule, self.solver, found = schedule(config, steps, sampler, mu=mu, given=given)
+        self.program = program_of(self.schedule, self.solver, {**found, **options})
+        self._spread = spread_of(self.config, self.schedule.points) if self.solver == "ddpm" else None
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        x: Tensor,
+        *,
+        seed: Seed = None,
+        noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+        model_dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        plan = self.schedule
+        tensor("sampler", "x", x)
+        if plan.sigma_data is not None:
+            model = edm_denoiser(model, plan.sigma_data, self.config.get("prediction_type", "epsilon"))
+        if self._spread is not None:
+            learned = _Learned(model, self._spread, x, seed, noise_sampler)
+            model, noise_sampler = learned.model, learned.noise
+        else:
+            model = as_model(model)
+        return run_program(
+            "sampler",
+            self.program,
+            model,
+            x * plan.scale,
+            seed=seed,
+            arguments=arguments,
+            time_dtype=torch.int64 if plan.whole else None,
+            model_dtype=model_dtype,
+            noise_sampler=noise_sampler,
+        )
+
+
+class _Learned:
+    """A model whose second half of channels scales the noise of its step."""
+
+    def __init__(self, net: Any, spread: Callable[[int, Tensor], Tensor], x: Tensor, seed: Seed, given: Any) -> None:
+        self.net, self.spread, self.given = net, spread, given
+        self.seeds = seeds_of("sampler", seed, len(x), x.device) if given is None else None
+        self.calls = self.draws = 0
+        self.said: Tensor | None = None
+        self.state = x
+
+    def model(self, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
+        found, self.said = halves(sample_of(self.net(x, time, **arguments)), x)
+        if self.said is None:
+            raise ValueError(f"sampler: the model gave {list(found.shape)}, expected twice the channels of x: its variance")
+        self.calls += 1
+        self.state = x
+        return found
+
+    def noise(self, sigma: Tensor, after: Tensor) -> Tensor:
+        assert self.said is not None
+        z = normal(self.state, self.seeds, self.draws) if self.seeds is not None else self.given(sigma, after)
+        self.draws += 1
+        return z * self.spread(self.calls - 1, self.said.to(z))
+
+
+def program_of(plan: Schedule, solver: str, options: Mapping[str, Any]) -> Program:
+    function = getattr(solvers, solver, None)
+    if function is None:
+        raise NotImplementedError(f"sampler: there is no solver {solver} yet")
+    known = [*inspect.signature(function).parameters][3:]
+    for key in options:
+        if key not in known:
+            raise TypeError(f"sampler: {solver} has no option {key}, expected one of {known}")
+    options = dict(options)
+    if str(options.get("variance_type", "")).startswith("learned"):
+        options["variance_type"] = "fixed_small"
+    return compiled(function, plan.points, plan.process, plan.prediction, plan.limits, options=options)
+
+
+def from_scheduler_config(
+    config: Any,
+    sampler: str | None = None,
+    steps: int = 50,
+    *,
+    mu: float | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    **options: Any,
+) -> ConfiguredSampler:
+    """The sampler that a configuration of diffusers describes: sampler(model, x) -> sample.
+
+    config: a dict, a scheduler object of diffusers, or the path of a scheduler_config.json or its folder. sampler: a name of
+    `dither.sampling.KINDS`; None is the configuration's own. options: of the solver, before those of the configuration.
+    mu: of flows with use_dynamic_shifting, ln of `grids.resolution_shift`. timesteps, or sigmas of flows and EDM: in place of
+    the grid.
+    """
+    given = timesteps if sigmas is None else sigmas
+    steps = len(given) if given is not None else steps
+    return ConfiguredSampler(config, sampler, steps, mu, given, options)
