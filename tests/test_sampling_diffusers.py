@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dither.sampling import solvers
-from dither.sampling.configs import schedule
+from dither.sampling.config_levels import DEFAULTS
+from dither.sampling.configs import KINDS, KNOWN, schedule
 from dither.sampling.interop import from_scheduler_config
 from dither.sampling.points import VarianceExploding, VariancePreserving
 from dither.sampling.program import Limits, Output
@@ -74,7 +77,7 @@ def theirs(scheduler: Any, model: Any, x: Tensor, **step: Any) -> Tensor:
 def ours(
     config: Any, model: Any, x: Tensor, sampler: str | None = None, steps: int = N, noise: Any = None, **more: Any
 ) -> Tensor:
-    given = {k: more.pop(k) for k in ("mu", "given") if k in more}
+    given = {k: more.pop(k) for k in ("mu", "sigmas") if k in more}
     plan, name, options = schedule(config, steps, sampler, **given)
     p = compiled(getattr(solvers, name), plan.points, plan.process, plan.prediction, plan.limits, options={**options, **more})
     draws = iter(noise or [])
@@ -290,8 +293,7 @@ def test_flows(name: str, config: Any, levels: Any) -> None:
     x = start(torch.float32)
     step = {"generator": torch.Generator().manual_seed(11)} if drawn else {}
     expected = theirs(s, flow_net, x, **step)
-    given = {"given" if k == "sigmas" else k: v for k, v in levels.items()}
-    found = ours(s, flow_net, x, noise=noises(torch.float32) if drawn else None, **given)
+    found = ours(s, flow_net, x, noise=noises(torch.float32) if drawn else None, **levels)
     assert (found - expected).abs().max() <= 1e-5
 
 
@@ -538,6 +540,116 @@ def test_the_corrector_helps() -> None:
     assert with_ < 0.7 * without, (with_, without)
 
 
+# ---- every key of every class
+
+CLASSES = [name for kind in KINDS.values() for name in kind.classes]
+
+
+def takes(name: str) -> dict[str, Any]:
+    """Keys of a class's configuration, with their defaults."""
+    peers = pytest.importorskip("diffusers")
+    found = inspect.signature(getattr(peers, name).__init__).parameters.values()
+    return {p.name: p.default for p in found if p.name not in ("self", "kwargs")}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_defaults_are_those_of_the_class(name: str) -> None:
+    (kind,) = (kind for kind in KINDS.values() if name in kind.classes)
+    takes_ = takes(name)
+    assert takes_.keys() <= KNOWN
+    own = inspect.signature(getattr(solvers, kind.solver)).parameters
+    options = {key: own[option].default for key, option in kind.options.items()}
+    expected = {**DEFAULTS, **options, **kind.defaults}
+    different = {key: value for key, value in takes_.items() if key in expected and expected[key] != value}
+    for key in ("disable_corrector", *kind.fixed, *WITHOUT_EFFECT.get(name, ())):  # of the first they are () and []
+        different.pop(key, None)
+    assert not different
+
+
+VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "algorithm_type": ("dpmsolver", {"final_sigmas_type": "sigma_min"}),
+    "beta_end": (0.015, {}),
+    "beta_schedule": ("squaredcos_cap_v2", {}),
+    "beta_start": (5e-4, {}),
+    "clip_sample_range": (2.0, {"clip_sample": True}),
+    "disable_corrector": ([0], {}),
+    "dynamic_thresholding_ratio": (0.9, {"thresholding": True}),
+    "final_sigmas_type": ("sigma_min", {}),
+    "flow_shift": (3.0, {"use_flow_sigmas": True}),
+    "interpolation_type": ("log_linear", {}),
+    "lambda_min_clipped": (-3.0, {}),
+    "num_train_timesteps": (900, {}),
+    "original_inference_steps": (40, {}),
+    "prediction_type": ("v_prediction", {}),
+    "rescale_betas_zero_snr": (True, {"prediction_type": "v_prediction"}),
+    "rho": (5.0, {}),
+    "sample_max_value": (2.0, {"thresholding": True}),
+    "shift": (3.0, {}),
+    "shift_terminal": (0.1, {"use_flow_sigmas": True}),
+    "sigma_data": (0.7, {}),
+    "sigma_max": (10.0, {"use_karras_sigmas": True}),
+    "sigma_min": (0.05, {"use_karras_sigmas": True}),
+    "sigma_schedule": ("exponential", {}),
+    "solver_order": (1, {}),
+    "solver_p": (object(), {}),
+    "solver_type": ("bh1", {}),
+    "steps_offset": (1, {"timestep_spacing": "leading"}),
+    "time_shift_type": ("linear", {"use_dynamic_shifting": True, "use_flow_sigmas": True}),
+    "timestep_scaling": (5.0, {}),
+    "timestep_spacing": ("trailing", {}),
+    "timestep_type": ("continuous", {"prediction_type": "v_prediction"}),
+    "trained_betas": (np.linspace(0.001, 0.03, 1000), {}),
+    "use_dynamic_shifting": (True, {"use_flow_sigmas": True}),
+    "variance_type": ("fixed_large", {}),
+}
+WITHOUT_EFFECT = {  # in diffusers, too
+    "IPNDMScheduler": {"num_train_timesteps"},
+    "EDMEulerScheduler": {"num_train_timesteps"},
+    "EDMDPMSolverMultistepScheduler": {"num_train_timesteps"},
+    "DEISMultistepScheduler": {"algorithm_type", "solver_type"},
+    "DPMSolverMultistepScheduler": {"variance_type"},  # the first half of the channels is taken in any case
+    "DPMSolverSinglestepScheduler": {"variance_type"},
+    "LCMScheduler": {"timestep_spacing", "steps_offset", "set_alpha_to_one"},
+    "TCDScheduler": {
+        *("timestep_spacing", "steps_offset", "set_alpha_to_one", "timestep_scaling"),
+        *("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_key_is_obeyed(name: str) -> None:
+    """It changes levels, limits or options, or it is an error."""
+
+    def said(**config: Any) -> str:
+        try:
+            plan, *rest = schedule({"_class_name": name, **config}, 8, mu=0.7 if config.get("time_shift_type") else None)
+        except (ValueError, NotImplementedError) as error:
+            return str(error)
+        return str((plan.points, plan.prediction, plan.limits, plan.scale, plan.preconditioning, rest))
+
+    ignored = set()
+    for key, default in takes(name).items():
+        if key.endswith(("_seq_len", "base_shift", "max_shift")):  # of pipelines
+            continue
+        value, context = VALUES.get(key, (not default, {}))
+        if key == "solver_type" and name != "UniPCMultistepScheduler":
+            value = "heun"
+        if key == "time_shift_type":
+            context = {**context, key: default}
+        if said(**context) == said(**{**context, key: value}):
+            ignored.add(key)
+    assert ignored == WITHOUT_EFFECT.get(name, set())
+
+
+def test_unknown_keys_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"use_karas_sigmas is no key .*did you mean 'use_karras_sigmas'"):
+        schedule({"use_karas_sigmas": True}, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule({"_diffusers_version": "0.42.1", "base_shift": 0.5}, 8)
+
+
 # ---- refusals
 
 
@@ -547,7 +659,17 @@ def test_the_corrector_helps() -> None:
         ({"beta_schedule": "cubic"}, "ddim", {}, "beta_schedule is 'cubic'"),
         ({"prediction_type": "noise"}, "ddim", {}, "prediction_type is 'noise'"),
         ({"timestep_spacing": "even"}, "ddim", {}, "timestep_spacing is 'even'"),
-        ({"use_lu_lambdas": True}, "dpm_multistep", {}, "use_lu_lambdas is True"),
+        ({"solver_p": object()}, "unipc", {}, "solver_p is object, expected None"),
+        ({"solver_type": "rk4"}, "dpm_multistep", {}, "solver_type is 'rk4'"),
+        ({"interpolation_type": "cubic"}, "euler", {}, "interpolation_type is 'cubic'"),
+        ({"timestep_type": "whole"}, "euler", {}, "timestep_type is 'whole'"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, None, {}, "prediction_type is 'sample'"),
+        (
+            {"use_karras_sigmas": True, "use_beta_sigmas": True},
+            "euler",
+            {},
+            "use_karras_sigmas is set and so is use_beta_sigmas",
+        ),
         ({}, "dmm", {}, "sampler is 'dmm'"),
         ({"_class_name": "VQDiffusionScheduler"}, None, {}, "VQDiffusionScheduler has no sampler here"),
         ({}, "flow_euler", {}, "needs the configuration of such a model"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._checks import integer, one_of
 from . import grids
-from .points import Flow, Point, Process, VarianceExploding, VariancePreserving
+from .points import Flow, Point, Preconditioning, Process, VarianceExploding, VariancePreserving
 from .program import Limits
 
 CLEAN = Point(1.0, 0.0, 0)
@@ -31,8 +31,8 @@ class Schedule:
     """Of standard normal noise, to be the first state."""
     whole: bool = False
     """Whether the model's times are whole numbers."""
-    sigma_data: float | None = None
-    """Of a model that is preconditioned as EDM's are."""
+    preconditioning: Preconditioning | None = None
+    """Of EDM's models."""
 
 
 DEFAULTS: dict[str, Any] = {
@@ -56,16 +56,20 @@ DEFAULTS: dict[str, Any] = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
     "use_flow_sigmas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
     "flow_shift": 1.0,
     "original_inference_steps": 50,
     "shift": 1.0,
     "use_dynamic_shifting": False,
     "time_shift_type": "exponential",
     "shift_terminal": None,
+    "invert_sigmas": False,
     "stochastic_sampling": False,
-    "sigma_min": 0.002,
-    "sigma_max": 80.0,
+    "sigma_min": None,
+    "sigma_max": None,
     "sigma_data": 0.5,
     "sigma_schedule": "karras",
     "rho": 7.0,
@@ -113,11 +117,11 @@ _CURVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 # ---- times
 
 
-def _times(c: Mapping[str, Any], steps: int, given: Any, fraction: bool = False) -> np.ndarray:
+def _times(c: Mapping[str, Any], steps: int, fraction: bool = False) -> np.ndarray:
     """From the last to the first of `steps` times of training. fraction: they need not be whole."""
     n = c["num_train_timesteps"]
-    if given is not None:
-        found = np.asarray(given, dtype=np.float64)
+    if c["timesteps"] is not None:
+        found = np.asarray(c["timesteps"], dtype=np.float64)
     elif c["timestep_spacing"] == "linspace":
         found = np.linspace(0, n - 1, steps)[::-1]
         found = found if fraction else found.round()
@@ -134,14 +138,14 @@ def _trailing(c: Mapping[str, Any], last: int, steps: int) -> np.ndarray:
     return found
 
 
-def _interior_times(c: Mapping[str, Any], steps: int, abar: np.ndarray, given: Any) -> np.ndarray:
+def _interior_times(c: Mapping[str, Any], steps: int, abar: np.ndarray) -> np.ndarray:
     """As `_times`, of a grid of steps + 1 without its first time, which the last step leads to."""
     n = c["num_train_timesteps"]
     with np.errstate(divide="ignore"):
         lam = 0.5 * (np.log(abar) - np.log1p(-abar))
     last = n - int(np.searchsorted(lam[::-1], c["lambda_min_clipped"]))
-    if given is not None:
-        found = np.asarray(given, dtype=np.float64)
+    if c["timesteps"] is not None:
+        found = np.asarray(c["timesteps"], dtype=np.float64)
     elif c["timestep_spacing"] == "linspace":
         found = np.linspace(0, last - 1, steps + 1).round()[:0:-1]
     elif c["timestep_spacing"] == "leading":
@@ -158,18 +162,44 @@ def _checked_times(times: np.ndarray, n: int, steps: int) -> np.ndarray:
     return times
 
 
+_SPREADS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "exponential",  # even in lambda, at times that are rounded
+}
+
+
 def _spread(c: Mapping[str, Any], high: float, low: float, steps: int) -> np.ndarray | None:
-    """`steps` levels from high to low, where the configuration says how."""
-    for name in ("karras", "exponential", "beta"):
-        if c[f"use_{name}_sigmas"]:
-            return _between(name, high, low, steps)
-    return None
+    """`steps` levels from high to low, where the configuration says how; sigma_max and sigma_min come before these."""
+    chosen = [key for key in _SPREADS if c[key]]
+    if not chosen:
+        return None
+    given = next((key for key in ("timesteps", "sigmas") if c[key] is not None and not c["use_flow_sigmas"]), None)
+    if len(chosen) > 1 or given:
+        raise ValueError(f"schedule: {chosen[0]} is set and so is {given or chosen[1]}, expected one of them")
+    high = high if c["sigma_max"] is None else c["sigma_max"]
+    low = low if c["sigma_min"] is None else c["sigma_min"]
+    return _between(_SPREADS[chosen[0]], high, low, steps)
+
+
+def _falling(sigmas: Any) -> np.ndarray:
+    """Levels of one's own, checked."""
+    found = np.asarray(sigmas, dtype=np.float64)
+    if found.ndim != 1 or not len(found) or not (np.all(np.diff(found) < 0) and found[-1] >= 0 and np.isfinite(found[0])):
+        raise ValueError(f"schedule: sigmas are {found.tolist()}, expected numbers that fall, to 0 at least")
+    return found
 
 
 def _between(name: str, high: float, low: float, steps: int, **options: Any) -> np.ndarray:
     """A grid's levels without its last, 0. One step begins at the noisiest."""
     found: np.ndarray = getattr(grids, name)(max(steps, 2), low, high, **options)[:-1]
     return found[:steps]
+
+
+def _given(c: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    levels = _falling(c["sigmas"])
+    return levels[:-1], float(levels[-1])
 
 
 def _points(ratios: np.ndarray, times: np.ndarray, last: float) -> list[Point]:
@@ -187,85 +217,120 @@ def _flow_points(levels: np.ndarray, times: np.ndarray, last: float = 0.0) -> li
     return [*found, Point(1 - last, last, 0) if last else CLEAN]
 
 
-# ---- grids: (configuration, steps, abar or given levels) -> Schedule
+# ---- grids: (configuration, steps) -> Schedule. Besides the configuration: abar, prediction, mu, timesteps, sigmas, strength
 
 
-def discrete(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
+def discrete(c: Mapping[str, Any], steps: int) -> Schedule:
     """DDIM, DDPM, PNDM: at times of training."""
     process = VariancePreserving(c["abar"])
-    points = [process.at_time(int(t)) for t in _times(c, steps, given)]
+    points = [process.at_time(int(t)) for t in _times(c, steps)]
     return Schedule(process, [*points, CLEAN if c["set_alpha_to_one"] else process.at_time(0)], c["prediction"], whole=True)
 
 
-def distilled(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
-    """LCM, TCD: some of the times that the model was distilled at."""
+def distilled(c: Mapping[str, Any], steps: int) -> Schedule:
+    """LCM, TCD: some of the times that the model was distilled at, of which the last share `strength` is taken."""
     n, of = c["num_train_timesteps"], c["original_inference_steps"]
     process = VariancePreserving(c["abar"])
-    if given is None:
-        if not 1 <= steps <= of <= n:
-            raise ValueError(f"schedule: {steps} steps, expected 1 to original_inference_steps = {of}, and this at most {n}")
-        at = np.floor(np.linspace(0, of, steps, endpoint=False)).astype(int)
-        given = (np.arange(1, of + 1) * (n // of) - 1)[::-1][at]
-    points = [process.at_time(int(t)) for t in _checked_times(np.asarray(given), n, steps)]
+    if c["timesteps"] is not None:
+        times = np.asarray(c["timesteps"])[steps - int(steps * c["strength"]) :]
+    else:
+        most = int(of * c["strength"])
+        if not (1 <= steps <= most and of <= n):
+            raise ValueError(
+                f"schedule: {steps} steps, expected 1 to original_inference_steps x strength = {most}, of {n} at most"
+            )
+        at = np.floor(np.linspace(0, most, steps, endpoint=False)).astype(int)
+        times = (np.arange(1, most + 1) * (n // of) - 1)[::-1][at]
+    points = [process.at_time(int(t)) for t in _checked_times(times, n, len(times))]
     return Schedule(process, [*points, process.at_time(0) if c["ends_noisy"] else CLEAN], c["prediction"], whole=True)
 
 
-def interior(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
-    """DPM-Solver, UniPC, DEIS: levels of times of training, or spread between the first and the last."""
+def _table(c: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, float]:
+    """abar, sigma / alpha of the times of training, and the level at the end."""
     abar = np.array(c["abar"], dtype=np.float64)
     if c["rescale_betas_zero_snr"]:
         abar[-1] = _TINY
-    n = c["num_train_timesteps"]
     table = np.sqrt((1 - abar) / abar)
-    last = float(table[0]) if c["final_sigmas_type"] == "sigma_min" else 0.0
     one_of("schedule", "final_sigmas_type", c["final_sigmas_type"], ("zero", "sigma_min"))
+    return abar, table, float(table[0]) if c["final_sigmas_type"] == "sigma_min" else 0.0
+
+
+def interior(c: Mapping[str, Any], steps: int) -> Schedule:
+    """DPM-Solver, UniPC, DEIS: levels of times of training, or spread between the first and the last."""
+    n = c["num_train_timesteps"]
+    abar, table, last = _table(c)
     ratios = _spread(c, float(table[-1]), float(table[0]), steps)
+    if ratios is not None and c["from_one"] and last:
+        last = float(ratios[-1])
     if c["use_flow_sigmas"]:
-        process: Process = Flow(n)
-        if ratios is not None:
+        if c["timesteps"] is not None:
+            levels = np.asarray(c["timesteps"], dtype=np.float64) / n
+        elif ratios is not None:
             levels = ratios / (1 + ratios)
-        elif c["from_one"]:
-            levels = given if given is not None else np.linspace(1, 1 / n, steps + 1)[:-1]
-            levels = _shifted(c, np.asarray(levels, dtype=np.float64))
+        elif c["from_one"] or c["sigmas"] is not None:
+            levels = np.linspace(1, 1 / n, steps + 1)[:-1] if c["sigmas"] is None else c["sigmas"]
+            levels = _shifted(c, _falling(levels))
             levels[0] -= 1e-6 * (abs(levels[0] - 1) < 1e-6)
         else:
             levels = _shifted(c, np.linspace(0, 1 - 1 / n, steps + 1)[:0:-1])
-        if c["final_sigmas_type"] == "sigma_min" and c["from_one"]:
+        if c["from_one"] and last:
             last = float(levels[-1])
-        return Schedule(process, _flow_points(levels, np.trunc(levels * n).astype(int), last), c["prediction"], whole=True)
-    if ratios is None:
-        times = _interior_times(c, steps, abar, given)
+        points = _flow_points(_falling(levels), np.trunc(levels * n).astype(int), last)
+        return Schedule(Flow(n), points, c["prediction"], whole=True)
+    if c["sigmas"] is not None:
+        ratios, last = _given(c)
+        times = _time_of(ratios, table).round()
+    elif ratios is None:
+        times = _interior_times(c, steps, abar)
         ratios = table[times.astype(int)]
     else:
         times = _time_of(ratios, table)
-        if c["use_karras_sigmas"] and (c["beta_schedule"] != "squaredcos_cap_v2" or not c["keeps_cosine"]):
+        rounded = c["use_karras_sigmas"] or c["use_lu_lambdas"]
+        if rounded and (c["beta_schedule"] != "squaredcos_cap_v2" or not c["keeps_cosine"]):
             times = times.round()
     # diffusers cuts off what is behind the point; the logarithm's last bit must not make 998 of 999
     times = np.floor(times + 1e-4).astype(int)
-    points = _points(ratios, times, last)
-    return Schedule(VariancePreserving(abar), points, c["prediction"], whole=True)
+    return Schedule(VariancePreserving(abar), _points(ratios, times, last), c["prediction"], whole=True)
 
 
-def _time_of(ratios: np.ndarray, table: np.ndarray) -> np.ndarray:
+def _time_of(ratios: Any, table: np.ndarray) -> np.ndarray:
     found: np.ndarray = np.interp(np.log(ratios), np.log(table), np.arange(len(table)))
     return found
 
 
-def continuous(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
+class _LogTime(Process):
+    """alpha^2 + sigma^2 = 1, and time is ln(sigma / alpha) / 4, as EDM's models know it."""
+
+    def at(self, ratio: Any) -> Point:
+        alpha = 1 / np.sqrt(1 + np.square(ratio))
+        return Point(alpha, ratio * alpha, np.log(ratio) / 4)
+
+
+def continuous(c: Mapping[str, Any], steps: int) -> Schedule:
     """Euler and its kin: at times between those of training too."""
-    abar = np.array(c["abar"], dtype=np.float64)
-    if c["rescale_betas_zero_snr"]:
-        abar[-1] = _TINY
-    table = np.sqrt((1 - abar) / abar)
-    times = _times(c, steps, given, fraction=True)
-    ratios = np.interp(times, np.arange(len(table)), table)
-    spread = _spread(c, float(ratios[0]), float(ratios[-1]), steps)
-    if spread is not None:
-        ratios, times = spread, _time_of(spread, table)
-    last = float(table[0]) if c["final_sigmas_type"] == "sigma_min" else 0.0
+    abar, table, last = _table(c)
+    one_of("schedule", "interpolation_type", c["interpolation_type"], ("linear", "log_linear"))
+    one_of("schedule", "timestep_type", c["timestep_type"], ("discrete", "continuous"))
+    if c["sigmas"] is not None and not any(c[key] for key in _SPREADS):
+        ratios, last = _given(c)
+        times = _time_of(ratios, table)
+    else:
+        times = _times(c, steps, fraction=True)
+        ratios = np.interp(times, np.arange(len(table)), table)
+        even = c["interpolation_type"] == "log_linear"
+        high, low = (table[-1], table[0]) if even else (ratios[0], ratios[-1])
+        spread = _spread(c, float(high), float(low), steps)
+        if spread is not None:
+            ratios, times = spread, _time_of(spread, table)
+        elif even:  # diffusers keeps the times as they were, and ends at the first level of training
+            ratios, last = _between("exponential", float(table[-1]), float(table[0]), steps + 1)[:-1], float(table[0])
+    process: Process = VariancePreserving(abar)
+    if c["timestep_type"] == "continuous" and c["prediction"] == "v":
+        process, times = _LogTime(), np.log(ratios) / 4
     points = _points(ratios, times, last)
+    points[-1] = Point(1.0, last, 0)  # its samples are x0 + sigma eps
     scale = 1.0 if c["timestep_spacing"] == "leading" else points[0].sigma
-    return Schedule(VariancePreserving(abar), points, c["prediction"], scale=scale)
+    return Schedule(process, points, c["prediction"], scale=scale)
 
 
 def _shifted(c: Mapping[str, Any], levels: np.ndarray) -> np.ndarray:
@@ -283,31 +348,41 @@ def _shifted(c: Mapping[str, Any], levels: np.ndarray) -> np.ndarray:
     return levels
 
 
-def flow(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
-    """Flow matching, with the shift of a resolution."""
-    n = c["num_train_timesteps"]
-    if given is None:
+def flow(c: Mapping[str, Any], steps: int) -> Schedule:
+    """Flow matching, with the shift of a resolution. timesteps are the model's, and not shifted."""
+    n, times = c["num_train_timesteps"], c["timesteps"]
+    times = None if times is None else np.asarray(times, dtype=np.float64)
+    if times is not None and c["sigmas"] is None:
+        levels = 1 - times / n if c["invert_sigmas"] else times / n
+    else:
         k = 1.0 if c["use_dynamic_shifting"] else c["shift"]
         low = k / n / (1 + (k - 1) / n)
-        given = np.linspace(1.0, low, steps)
-    levels = _shifted(c, np.asarray(given, dtype=np.float64))
-    spread = _spread(c, float(levels[0]), float(levels[-1]), steps)
-    levels = levels if spread is None else spread
-    return Schedule(Flow(n), _flow_points(levels, levels * n), "velocity")
+        levels = _shifted(c, np.asarray(np.linspace(1.0, low, steps) if c["sigmas"] is None else c["sigmas"], dtype=np.float64))
+        spread = _spread({**c, "sigmas": None}, float(levels[0]), float(levels[-1]), steps)
+        levels = levels if spread is None else spread
+    process = Flow(n, reverse=c["invert_sigmas"])
+    if times is None:
+        times = process.time(levels)
+    if len(times) != len(_falling(levels)):
+        raise ValueError(f"schedule: there are {len(times)} timesteps, expected {len(levels)} as of sigmas")
+    prediction = "reverse_velocity" if c["invert_sigmas"] else "velocity"
+    return Schedule(process, _flow_points(levels, times), prediction)
 
 
-def edm(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
+def edm(c: Mapping[str, Any], steps: int) -> Schedule:
     """Karras et al. 2022; the model's time is ln(sigma) / 4."""
     low, high, rho = c["sigma_min"], c["sigma_max"], c["rho"]
     one_of("schedule", "sigma_schedule", c["sigma_schedule"], ("karras", "exponential"))
-    if given is not None:
-        sigmas = np.asarray(given, dtype=np.float64)
+    one_of("schedule", "prediction_type", c["prediction_type"], ("epsilon", "v_prediction"))
+    if c["sigmas"] is not None:
+        sigmas = _falling(c["sigmas"])
     else:
         sigmas = _between(c["sigma_schedule"], high, low, steps, **({"rho": rho} if c["sigma_schedule"] == "karras" else {}))
     process = VarianceExploding()
     points = [process.at(float(s)) for s in sigmas]
     last = process.at(low) if c["final_sigmas_type"] == "sigma_min" else CLEAN
-    return Schedule(process, [*points, last], "x0", scale=math.sqrt(high**2 + 1), sigma_data=c["sigma_data"])
+    model = Preconditioning(c["sigma_data"], -1.0 if c["prediction_type"] == "v_prediction" else 1.0)
+    return Schedule(process, [*points, last], "x0", scale=math.sqrt(high**2 + 1), preconditioning=model)
 
 
 class _Angle(Process):
@@ -318,7 +393,7 @@ class _Angle(Process):
         return Point(np.cos(angle), np.sin(angle), angle / (math.pi / 2))
 
 
-def angles(c: Mapping[str, Any], steps: int, given: Any) -> Schedule:
+def angles(c: Mapping[str, Any], steps: int) -> Schedule:
     """IPNDM's own levels."""
     sigma = np.sin(np.linspace(1, 0, steps + 1) * math.pi / 2) ** 2
     if c["trained_betas"] is not None:

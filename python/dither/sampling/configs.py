@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,12 @@ from .._checks import integer, one_of
 from . import config_levels as levels
 from . import solvers
 from .config_levels import Schedule, alphas_cumprod
+from .grids import close
 from .program import Limits
 
+# of options that go by names, those of other classes, which stand for the usual one; beyond these they are mistakes
+_SOLVER_TYPES = ("midpoint", "heun", "bh1", "bh2", "logrho")
+_OF_PIPELINES = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}  # from which they compute mu
 PREDICTIONS = {
     "epsilon": "eps",
     "sample": "x0",
@@ -32,7 +37,7 @@ PREDICTIONS = {
 class Kind:
     """How one of diffusers' classes reads its configuration."""
 
-    grid: Callable[[Mapping[str, Any], int, Any], Schedule]
+    grid: Callable[[Mapping[str, Any], int], Schedule]
     solver: str
     classes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -40,21 +45,15 @@ class Kind:
     """Keys of the configuration, and the solver's names for them."""
     limits: tuple[str, ...] = ()
     """Which of clip_sample and thresholding it obeys."""
-
-
-_REFUSED = {
-    "use_lu_lambdas": False,
-    "invert_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "solver_p": None,
-}
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What no configuration changes."""
 
 
 _DPM = {"solver_order": "order", "lower_order_final": "lower_order_final"}
 _DPM_TYPES = dict(_DPM, algorithm_type="algorithm", solver_type="solver_type")
 _BOTH = ("clip_sample", "thresholding")
 _EULER = {"beta_start": 0.00085, "beta_end": 0.012}
+_EDM = {"sigma_min": 0.002, "sigma_max": 80.0}
 KINDS: dict[str, Kind] = {
     "ddim": Kind(
         levels.discrete,
@@ -71,6 +70,7 @@ KINDS: dict[str, Kind] = {
         {"timestep_spacing": "leading", "clip_sample": True},
         {"variance_type": "variance_type"},
         _BOTH,
+        {"set_alpha_to_one": True},
     ),
     "pndm": Kind(
         levels.discrete,
@@ -95,6 +95,7 @@ KINDS: dict[str, Kind] = {
         {"lower_order_final": False},
         _DPM_TYPES,
         ("thresholding",),
+        {"timestep_spacing": "linspace"},
     ),
     "unipc": Kind(
         levels.interior,
@@ -105,7 +106,13 @@ KINDS: dict[str, Kind] = {
         ("thresholding",),
     ),
     "deis": Kind(
-        levels.interior, "deis", ("DEISMultistepScheduler",), {"final_sigmas_type": "sigma_min"}, _DPM, ("thresholding",)
+        levels.interior,
+        "deis",
+        ("DEISMultistepScheduler",),
+        {},
+        _DPM,
+        ("thresholding",),
+        {"final_sigmas_type": "sigma_min"},
     ),
     "lcm": Kind(
         levels.distilled,
@@ -124,12 +131,12 @@ KINDS: dict[str, Kind] = {
     "lms": Kind(levels.continuous, "lms", ("LMSDiscreteScheduler",)),
     "flow_euler": Kind(levels.flow, "euler", ("FlowMatchEulerDiscreteScheduler",)),
     "heun_flow": Kind(levels.flow, "heun_flow", ("FlowMatchHeunDiscreteScheduler",)),
-    "edm_euler": Kind(levels.edm, "euler", ("EDMEulerScheduler",)),
+    "edm_euler": Kind(levels.edm, "euler", ("EDMEulerScheduler",), _EDM),
     "edm_dpm_multistep": Kind(
         levels.edm,
         "dpm_multistep",
         ("EDMDPMSolverMultistepScheduler",),
-        {},
+        _EDM,
         dict(_DPM_TYPES, euler_at_final="euler_at_final"),
         ("thresholding",),
     ),
@@ -160,15 +167,29 @@ def read(config: Any) -> dict[str, Any]:
     raise TypeError(f"schedule: config is {type(config).__name__}, expected a dict, a scheduler, or a path")
 
 
+_INTERNAL = {"keeps_cosine": False, "from_one": False, "ends_noisy": False, "alphas_cumprod": None}
+KNOWN = {*levels.DEFAULTS, *_INTERNAL, *_OF_PIPELINES, "solver_p", *(key for kind in KINDS.values() for key in kind.options)}
+"""Keys of configurations that mean something here, or are for pipelines."""
+
+
 def schedule(
-    config: Any, steps: int, sampler: str | None = None, *, mu: float | None = None, given: Sequence[float] | None = None
+    config: Any,
+    steps: int | None,
+    sampler: str | None = None,
+    *,
+    mu: float | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    strength: float = 1.0,
 ) -> tuple[Schedule, str, dict[str, Any]]:
     """Levels of a configuration, the solver's name, and its options.
 
-    sampler: a name of `KINDS` or of a solver; None, the configuration's own. given: times, or levels of a flow or of EDM, in
-    place of those that `steps` gives. mu: of `use_dynamic_shifting`.
+    sampler: a name of `KINDS` or of a solver; None, the configuration's own. mu: of `use_dynamic_shifting`.
+    timesteps, sigmas: in place of `steps` even ones. sigmas are sigma / alpha with the last one, 0, as EulerDiscreteScheduler
+    has them; of a flow s, before it is shifted, and of EDM sigma, both without the 0. Flows take both, times for the model.
+    strength: of LCM and TCD, the share of the times of distillation that is left.
+    A key that nothing is known of is a warning, a value that is not obeyed an error.
     """
-    steps = integer("schedule", "steps", steps, least=1)
     raw = read(config)
     class_name = raw.get("_class_name", "")
     own = _OF_CLASS.get(class_name, "ddim")
@@ -186,36 +207,54 @@ def schedule(
         raw = {k: v for k, v in raw.items() if k not in raw.get("_use_default_values", ())}
     c: dict[str, Any] = {
         **levels.DEFAULTS,
-        **{"mu": mu, "keeps_cosine": False, "from_one": False, "ends_noisy": False},
+        **_INTERNAL,
         **kind.defaults,
         **{k: v for k, v in raw.items() if k != "shift_terminal" or v},
+        **kind.fixed,
+        **{"mu": mu, "timesteps": timesteps, "sigmas": sigmas, "strength": strength},
     }
-    for key, usual in _REFUSED.items():
-        if c.get(key, usual) != usual:
-            raise NotImplementedError(f"schedule: {key} is {c[key]!r}, expected {usual!r}")
-    if kind.solver == "deis":
-        c["final_sigmas_type"] = "sigma_min"
-    if kind.solver == "ddpm":
-        c["set_alpha_to_one"] = True
-    if kind.solver == "dpm_singlestep":
-        c["timestep_spacing"] = "linspace"
-    if kind.grid is not levels.angles and kind.grid not in (levels.flow, levels.edm):
+    for key in raw:
+        if key not in KNOWN and not key.startswith("_"):
+            warnings.warn(f"schedule: {key} is no key of a configuration{close(key, KNOWN)}, and changes nothing", stacklevel=2)
+    if c.get("solver_p") is not None:
+        raise NotImplementedError(f"schedule: solver_p is {type(c['solver_p']).__name__}, expected None")
+    steps = _steps(kind, c, steps)
+    if kind.grid not in (levels.angles, levels.flow, levels.edm):
         one_of("schedule", "prediction_type", c["prediction_type"], [*PREDICTIONS])
         c["prediction"] = PREDICTIONS[c["prediction_type"]]
         c["abar"] = raw.get("alphas_cumprod")
         if c["abar"] is None:
             c["abar"] = alphas_cumprod(c)
-    found = kind.grid(c, steps, given)
+    found = kind.grid(c, steps)
     if "thresholding" in kind.limits and c["thresholding"]:
         found.limits = Limits(c["sample_max_value"], c["dynamic_thresholding_ratio"])
     elif "clip_sample" in kind.limits and c["clip_sample"]:
         found.limits = Limits(c["clip_sample_range"])
     options = {new: c[key] for key, new in kind.options.items() if c.get(key) is not None}
-    if options.get("solver_type") not in _OWN_TYPES.get(kind.solver, ()):
-        options.pop("solver_type", None)
+    if "solver_type" in options:
+        one_of("schedule", "solver_type", options["solver_type"], _SOLVER_TYPES)
+        if options["solver_type"] not in _OWN_TYPES.get(kind.solver, ()):
+            del options["solver_type"]
     if options.get("algorithm") == "deis":
         options.pop("algorithm")
     solver = kind.solver
     if c["stochastic_sampling"] and name == "flow_euler":
         solver, options = "lcm", {"timestep_scaling": 0.0}
     return found, solver, options
+
+
+def _steps(kind: Kind, c: Mapping[str, Any], steps: int | None) -> int:
+    """Of the levels that were given, and whether this kind of configuration takes them."""
+    timesteps, sigmas = c["timesteps"], c["sigmas"]
+    ends = kind.grid is levels.continuous or (kind.grid is levels.interior and not c["use_flow_sigmas"])
+    if timesteps is not None and sigmas is not None and kind.grid is not levels.flow:
+        raise ValueError("schedule: timesteps and sigmas are given, expected one of them")
+    if timesteps is not None and kind.grid in (levels.edm, levels.angles):
+        raise ValueError(f"schedule: timesteps are given, expected {'sigmas' if kind.grid is levels.edm else 'steps'}")
+    if sigmas is not None and not ends and kind.grid not in (levels.flow, levels.edm, levels.interior):
+        raise ValueError(f"schedule: sigmas are given, expected timesteps for {kind.solver}")
+    if sigmas is not None:
+        steps = len(sigmas) - ends
+    elif timesteps is not None:
+        steps = len(timesteps)
+    return integer("schedule", "steps", steps, least=1)

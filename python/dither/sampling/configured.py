@@ -14,7 +14,7 @@ from .._checks import tensor
 from . import solvers
 from .configs import Schedule, read, schedule
 from .loops import normal
-from .networks import as_model, edm_denoiser, halves, sample_of
+from .networks import as_model, halves, preconditioned, sample_of
 from .points import Point
 from .program import Program
 from .run import Seed, compiled, run_program, seeds_of
@@ -48,9 +48,9 @@ class ConfiguredSampler:
     `schedule` has the noise levels, `program` what is done at each (print it).
     """
 
-    def __init__(self, config: Any, sampler: str | None, steps: int, mu: float | None, given: Any, options: Mapping[str, Any]):
+    def __init__(self, config: Any, sampler: str | None, steps: int, given: Mapping[str, Any], options: Mapping[str, Any]):
         self.config = read(config)
-        self.schedule, self.solver, found = schedule(config, steps, sampler, mu=mu, given=given)
+        self.schedule, self.solver, found = schedule(config, steps, sampler, **given)
         self.program = program_of(self.schedule, self.solver, {**found, **options})
         self._spread = spread_of(self.config, self.schedule.points) if self.solver == "ddpm" else None
 
@@ -66,8 +66,8 @@ class ConfiguredSampler:
     ) -> Tensor:
         plan = self.schedule
         tensor("sampler", "x", x)
-        if plan.sigma_data is not None:
-            model = edm_denoiser(model, plan.sigma_data, self.config.get("prediction_type", "epsilon"))
+        if plan.preconditioning is not None:
+            model = preconditioned(model, plan.preconditioning)
         if self._spread is not None:
             learned = _Learned(model, self._spread, x, seed, noise_sampler)
             model, noise_sampler = learned.model, learned.noise
@@ -138,10 +138,8 @@ def from_scheduler_config(
     """The sampler that a configuration of diffusers describes: sampler(model, x) -> sample.
 
     config: a dict, a scheduler object of diffusers, or the path of a scheduler_config.json or its folder. sampler: a name of
-    `dither.sampling.KINDS`; None is the configuration's own. options: of the solver, before those of the configuration.
-    mu: of flows with use_dynamic_shifting, ln of `grids.resolution_shift`. timesteps, or sigmas of flows and EDM: in place of
-    the grid.
+    `interop.KINDS`; None is the configuration's own. options: of the solver, before those of the configuration.
+    mu: of flows with use_dynamic_shifting, ln of `grids.resolution_shift`. timesteps or sigmas: in place of the grid, see
+    `configs.schedule`.
     """
-    given = timesteps if sigmas is None else sigmas
-    steps = len(given) if given is not None else steps
-    return ConfiguredSampler(config, sampler, steps, mu, given, options)
+    return ConfiguredSampler(config, sampler, steps, {"mu": mu, "timesteps": timesteps, "sigmas": sigmas}, options)

@@ -92,15 +92,15 @@ class GaussianMixture:
         return self._mean(x, joint, sigma * along / variance)
 
     def output(self, prediction: str, x: Tensor, at: Point, component: Tensor | None = None) -> Tensor:
-        """What a perfect model of this kind says: "x0", "eps", "v", "score" or "velocity"."""
+        """What a perfect model of this kind says: one of `points.PREDICTIONS`."""
         one_of("GaussianMixture", "prediction", prediction, PREDICTIONS)
         if prediction in ("x0", "eps", "score"):
             found: Tensor = getattr(self, prediction)(x, at, component)
             return found
         wide = x.double()
         x0, eps = self.x0(wide, at, component), self.eps(wide, at, component)
-        if prediction == "velocity":
-            return (eps - x0).to(x.dtype)
+        if prediction in ("velocity", "reverse_velocity"):
+            return (eps - x0 if prediction == "velocity" else x0 - eps).to(x.dtype)
         rows = (-1, *[1] * (x.ndim - 1))
         alpha, sigma = (torch.as_tensor(k, dtype=torch.float64, device=x.device).reshape(rows) for k in (at.alpha, at.sigma))
         return (alpha * eps - sigma * x0).to(x.dtype)
@@ -188,7 +188,8 @@ def _point(process: Process, time: Tensor) -> Point:
     if isinstance(process, VarianceExploding):
         return Point(torch.ones_like(t), t, t)
     if isinstance(process, Flow):
-        return Point(1 - t / process.scale, t / process.scale, t)
+        s = 1 - t / process.scale if process.reverse else t / process.scale
+        return Point(1 - s, s, t)
     if not isinstance(process, VariancePreserving):
         raise TypeError(f"GaussianMixture: process is {type(process).__name__}, expected one whose times are known")
     abar = torch.from_numpy(process.alphas_cumprod).to(t.device)

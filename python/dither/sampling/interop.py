@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import math
 import pathlib
@@ -13,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import integer, tensor
-from . import solvers
+from .._checks import tensor
 from .configs import KINDS, Schedule, read, schedule
 from .configured import ConfiguredSampler, from_scheduler_config, program_of, spread_of
 from .loops import normal
 from .networks import as_model, denoiser, edm_denoiser, halves
-from .points import Point, VariancePreserving, to_x0
-from .program import Evaluate, Row
+from .points import Flow, Point, VariancePreserving, to_x0
+from .program import Evaluate, Program, Row
 from .run import Seed, seeds_of
 from .runner import Runner
+
+# what a pipeline may ask of a step, as diffusers' classes take it; others' eta is not the 0 that pipelines pass by default
+_ASKED = {"ddim": ("eta", "use_clipped_model_output"), "tcd": ("eta",)}
 
 
 class _Config(dict[str, Any]):
@@ -61,6 +62,7 @@ class DiffusersScheduler:
     def __init__(self, config: Any, sampler: str | None = None, *, seed: Seed = None, **options: Any) -> None:
         found = read(config)
         self._abar, self._asked = found.pop("alphas_cumprod", None), ""
+        self._programs: dict[tuple[int, str], Program] = {}
         self._internal_dict: Any = _Config(found)
         self._internal_dict.setdefault("num_train_timesteps", 1000)
         self._sampler, self.seed, self.options = sampler, seed, options
@@ -91,35 +93,54 @@ class DiffusersScheduler:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
     ) -> None:
-        """Choose the noise levels; every run begins with it."""
-        given = timesteps if sigmas is None else sigmas
-        if given is not None:
-            num_inference_steps = len(given)
-        if num_inference_steps is None:
+        """Choose the noise levels; every run begins with it.
+
+        timesteps, sigmas, strength: see `configs.schedule`. original_inference_steps: of LCM and TCD.
+        """
+        if num_inference_steps is None and timesteps is None and sigmas is None:
             self.timesteps, self._begin = torch.zeros(0), None
             return
-        self.num_inference_steps = integer("set_timesteps", "num_inference_steps", num_inference_steps, least=1)
-        levels = None if given is None else [float(g) for g in given]
+        config = dict(self.config)
+        if original_inference_steps is not None:
+            config["original_inference_steps"] = original_inference_steps
+        given: dict[str, Any] = {"mu": mu, "strength": strength}
+        for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+            given[name] = None if values is None else [float(v) for v in values]
         # with the configuration, which a pipeline may have changed
-        asked = repr((num_inference_steps, levels, mu, sorted(self.config.items())))
+        asked = repr((num_inference_steps, given, sorted(config.items())))
         if asked != self._asked:
-            self._asked = asked
-            config = {**self.config, "alphas_cumprod": self._abar}
-            self.schedule, self._solver, found = schedule(config, num_inference_steps, self._sampler, mu=mu, given=levels)
+            config["alphas_cumprod"] = self._abar
+            self.schedule, self._solver, found = schedule(config, num_inference_steps, self._sampler, **given)
             self._found = {**found, **self.options}
+            self._programs.clear()
             self._spread = spread_of(self.config, self.schedule.points) if self._solver == "ddpm" else None
-            self._whole = program_of(self.schedule, self._solver, self._found)
-            self._evaluations = [it for it in self._whole.instructions if isinstance(it, Evaluate)]
+            self._evaluations = _evaluations(self._program(0, self._found))
             self._times = [self._time(it.point) for it in self._evaluations]
+            self._asked = asked
+        self.num_inference_steps = len(self.schedule.points) - 1
         dtype = torch.int64 if self.schedule.whole else torch.float32
         self.timesteps = torch.tensor(self._times, dtype=dtype, device=device)
-        self.sigmas = torch.tensor([float(p.sigma) for p in self.schedule.points])
-        self.order = max(1, round(len(self._evaluations) / num_inference_steps))
+        flow = isinstance(self.schedule.process, Flow)
+        self.sigmas = torch.tensor([float(p.sigma if flow else p.ratio) for p in self.schedule.points])
+        self.order = max(1, round(len(self._evaluations) / self.num_inference_steps))
         self._begin = self._run = None
 
+    def _program(self, first: int, options: Mapping[str, Any]) -> Program:
+        """From a step on; compiled once."""
+        key = first, repr(sorted(options.items()))
+        if key not in self._programs:
+            plan, solver = self.schedule, self._solver
+            if first and solver == "pndm":  # the evaluation that its first step repeats is not among the times that are left
+                solver, options = "ipndm", {}
+            part = Schedule(plan.process, plan.points[first:], plan.prediction, plan.limits)
+            self._programs[key] = program_of(part, solver, options)
+        return self._programs[key]
+
     def _time(self, p: Point) -> Any:
-        return p.time if self.schedule.sigma_data is None else math.log(p.sigma) / 4
+        return p.time if self.schedule.preconditioning is None else math.log(p.sigma) / 4
 
     @property
     def begin_index(self) -> int | None:
@@ -133,13 +154,17 @@ class DiffusersScheduler:
     def step_index(self) -> int | None:
         return self._run.index if self._run is not None else None
 
+    def _entries(self, time: float) -> list[int]:
+        """Where in `timesteps` this time is."""
+        return [i for i, at in enumerate(self._times) if abs(float(at) - time) <= 1e-5 * max(1.0, abs(time))]
+
     def index_for_timestep(self, timestep: Any) -> int:
         """Where in `timesteps` a step begins at this time."""
         time = float(timestep)
-        for i, (it, at) in enumerate(zip(self._evaluations, self._times)):
-            if it.first and abs(float(at) - time) <= 1e-5 * max(1.0, abs(time)):
-                return i
-        raise ValueError(f"step: no step begins at time {time:g}, expected one of {self._times}")
+        found = next((i for i in self._entries(time) if self._evaluations[i].first), None)
+        if found is None:
+            raise ValueError(f"step: no step begins at time {time:g}, expected one of {[float(t) for t in self._times]}")
+        return found
 
     def _entry(self, timestep: Any) -> int:
         """Of `timesteps`; where it is one of its entries itself, without asking the device for its value."""
@@ -152,15 +177,21 @@ class DiffusersScheduler:
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The state as the model sees it: itself, but for EDM, whose c_in is applied."""
-        if self.schedule.sigma_data is None:
+        by = self.schedule.preconditioning
+        if by is None:
             return sample
         i = self._entry(timestep) if self._run is None else self._run.index
-        return sample / math.sqrt(float(self._evaluations[i].point.sigma) ** 2 + self.schedule.sigma_data**2)
+        return sample * by.input(float(self._evaluations[i].point.sigma))
 
-    def _point(self, timestep: Any) -> Point:
-        if isinstance(self.schedule.process, VariancePreserving) and float(timestep) == int(timestep):
-            return self.schedule.process.at_time(int(timestep))
-        return self._evaluations[self.index_for_timestep(timestep)].point
+    def _point(self, time: float) -> Point:
+        """The level of this time: of the evaluation that comes next, of another one, or of training."""
+        entries, process = self._entries(time), self.schedule.process
+        if entries:  # several levels may have one whole time
+            then = self._begin if self._run is None else self._run.index
+            return self._evaluations[then if then in entries else entries[0]].point
+        if isinstance(process, VariancePreserving) and time == int(time):
+            return process.at_time(int(time))
+        raise ValueError(f"add_noise: there is no level at time {time:g}, expected one of {[float(t) for t in self._times]}")
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """alpha x0 + sigma eps at times [B]."""
@@ -202,8 +233,8 @@ class DiffusersScheduler:
                 raise TypeError(f"step: {name} is {value.dtype}, expected floats")
         if self._run is None:
             chosen = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
-            known = inspect.signature(getattr(solvers, self._solver)).parameters
-            options = {**self._found, **{k: v for k, v in chosen.items() if k in known and v is not None}}
+            taken = _ASKED.get(self._solver, ())
+            options = {**self._found, **{k: v for k, v in chosen.items() if k in taken and v is not None}}
             begin = self._begin if self._begin is not None else self._entry(timestep)
             drawn = generator is not None or variance_noise is not None
             self._run = _Steps(self, options, begin, sample, drawn or self._spread is not None)
@@ -227,18 +258,25 @@ def _parts(points: Sequence[Point]) -> tuple[list[Any], list[Any]]:
     return [p.alpha for p in points], [p.sigma for p in points]
 
 
+def _evaluations(program: Program) -> list[Evaluate]:
+    return [it for it in program.instructions if isinstance(it, Evaluate)]
+
+
 class _Steps:
     """One run of a program, evaluation by evaluation."""
 
     def __init__(self, owner: DiffusersScheduler, options: Mapping[str, Any], begin: int, sample: Tensor, drawn: bool) -> None:
-        plan = owner.schedule
         evaluations = owner._evaluations
-        if not 0 <= begin < len(evaluations) or not evaluations[begin].first:
-            raise ValueError(f"step: entry {begin} of timesteps begins no step")
         self.owner, self.index, self.over = owner, begin, False
-        self.first = evaluations[begin].step
-        part = Schedule(plan.process, plan.points[self.first :], plan.prediction, plan.limits)
-        program = owner._whole if self.first == 0 and options == owner._found else program_of(part, owner._solver, options)
+        # the rest of a step whose last evaluations are where the next begins adds nothing
+        start = next((i for i, it in enumerate(evaluations[begin:], begin) if it.first), begin) if begin >= 0 else begin
+        left = owner._times[start:]
+        if not left or owner._times[begin] != left[0] or not evaluations[start].first:
+            raise ValueError(f"step: entry {begin} of timesteps begins no step")
+        self.idle, self.first = start - begin, evaluations[start].step
+        program = owner._program(self.first, options)
+        if [owner._time(it.point) for it in _evaluations(program)] != left:
+            raise ValueError(f"step: {owner._solver} cannot begin at entry {begin} of timesteps, expected another one")
         self.state = sample.double() if sample.dtype == torch.float64 else sample.float()
         self.state = self.state.contiguous().clone() if self.state.data_ptr() == sample.data_ptr() else self.state.contiguous()
         self.sample = sample
@@ -287,8 +325,13 @@ class _Steps:
             self.state = sample.to(self.state).contiguous()
             self.registers[self.runner.slots[self.at.state]] = self.state
         state, p = self.state, self.at.point
-        if owner.schedule.sigma_data is not None:
-            output = _preconditioned(output, state, p, owner)
+        if self.idle:
+            self.idle -= 1
+            self.index += 1
+            return self._x0(output, state, p)
+        if owner.schedule.preconditioning is not None:
+            skip, out = owner.schedule.preconditioning.output(float(p.sigma))
+            output = state * skip + output * out
         self.drawn = generator, given, output.dtype
         with torch.no_grad():
             try:
@@ -297,25 +340,16 @@ class _Steps:
             except StopIteration as end:
                 self.state, self.over = end.value, True
         self.sample = self.state.to(sample.dtype)
+        return self._x0(output, state, p)
 
-        def x0() -> Tensor:
-            k, m = to_x0(owner.schedule.prediction, p)
-            return (state * float(k) + output * float(m)).to(sample.dtype)
-
-        return x0
+    def _x0(self, output: Tensor, state: Tensor, p: Point) -> Callable[[], Tensor]:
+        k, m = to_x0(self.owner.schedule.prediction, p)
+        return lambda: (state * float(k) + output * float(m)).to(self.sample.dtype)
 
 
 def _normal(generator: torch.Generator, like: Tensor, dtype: torch.dtype) -> Tensor:
     """As diffusers draws it: on the generator's device."""
     return torch.randn(like.shape, generator=generator, dtype=dtype, device=generator.device).to(like.device)
-
-
-def _preconditioned(output: Tensor, state: Tensor, p: Point, owner: DiffusersScheduler) -> Tensor:
-    data, sigma = owner.schedule.sigma_data, float(p.sigma)
-    assert data is not None
-    total = sigma**2 + data**2
-    sign = -1.0 if owner.config.get("prediction_type") == "v_prediction" else 1.0
-    return state * (data**2 / total) + output * (sign * sigma * data / math.sqrt(total))
 
 
 __all__ = ["KINDS", "ConfiguredSampler", "DiffusersScheduler", "as_model", "denoiser", "edm_denoiser", "from_scheduler_config"]

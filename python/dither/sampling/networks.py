@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .configs import alphas_cumprod, read, schedule
-from .points import VariancePreserving
+from .points import Preconditioning, VariancePreserving
 
 
 def as_model(net: Callable[..., Any], channels: int = 1) -> Callable[..., Tensor]:
@@ -80,14 +80,17 @@ def edm_denoiser(
 
     prediction: "v_prediction" changes the sign of c_out, as diffusers has it.
     """
+    return preconditioned(net, Preconditioning(sigma_data, -1.0 if prediction == "v_prediction" else 1.0), channels)
+
+
+def preconditioned(net: Callable[..., Any], by: Preconditioning, channels: int = 1) -> Callable[..., Tensor]:
+    """The denoiser D(x, sigma [B]) of a network."""
     model = as_model(net, channels)
-    sign = -1.0 if prediction == "v_prediction" else 1.0
 
     def D(x: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
         sigma = torch.as_tensor(sigma, device=x.device, dtype=x.dtype).expand(len(x))
         s = sigma.view(-1, *[1] * (x.ndim - 1))
-        total = s**2 + sigma_data**2
-        m = model(x / total.sqrt(), sigma.log() / 4, **arguments)
-        return x * (sigma_data**2 / total) + m * (sign * s * sigma_data / total.sqrt())
+        skip, out = by.output(s)
+        return x * skip + model(x * by.input(s), sigma.log() / 4, **arguments) * out
 
     return D

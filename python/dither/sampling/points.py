@@ -139,23 +139,50 @@ class VariancePreserving(Process):
 
 
 class Flow(Process):
-    """x = (1 - s) x0 + s eps (Lipman et al. 2023, Liu et al. 2023); the model's time is `scale` s."""
+    """x = (1 - s) x0 + s eps (Lipman et al. 2023, Liu et al. 2023); the model's time is `scale` s.
 
-    def __init__(self, scale: float = 1.0) -> None:
-        self.scale = scale
+    reverse: it is `scale` (1 - s): data are at the end of time, as in the papers. The prediction is then "reverse_velocity".
+    """
+
+    def __init__(self, scale: float = 1.0, reverse: bool = False) -> None:
+        self.scale, self.reverse = scale, reverse
+
+    def time(self, s: Level) -> Level:
+        return self.scale * (1 - s if self.reverse else s)
 
     def at(self, ratio: Level) -> Point:
         r = np.asarray(ratio, dtype=np.float64)
         with np.errstate(invalid="ignore"):
             s = np.where(np.isinf(r), 1.0, r / (1 + r))
-        return Point((1 - s)[()], s[()], (self.scale * s)[()])
+        return Point((1 - s)[()], s[()], self.time(s)[()])
 
 
-PREDICTIONS = ("x0", "eps", "v", "score", "velocity")
+@dataclass(frozen=True)
+class Preconditioning:
+    """A network F as the denoiser c_skip x + c_out F(c_in x, ln(sigma) / 4) (Karras et al. 2022, table 1)."""
+
+    sigma_data: float = 0.5
+    sign: float = 1.0
+    """Of c_out: -1 is diffusers' v_prediction."""
+
+    def input(self, sigma: Any) -> Any:
+        """c_in"""
+        return 1 / (sigma**2 + self.sigma_data**2) ** 0.5
+
+    def output(self, sigma: Any) -> tuple[Any, Any]:
+        """c_skip, c_out"""
+        k = self.input(sigma)
+        return (self.sigma_data * k) ** 2, self.sign * sigma * self.sigma_data * k
+
+
+PREDICTIONS = ("x0", "eps", "v", "score", "velocity", "reverse_velocity")
 
 
 def to_x0(prediction: str, p: Point) -> tuple[Level, Level]:
-    """(k, l) with x0 = k x + l output. v = alpha eps - sigma x0 (Salimans & Ho 2022); velocity = eps - x0."""
+    """(k, l) with x0 = k x + l output.
+
+    v = alpha eps - sigma x0 (Salimans & Ho 2022); velocity = eps - x0, reverse_velocity = x0 - eps.
+    """
     a, s = p.alpha, p.sigma
     if prediction in ("eps", "score") and np.any(a == 0):
         raise ValueError(f"sample: {prediction} says nothing of x0 at time {p.time}, where no signal is left; expected x0 or v")
@@ -168,7 +195,7 @@ def to_x0(prediction: str, p: Point) -> tuple[Level, Level]:
     if prediction == "score":
         return 1 / a, s * s / a
     one_of("sample", "prediction", prediction, PREDICTIONS)
-    return 1 / (a + s), -s / (a + s)
+    return 1 / (a + s), (s if prediction == "reverse_velocity" else -s) / (a + s)
 
 
 def to_eps(prediction: str, p: Point) -> tuple[Level, Level]:
@@ -180,7 +207,7 @@ def to_eps(prediction: str, p: Point) -> tuple[Level, Level]:
         return 0.0, -s
     if prediction == "v":
         return s / (a * a + s * s), a / (a * a + s * s)
-    if prediction == "velocity":
-        return 1 / (a + s), a / (a + s)
+    if prediction in ("velocity", "reverse_velocity"):
+        return 1 / (a + s), (a if prediction == "velocity" else -a) / (a + s)
     one_of("sample", "prediction", prediction, PREDICTIONS)
     return 1 / s, -a / s

@@ -149,7 +149,9 @@ def _named(make: Callable[[], Process]) -> Process:
 
 def _prediction(owner: str, prediction: str | None, process: Process) -> str:
     if prediction is None:
-        return "x0" if isinstance(process, VarianceExploding) else "velocity" if isinstance(process, Flow) else "eps"
+        if isinstance(process, Flow):
+            return "reverse_velocity" if process.reverse else "velocity"
+        return "x0" if isinstance(process, VarianceExploding) else "eps"
     return str(grids.nearest(owner, "prediction", prediction, PREDICTIONS))
 
 
@@ -354,7 +356,8 @@ def sample(
     sampler: a name of `SAMPLERS`, or a solver of your own.
     process: "vp" (Ho et al. 2020), "stable_diffusion", "cosine", "flow", "ve" (the model is a denoiser D(x, sigma)), or a
         `Process`. It says what `time` is.
-    prediction: what the model gives, "x0", "eps", "v", "score" or "velocity"; by default eps, velocity of a flow, x0 of "ve".
+    prediction: what the model gives, "x0", "eps", "v", "score", "velocity" or "reverse_velocity" (x0 - eps); by default eps,
+        velocity of a flow, x0 of "ve".
     grid: a name of `grids.GRIDS`, with `grid_options`, or ratios sigma / alpha that fall; None: what is usual of the process.
     guidance: see `dither.sampling.guidance`.
     seed: an int s gives samples s, s + 1, ...; or one for each sample. A sample depends on its own seed, not on the batch.
