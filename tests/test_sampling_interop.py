@@ -542,6 +542,31 @@ def test_saving_gives_diffusers_its_own(tmp_path: Path) -> None:
     assert peers.UniPCMultistepScheduler.from_pretrained(str(tmp_path)).config.solver_order == 3
 
 
+@pytest.mark.parametrize("name", [name for kind in KINDS.values() for name in kind.classes])
+def test_configurations_go_there_and_back(name: str, tmp_path: Path) -> None:
+    """By objects, by configurations and by files, as code that changes a pipeline's scheduler does it."""
+    peers = pytest.importorskip("diffusers")
+    betas = {"trained_betas": np.linspace(0.001, 0.02, 1000, dtype=np.float32)} if name == "DDIMScheduler" else {}
+    theirs = getattr(peers, name)(num_train_timesteps=1000, **betas)
+    ours = DiffusersScheduler(theirs)
+    again = getattr(peers, name).from_config(ours.config).config
+    assert {k: repr(v) for k, v in theirs.config.items()}.items() <= {k: repr(v) for k, v in again.items()}.items()
+    ours.save_pretrained(str(tmp_path / "scheduler"))
+    back = getattr(peers, name).from_pretrained(str(tmp_path), subfolder="scheduler")
+    steps = 6
+    for other in (
+        type(ours).from_config(ours.config),
+        DiffusersScheduler.from_pretrained(tmp_path),
+        DiffusersScheduler.from_pretrained(tmp_path, subfolder="scheduler"),
+        DiffusersScheduler(back),
+    ):
+        levels = []
+        for s in (ours, other):
+            s.set_timesteps(steps)
+            levels.append(torch.cat([s.timesteps, s.sigmas]))
+        assert torch.allclose(*levels, rtol=1e-4, atol=1e-6)  # an object's abar is of float32
+
+
 def test_another_class_has_its_own_defaults() -> None:
     """As diffusers' from_config: the spacing that DDIM was given by default is not DPM-Solver's."""
     peers = pytest.importorskip("diffusers")

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,6 +74,17 @@ class DiffusersScheduler:
         # flows with a shift of their resolution wait for set_timesteps
         most = min(50, self.config.num_train_timesteps, self.config.get("original_inference_steps", 50))
         self.set_timesteps(None if self.config.get("use_dynamic_shifting") else most)
+
+    @classmethod
+    def from_config(cls, config: Any, sampler: str | None = None, **options: Any) -> DiffusersScheduler:
+        """As diffusers' classes have it; the sampler is not part of a configuration."""
+        return cls(config, sampler, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | pathlib.Path, sampler: str | None = None, **options: Any) -> DiffusersScheduler:
+        """Of a local folder, a pipeline's or a scheduler's."""
+        folder = pathlib.Path(path) / (options.pop("subfolder", None) or "")
+        return cls(folder, sampler, **options)
 
     @property
     def config(self) -> Any:
@@ -247,10 +259,14 @@ class DiffusersScheduler:
         return StepOutput(found, x0) if return_dict else (found,)
 
     def save_pretrained(self, save_directory: str, **unused: Any) -> None:
-        """Write the configuration, by which diffusers' own scheduler is loaded again."""
+        """Write the configuration, by which diffusers' own scheduler is loaded again.
+
+        A pipeline's `save_pretrained` leaves out what is not of diffusers: give it its own scheduler first, by `from_config`.
+        """
         folder = pathlib.Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({k: v for k, v in self.config.items() if k != "_use_default_values"}, indent=2, default=list)
+        config = {k: v for k, v in self.config.items() if k != "_use_default_values"}
+        text = json.dumps(config, indent=2, default=lambda v: np.asarray(v).tolist())
         (folder / "scheduler_config.json").write_text(text + "\n")
 
 
