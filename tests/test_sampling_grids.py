@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dither.sampling import Flow, VarianceExploding, VariancePreserving, grids
@@ -26,6 +26,7 @@ def made(name, steps, process=LINEAR, **options):
 
 
 @pytest.mark.parametrize("name", grids.GRIDS)
+@settings(deadline=None)  # the first call imports scipy
 @given(steps=st.integers(1, 60))
 def test_every_grid_falls_to_zero(name, steps):
     found = made(name, steps)
@@ -55,6 +56,29 @@ def test_formulas():
     abar /= abar[-1]
     assert np.allclose(grids.cosine(4)[1:], np.sqrt((1 - abar) / abar)[1:], rtol=1e-12)
     assert grids.cosine(4)[0] == math.inf and grids.cosine(4, sigma_max=100.0)[0] == 100
+
+
+@pytest.mark.parametrize(
+    "model, name", [("stable_diffusion", ""), ("stable_diffusion_xl", "XL"), ("stable_video_diffusion", "Video")]
+)
+def test_align_your_steps_is_its_table(model, name):
+    utils = pytest.importorskip("diffusers.schedulers.scheduling_utils")
+    found = grids.align_your_steps(10, model)
+    assert np.allclose(found, utils.AysSchedules[f"StableDiffusion{name}Sigmas"], rtol=1e-15, atol=0)
+    if name != "Video":  # the paper's times are those of its levels, to rounding
+        process = VariancePreserving.scaled_linear()
+        times = [process.at(r).time for r in found[:-1]]
+        assert np.abs(times - np.array(utils.AysSchedules[f"StableDiffusion{name}Timesteps"])).max() < 1
+
+
+def test_align_your_steps_between_its_levels():
+    """Every second of 20 steps is one of ten; between them the logarithm is linear."""
+    fine, coarse = grids.align_your_steps(20, "deepfloyd_if"), grids.align_your_steps(10, "deepfloyd_if")
+    assert np.allclose(fine[:-1:2], coarse[:-1], rtol=1e-14)
+    assert np.allclose(fine[1:-2:2] ** 2, coarse[:-2] * coarse[1:-1], rtol=1e-14)
+    assert fine[-2] == pytest.approx(math.sqrt(0.030 * 0.006))  # on the way to the last of the table, which is 0 here
+    with pytest.raises(ValueError, match="model is 'sdxl'"):
+        grids.align_your_steps(10, "sdxl")
 
 
 def test_laplace_has_the_quantiles_of_its_distribution():

@@ -151,6 +151,30 @@ def resolution_shift(tokens: float, fewest: float = 256, most: float = 4096, low
     return math.exp(low + (high - low) * (count - few) / (many - few))
 
 
+# ---- of a table
+
+
+AYS = {
+    "stable_diffusion": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "stable_diffusion_xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "deepfloyd_if": (160.41, 8.081, 3.315, 1.885, 1.207, 0.785, 0.553, 0.293, 0.186, 0.030, 0.006),
+    "stable_video_diffusion": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+"""Levels of ten steps, optimised for these models (Sabour, Fidler & Kreis 2024, table 3)."""
+
+
+def align_your_steps(steps: int, model: str = "stable_diffusion") -> Ratios:
+    """Optimised levels of a model of `AYS` (Sabour et al. 2024); for other than ten steps their logarithm is interpolated.
+
+    The last one is 0, as diffusers has it, and not the least level of training, with which the paper's tables end.
+    """
+    table = np.log(nearest("align_your_steps", "model", model, AYS))
+    at = np.linspace(0, len(table) - 1, integer("align_your_steps", "steps", steps, least=1) + 1)
+    found: np.ndarray = np.exp(np.interp(at, np.arange(len(table)), table))
+    found[-1] = 0
+    return found
+
+
 # ---- times of a discrete process
 
 
@@ -215,6 +239,7 @@ GRIDS: dict[str, Callable[..., Ratios]] = {
     "vp": vp,
     "cosine": cosine,
     "flow": flow,
+    "align_your_steps": align_your_steps,
     "linspace": linspace,
     "leading": leading,
     "trailing": trailing,
