@@ -480,6 +480,18 @@ def test_networks_of_diffusers_in_k_diffusions_frame(prediction: str) -> None:
     assert (sample - exact).abs().max() < 1e-8
 
 
+def test_denoisers_are_of_discrete_times() -> None:
+    for config, message in (
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "config is of FlowMatchEulerDiscreteScheduler"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+            "prediction_type is 'flow_prediction'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            denoiser(lambda x, t: x, config)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_edm_preconditioning(prediction: str) -> None:
     peers = pytest.importorskip("diffusers")

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .configs import alphas_cumprod, read, schedule
+from .._checks import one_of
+from .configs import alphas_cumprod, read
 from .points import Preconditioning, VariancePreserving
 
 
@@ -47,7 +48,10 @@ def denoiser(net: Callable[..., Any], config: Any = None, channels: int = 1) -> 
     c = read(config if config is not None else {})
     abar = c.get("alphas_cumprod")
     process = VariancePreserving(alphas_cumprod(c) if abar is None else abar)
-    prediction = schedule({**c, "_class_name": "DDIMScheduler"}, 1, "ddim")[0].prediction
+    if str(c.get("_class_name", "")).startswith(("FlowMatch", "EDM")):
+        raise ValueError(f"denoiser: config is of {c['_class_name']}, expected one of discrete times; see edm_denoiser")
+    prediction = c.get("prediction_type", "epsilon")
+    one_of("denoiser", "prediction_type", prediction, ("epsilon", "sample", "v_prediction"))
     model = as_model(net, channels)
     levels = np.sqrt((1 - process.alphas_cumprod) / np.maximum(process.alphas_cumprod, 1e-300))
     table: dict[torch.device, Tensor] = {}
@@ -63,10 +67,10 @@ def denoiser(net: Callable[..., Any], config: Any = None, channels: int = 1) -> 
         k = (1 / (1 + sigma**2).sqrt()).view(-1, *[1] * (x.ndim - 1))
         inside = (x * k.to(x.dtype)).contiguous()
         m = model(inside, time.to(x.dtype), **arguments)
-        if prediction == "x0":
+        if prediction == "sample":
             return m
         s = sigma.view_as(k)
-        if prediction == "eps":
+        if prediction == "epsilon":
             return x - s.to(x.dtype) * m
         return x * (k**2).to(x.dtype) - m * (s * k).to(x.dtype)
 
