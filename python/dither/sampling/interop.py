@@ -205,12 +205,17 @@ class DiffusersScheduler:
             return process.at_time(int(time))
         raise ValueError(f"add_noise: there is no level at time {time:g}, expected one of {[float(t) for t in self._times]}")
 
+    def _levels(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at times [B], or at one, as factors of samples."""
+        times = torch.as_tensor(timesteps).reshape(-1).tolist()
+        points = [self._point(t) for t in times] * (len(like) if len(times) == 1 else 1)
+        found = like.new_tensor([[float(p.alpha), float(p.sigma)] for p in points])
+        alpha, sigma = found.view(-1, 2, *[1] * (like.ndim - 1)).unbind(1)
+        return alpha, sigma
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """alpha x0 + sigma eps at times [B]."""
-        times = torch.as_tensor(timesteps).reshape(-1).tolist()
-        points = [self._point(t) for t in times] * (len(original_samples) if len(times) == 1 else 1)
-        shape = (-1, *[1] * (original_samples.ndim - 1))
-        alpha, sigma = (original_samples.new_tensor([float(v) for v in part]).view(shape) for part in _parts(points))
+        alpha, sigma = self._levels(timesteps, original_samples)
         return original_samples * alpha + noise * sigma
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
@@ -219,11 +224,7 @@ class DiffusersScheduler:
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """v = alpha eps - sigma x0 at times [B]."""
-        times = torch.as_tensor(timesteps).reshape(-1).tolist()
-        shape = (-1, *[1] * (sample.ndim - 1))
-        alpha, sigma = (
-            sample.new_tensor([float(v) for v in part]).view(shape) for part in _parts([self._point(t) for t in times])
-        )
+        alpha, sigma = self._levels(timesteps, sample)
         return noise * alpha - sample * sigma
 
     def step(
@@ -268,10 +269,6 @@ class DiffusersScheduler:
         config = {k: v for k, v in self.config.items() if k != "_use_default_values"}
         text = json.dumps(config, indent=2, default=lambda v: np.asarray(v).tolist())
         (folder / "scheduler_config.json").write_text(text + "\n")
-
-
-def _parts(points: Sequence[Point]) -> tuple[list[Any], list[Any]]:
-    return [p.alpha for p in points], [p.sigma for p in points]
 
 
 def _evaluations(program: Program) -> list[Evaluate]:
