@@ -215,6 +215,14 @@ def test_image_to_image_begins_in_between(sampler: str) -> None:
     assert torch.equal(*found)
 
 
+def test_torchs_own_generator_is_left_alone() -> None:
+    s = DiffusersScheduler(dict(SD, clip_sample=False), "ddpm")
+    s.set_timesteps(4)
+    before = torch.get_rng_state()
+    loop(s, dither.noise.normal(SHAPE, seed=1), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_steps_follow_the_times() -> None:
     s = DiffusersScheduler({"clip_sample": False}, "ddim")
     x = torch.zeros(SHAPE)

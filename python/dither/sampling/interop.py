@@ -294,24 +294,32 @@ class _Steps:
         self.state = self.state.contiguous().clone() if self.state.data_ptr() == sample.data_ptr() else self.state.contiguous()
         self.sample = sample
         self.runner = Runner.of(program, sample.device, None, drawn)
-        seeds = seeds_of("step", owner.seed, len(sample), sample.device) if program.draws and not drawn else None
-        self.seeds = seeds_of("step", owner.seed, len(sample), sample.device) if drawn else None
+        self.seeds: Tensor | None = None
         self.registers: list[Any] = []
         self.said: Tensor | None = None
         self.drawn: tuple[Any, Tensor | None, torch.dtype] = (None, None, self.state.dtype)
         self.program_run: Generator[tuple[Tensor, Evaluate], Sequence[Tensor], Tensor] = self.runner.states(
-            self.state, seeds, None, self.noise if drawn else None, registers=self.registers
+            self.state,
+            self.seeded() if program.draws and not drawn else None,
+            None,
+            self.noise if drawn else None,
+            registers=self.registers,
         )
         with torch.no_grad():
             _, self.at = next(self.program_run)
+
+    def seeded(self) -> Tensor:
+        """Seeds, drawn where they are needed: a run with a generator leaves torch's own alone."""
+        if self.seeds is None:
+            self.seeds = seeds_of("step", self.owner.seed, len(self.state), self.state.device)
+        return self.seeds
 
     def noise(self, row: Row) -> Tensor:
         generator, given, dtype = self.drawn
         if given is not None:
             z = given
         elif generator is None:
-            assert self.seeds is not None
-            z = normal(self.state, self.seeds, row.draw or 0)
+            z = normal(self.state, self.seeded(), row.draw or 0)
         elif isinstance(generator, (list, tuple)):
             z = torch.cat([_normal(g, self.state[:1], dtype) for g in generator])
         else:

@@ -51,7 +51,7 @@ def denoiser(net: Callable[..., Any], config: Any = None, channels: int = 1) -> 
     if str(c.get("_class_name", "")).startswith(("FlowMatch", "EDM")):
         raise ValueError(f"denoiser: config is of {c['_class_name']}, expected one of discrete times; see edm_denoiser")
     prediction = c.get("prediction_type", "epsilon")
-    one_of("denoiser", "prediction_type", prediction, ("epsilon", "sample", "v_prediction"))
+    one_of("denoiser", "prediction_type", prediction, ("epsilon", "sample", "original_sample", "v_prediction"))
     model = as_model(net, channels)
     levels = np.sqrt((1 - process.alphas_cumprod) / np.maximum(process.alphas_cumprod, 1e-300))
     table: dict[torch.device, Tensor] = {}
@@ -67,7 +67,7 @@ def denoiser(net: Callable[..., Any], config: Any = None, channels: int = 1) -> 
         k = (1 / (1 + sigma**2).sqrt()).view(-1, *[1] * (x.ndim - 1))
         inside = (x * k.to(x.dtype)).contiguous()
         m = model(inside, time.to(x.dtype), **arguments)
-        if prediction == "sample":
+        if prediction.endswith("sample"):
             return m
         s = sigma.view_as(k)
         if prediction == "epsilon":
