@@ -10,7 +10,17 @@ import torch
 
 from dither import noise, ops, sampling
 from dither.cli import main
-from dither.sampling import SAMPLERS, Flow, VarianceExploding, VariancePreserving, grids, program, sample, solvers
+from dither.sampling import (
+    SAMPLERS,
+    Flow,
+    GaussianMixture,
+    VarianceExploding,
+    VariancePreserving,
+    grids,
+    program,
+    sample,
+    solvers,
+)
 from dither.sampling.points import PREDICTIONS, to_x0
 from dither.sampling.program import Limits, Symbol
 from dither.sampling.reference import Reference
@@ -117,6 +127,17 @@ def test_samples_are_the_solvers(name, options, kind, prediction):
     got = sample(as_model(process, prediction), None, name, 7, shape=SHAPE, dtype=F64, **settings)
     assert torch.allclose(got, want, rtol=0, atol=1e-9)  # eps is amplified by up to 157 at the first level
     assert torch.equal(got, sample(as_model(process, prediction), x, name, 7, **settings))
+
+
+def test_flows_whose_time_runs_to_the_data():
+    """The same samples as of time to the noise, from x0 - eps at 1 - s."""
+    data = GaussianMixture(torch.tensor([[-2.0], [1.0]]), 0.3)
+    found = []
+    for process in (Flow(), Flow(1000, reverse=True)):
+        model = data.model(process, "reverse_velocity" if process.reverse else "velocity")
+        found.append(sample(model, None, "unipc", 9, shape=(20, 1), process=process, seed=1, dtype=F64))
+    assert torch.allclose(*found, rtol=0, atol=1e-12)
+    assert Flow(1000, reverse=True).at(3.0).time == 250
 
 
 def settled(name):

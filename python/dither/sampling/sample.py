@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
 from .._checks import instance, integer, is_real, number, tensor
 from .._extras import require
 from . import grids, solvers
 from .guidance import Guide
+from .loops import normal, rows, state_of
 from .points import PREDICTIONS, Flow, Point, Process, VarianceExploding, VariancePreserving
 from .program import KNOWN, KNOWN_NOISE, MASK, Evaluate, Limits, Program
 from .run import START, Seed, compiled, run_program, seeds_of
@@ -306,16 +306,8 @@ def _plan(
 
 def noise(shape: Sequence[int], seed: Seed = None, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
     """Standard normal noise [B, ...] as `sample` begins with: that of a sample depends on its own seed alone."""
-    device = torch.device(device)
-    return _addressed(torch.empty(*shape, dtype=dtype, device=device), seeds_of("noise", seed, shape[0], device), 1.0)
-
-
-def _addressed(like: Tensor, seeds: Tensor, scale: float, mean: Tensor | None = None, share: float = 0.0) -> Tensor:
-    """share mean + scale z of each sample's seed."""
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    table = torch.tensor([[[0.0, 0.0, 0.0], [share, 0.0, float(scale)]]], dtype=torch.float64)
-    ops.write("rows_", [out], [out], [out if mean is None else mean], table, 0, 0, seeds, START, None, False, None)
-    return out
+    like = torch.empty(*shape, dtype=dtype, device=torch.device(device))
+    return normal(like, seeds_of("noise", seed, shape[0], like.device), START)
 
 
 def sample(
@@ -399,10 +391,8 @@ def sample(
     else:
         instance("sample", "x", x, Tensor, "a tensor")
         state = x
-    if not state.is_floating_point() or state.ndim < 1:
-        raise TypeError(f"sample: x is {state.dtype} of {state.ndim} dimensions, expected floats [B, ...]")
     result_dtype = state.dtype
-    state = state.detach().to(torch.float64 if result_dtype == torch.float64 else torch.float32).contiguous()
+    state = state_of("sample", state)
     seeds = None
     if x is None or from_data or known is not None or plan.program.draws:
         seeds = seeds_of("sample", seed, len(state), state.device)
@@ -411,13 +401,13 @@ def sample(
         raise ValueError("sample: registers has 'x', which is the state; expected other names")
     if known is not None:
         assert mask is not None and seeds is not None
-        given |= _inpainting(state, known, mask, _addressed(state, seeds, 1.0))
+        given |= _inpainting(state, known, mask, normal(state, seeds, START))
     if x is None:
         assert seeds is not None
-        state = _addressed(state, seeds, plan.process.prior_scale(plan.first))
+        (state,) = rows([state], [[0.0, float(plan.process.prior_scale(plan.first))]], seeds, START)
     elif from_data:
         assert seeds is not None
-        state = _addressed(state, seeds, plan.first.sigma, state, plan.first.alpha)
+        (state,) = rows([state], [[float(plan.first.alpha), float(plan.first.sigma)]], seeds, START)
 
     states: list[Tensor] = []
     reached = plan.reached
