@@ -33,6 +33,7 @@ from .._checks import integer, number
 from . import solvers
 from .brownian import BrownianNoise
 from .immediate import Immediate
+from .loops import state_of
 from .points import Flow, Point, Process, VarianceExploding
 from .program import Evaluate, Program
 from .run import Seed, compiled, run_program, seeds_of
@@ -299,10 +300,7 @@ def sample_dpm_adaptive(
         number(name, key, value, least=0)
     number(name, "h_init", h_init, above=0)
     number(name, "accept_safety", accept_safety, least=0, below=1 + math.pi / 2)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
-        raise TypeError(f"{name}: x is {getattr(x, 'dtype', type(x).__name__)}, expected a tensor of floats [B, ...]")
-    start = x.detach().contiguous()
-    start = start if x.dtype == torch.float64 else start.float()
+    start = state_of(name, x)
     keywords = dict(extra_args or {})
 
     def call(at: Tensor, p: Point) -> Tensor:
