@@ -215,6 +215,26 @@ def test_image_to_image_begins_in_between(sampler: str) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_multistep", "unipc", "deis", "euler"])
+def test_few_times_of_training(sampler: str) -> None:
+    for times in (1, 10, 20):
+        s = DiffusersScheduler({"num_train_timesteps": times, "clip_sample": False}, sampler)
+        s.set_timesteps(max(1, times // 2))
+        assert loop(s, dither.noise.normal(SHAPE, seed=1)).isfinite().all()
+
+
+def test_programs_are_compiled_once() -> None:
+    """Of a pipeline that passes eta, and begins in between."""
+    s = DiffusersScheduler(dict(SD, clip_sample=False), "ddim")
+    x = dither.noise.normal(SHAPE, seed=1)
+    for _ in range(2):
+        loop(s, x, begun(s, 10, 4))
+        programs = dict(s._programs)
+    assert len(programs) == 2  # the whole one, and the rest with eta = 0
+    loop(s, x, begun(s, 10, 4))
+    assert s._programs == programs
+
+
 def test_torchs_own_generator_is_left_alone() -> None:
     s = DiffusersScheduler(dict(SD, clip_sample=False), "ddpm")
     s.set_timesteps(4)

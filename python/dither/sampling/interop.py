@@ -72,7 +72,7 @@ class DiffusersScheduler:
         self._begin: int | None = None
         self._run: _Steps | None = None
         # flows with a shift of their resolution wait for set_timesteps
-        most = min(50, self.config.num_train_timesteps, self.config.get("original_inference_steps", 50))
+        most = max(1, min(50, self.config.num_train_timesteps // 2, self.config.get("original_inference_steps", 50)))
         self.set_timesteps(None if self.config.get("use_dynamic_shifting") else most)
 
     @classmethod
