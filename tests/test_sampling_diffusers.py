@@ -642,6 +642,28 @@ def test_every_key_is_obeyed(name: str) -> None:
     assert ignored == WITHOUT_EFFECT.get(name, set())
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            "EulerDiscreteScheduler",
+            {"sigmas": [3.0, 5.0, 0.0]},
+            r"sigmas are \[3.0, 5.0, 0.0\], expected numbers that fall to 0",
+        ),
+        ("EulerDiscreteScheduler", {"sigmas": [3.0, 0.0], "timesteps": [3]}, "timesteps and sigmas are given"),
+        ("EulerDiscreteScheduler", {"sigmas": [3.0]}, "steps is 0, expected at least 1"),
+        ("FlowMatchEulerDiscreteScheduler", {"sigmas": [1.0, 0.5, 0.0]}, "stay above 0, which is added"),
+        ("FlowMatchEulerDiscreteScheduler", {"sigmas": [1.0, 0.5], "timesteps": [3]}, "there are 1 timesteps, expected 2"),
+        ("DDIMScheduler", {"sigmas": [3.0, 0.0]}, "sigmas are given, expected timesteps for ddim"),
+        ("EDMEulerScheduler", {"timesteps": [3]}, "timesteps are given, expected sigmas"),
+        ("IPNDMScheduler", {"timesteps": [3]}, "timesteps are given, expected steps"),
+    ],
+)
+def test_levels_that_are_refused(name: str, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedule({"_class_name": name}, None, **given)
+
+
 def test_unknown_keys_are_named() -> None:
     with pytest.warns(UserWarning, match=r"use_karas_sigmas is no key .*did you mean 'use_karras_sigmas'"):
         schedule({"use_karas_sigmas": True}, 8)

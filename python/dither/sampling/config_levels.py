@@ -183,11 +183,13 @@ def _spread(c: Mapping[str, Any], high: float, low: float, steps: int) -> np.nda
     return _between(_SPREADS[chosen[0]], high, low, steps)
 
 
-def _falling(sigmas: Any) -> np.ndarray:
+def _falling(sigmas: Any, to_zero: bool = False) -> np.ndarray:
     """Levels of one's own, checked."""
     found = np.asarray(sigmas, dtype=np.float64)
-    if found.ndim != 1 or not len(found) or not (np.all(np.diff(found) < 0) and found[-1] >= 0 and np.isfinite(found[0])):
-        raise ValueError(f"schedule: sigmas are {found.tolist()}, expected numbers that fall, to 0 at least")
+    falls = found.ndim == 1 and len(found) > 0 and np.isfinite(found[0]) and bool(np.all(np.diff(found) < 0))
+    if not (falls and (found[-1] >= 0 if to_zero else found[-1] > 0)):
+        end = "to 0 at least" if to_zero else "and stay above 0, which is added"
+        raise ValueError(f"schedule: sigmas are {found.tolist()}, expected numbers that fall {end}")
     return found
 
 
@@ -198,7 +200,7 @@ def _between(name: str, high: float, low: float, steps: int, **options: Any) -> 
 
 
 def _given(c: Mapping[str, Any]) -> tuple[np.ndarray, float]:
-    levels = _falling(c["sigmas"])
+    levels = _falling(c["sigmas"], to_zero=True)
     return levels[:-1], float(levels[-1])
 
 

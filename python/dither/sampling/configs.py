@@ -2,7 +2,8 @@
 
 Where diffusers 0.42 does otherwise: its DDIM goes num_train_timesteps // steps down whatever the next time is; PNDM with
 v_prediction mixes v of different times, where this mixes noise; the third order of sde-dpmsolver++ has a wrong sign;
-fixed_large_log is no number; IPNDM takes nothing of its first evaluation; the last bit of a logarithm may lower a time by one.
+fixed_large_log is no number; IPNDM takes nothing of its first evaluation; the last bit of a logarithm may lower a time by one;
+LCM adds noise to what `timesteps` and a strength below 1 lead to.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def schedule(
         one_of("schedule", "sampler", name, [*KINDS])
     kind = KINDS.get(name, Kind(levels.continuous, name))
     if KINDS[own].grid in (levels.flow, levels.edm):  # any solver on the levels of the model
-        kind = Kind(KINDS[own].grid, kind.solver, (), KINDS[own].defaults, kind.options, ("thresholding",))
+        kind = Kind(KINDS[own].grid, kind.solver, (), KINDS[own].defaults, kind.options, ("thresholding",), kind.fixed)
     elif kind.grid in (levels.flow, levels.edm):
         raise ValueError(f"schedule: sampler is {name!r}, which needs the configuration of such a model, not {class_name!r}")
     if name != own:  # what another class was given by default says nothing of this one
