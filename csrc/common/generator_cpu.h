@@ -23,37 +23,52 @@ inline __attribute__((always_inline)) Wide multiply_low_halves(Wide a, Wide b) {
 #endif
 }
 
-// words(generator, address, first tile, count, out): count tiles of 16 * Generator::words words.
-static inline void words(Philox, const Address& a, uint64_t tile, int64_t count, uint32_t* out) {
+// Part h of kTiles tiles. A round waits for its products: the rounds of other tiles fill the time.
+template <int kTiles>
+static inline __attribute__((always_inline)) void philox_tiles(const Address& a, uint64_t tile, int h, uint32_t* out) {
   constexpr int L = sizeof(Wide) / 8;
-  Wide iota;
+  Wide iota, x[2 * kTiles][4];  // of the tiles' even and odd blocks
   for (int j = 0; j < L; ++j) iota[j] = 2 * j;
   const Wide m0 = Wide{} + Philox::M0, m1 = Wide{} + Philox::M1;
-  for (int64_t t = 0; t < count; ++t, out += 64)
-    for (int h = 0; h < 8 / L; ++h) {
-      uint32_t c[4];
-      a.counter(16 * (tile + t) + 2 * L * h, c);  // a tile never carries out of the low word
-      Wide even[4] = {iota + c[0], Wide{} + c[1], Wide{} + c[2], Wide{} + c[3]};
-      Wide odd[4] = {even[0] + 1, even[1], even[2], even[3]};
-      uint32_t k0 = a.key[0], k1 = a.key[1];
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t) {
+    uint32_t c[4];
+    a.counter(16 * (tile + t) + 2 * L * h, c);  // a tile never carries out of the low word
+    Wide(&even)[4] = x[2 * t], (&odd)[4] = x[2 * t + 1];
+    even[0] = iota + c[0];
+    odd[0] = even[0] + 1;
+    for (int i = 1; i < 4; ++i) odd[i] = even[i] = Wide{} + c[i];
+  }
+  uint32_t k0 = a.key[0], k1 = a.key[1];
 #pragma GCC unroll 10
-      for (int r = 0; r < Philox::rounds; ++r, k0 += Philox::W0, k1 += Philox::W1) {
-        const Wide K0 = Wide{} + k0, K1 = Wide{} + k1;
-        auto round = [&](Wide(&x)[4]) __attribute__((always_inline)) {
-          const Wide p = multiply_low_halves(x[0], m0), q = multiply_low_halves(x[2], m1);
-          x[0] = (q >> 32) ^ x[1] ^ K0;
-          x[1] = q;
-          x[2] = (p >> 32) ^ x[3] ^ K1;
-          x[3] = p;
-        };
-        round(even);
-        round(odd);
-      }
-      for (int i = 0; i < 4; ++i) {
-        const Wide z = (even[i] & 0xffffffffu) | (odd[i] << 32);
-        __builtin_memcpy(out + 16 * i + 2 * L * h, &z, sizeof z);
-      }
+  for (int r = 0; r < Philox::rounds; ++r, k0 += Philox::W0, k1 += Philox::W1) {
+    const Wide K0 = Wide{} + k0, K1 = Wide{} + k1;
+#pragma GCC unroll 8
+    for (Wide(&y)[4] : x) {
+      const Wide p = multiply_low_halves(y[0], m0), q = multiply_low_halves(y[2], m1);
+      y[0] = (q >> 32) ^ y[1] ^ K0;
+      y[1] = q;
+      y[2] = (p >> 32) ^ y[3] ^ K1;
+      y[3] = p;
     }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Wide z = (x[2 * t][i] & 0xffffffffu) | (x[2 * t + 1][i] << 32);
+      __builtin_memcpy(out + 64 * t + 16 * i + 2 * L * h, &z, sizeof z);
+    }
+}
+
+// words(generator, address, first tile, count, out): count tiles of 16 * Generator::words words.
+static inline void words(Philox, const Address& a, uint64_t tile, int64_t count, uint32_t* out) {
+  constexpr int kAtOnce = 4, kParts = 64 / sizeof(Wide);
+  int64_t t = 0;
+  for (; t + kAtOnce <= count; t += kAtOnce)
+    for (int h = 0; h < kParts; ++h) philox_tiles<kAtOnce>(a, tile + t, h, out + 64 * t);
+  for (; t < count; ++t)
+    for (int h = 0; h < kParts; ++h) philox_tiles<1>(a, tile + t, h, out + 64 * t);
 }
 
 static inline void words(ChaCha20, const Address& a, uint64_t tile, int64_t count, uint32_t* out) {
