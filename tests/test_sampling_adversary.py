@@ -71,6 +71,78 @@ def test_one_buffer_for_all_outputs(name):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "dpmpp_2m", "unipc", "heun"])
+@pytest.mark.parametrize("kept", ["itself", "detach", "view", "numpy", "saved"])
+def test_states_that_someone_keeps_are_left_alone(name, kept):
+    """However they are kept: memory is used again only where nobody has it any more."""
+    seen = []
+
+    def model(x, s):
+        held = {
+            "itself": lambda: x,
+            "detach": x.detach,
+            "view": lambda: x[1:],
+            "numpy": x.numpy,
+            "saved": lambda: torch.ones((), requires_grad=True) * x,
+        }
+        with torch.enable_grad():
+            seen.append((held[kept](), x.clone()))
+        return denoiser(x, s)
+
+    expected = ve(denoiser, sampler=name)
+    assert torch.equal(ve(model, sampler=name), expected)
+    for found, x in seen:
+        if kept == "saved":
+            assert torch.equal(found.grad_fn._saved_other, x)
+        else:
+            assert torch.equal(torch.as_tensor(found), x[1:] if kept == "view" else x)
+    states = ve(denoiser, sampler=name, intermediates=True)[1]
+    assert len({x.data_ptr() for x in states}) == len(states)
+
+
+def test_memory_is_used_again():
+    places = []
+    for sampler in ("euler", "dpmpp_2m"):
+        sample(lambda x, s: places.append(x.data_ptr()) or denoiser(x, s), X, sampler, steps=20, process="ve")
+        assert len(set(places)) <= 4
+        places.clear()
+
+
+def test_a_sample_may_be_resized():
+    assert ve(denoiser).resize_(6, 4).shape == (6, 4)
+
+
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"clip": 0.7}, {"model_dtype": torch.float16}], ids=str)
+def test_what_watches_the_operators_sees_them(name, dtype, options):
+    """Kernels are called without the dispatcher where nobody asks for it: with the same bits."""
+    expected = ve(denoiser, X.to(dtype), name, **options)
+    with torch.profiler.profile() as watched:
+        found = ve(denoiser, X.to(dtype), name, **options)
+    assert torch.equal(found, expected)
+    assert sum(event.count for event in watched.key_averages() if event.key == "dither::rows_") >= 5
+
+
+def test_outputs_that_are_no_plain_tensors():
+    class Other(torch.Tensor):
+        pass
+
+    expected = ve(denoiser)
+    assert torch.equal(ve(lambda x, s: denoiser(x, s).as_subclass(Other)), expected)
+    assert torch.equal(ve(lambda x, s: denoiser(x, s).T.contiguous().T), expected)
+    assert torch.equal(ve(lambda x, s: torch.nn.Parameter(denoiser(x, s))), expected)
+    with torch.inference_mode():
+        assert torch.equal(ve(denoiser), expected)
+    with pytest.raises(RuntimeError, match=r"inputs\[1\] is another dtype"):
+        ve(lambda x, s: denoiser(x, s).to(torch.float8_e5m2))
+
+
+def test_a_models_own_stop_is_no_end():
+    with pytest.raises(StopIteration):
+        ve(lambda x, s: next(iter(())))
+
+
 def test_one_buffer_is_refused_where_outputs_are_kept():
     buffer = torch.empty(3, 4)
     with pytest.raises(ValueError, match="wrote its output at step 1 over an earlier one"):

@@ -25,6 +25,13 @@ static void check_contiguous(const char* op, const char* name, const Tensor& t) 
   DITHER_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
+#if !defined(DITHER_EMULATE)
+void rows_cpu(const Rows& p, bool wide) {
+  const auto run = DITHER_PICK_ISA(rows_range);
+  parallel(p.numel, p.seeds ? 1 << 15 : 1 << 16, [&](int64_t lo, int64_t hi) { run(p, wide, lo, hi); });
+}
+#endif
+
 template <Device device>
 static void rows_(const Tensors& out, const Tensors& inputs, const Tensor& coefficients, int64_t at, int64_t by,
                   const std::optional<Tensor>& seeds, int64_t draw, const std::optional<Tensor>& limit, bool divide,
@@ -156,8 +163,7 @@ static void rows_(const Tensors& out, const Tensors& inputs, const Tensor& coeff
   }
   p.samples = p.seeds || p.limit_stride || p.mask_of_sample || p.by == By::element;
   if constexpr (device == Device::cpu) {
-    const auto run = DITHER_PICK_ISA(rows_range);
-    parallel(p.numel, p.seeds ? 1 << 15 : 1 << 16, [&](int64_t lo, int64_t hi) { run(p, wide, lo, hi); });
+    rows_cpu(p, wide);
   } else {
     const auto guard = device_guard(head);
     DITHER_CUDA_OK(op, rows_cuda(p, wide, multiprocessor_count(head), current_stream(head)));

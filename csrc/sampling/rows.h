@@ -73,5 +73,6 @@ DITHER_HD void put(T x, S& y) {
 }
 
 DITHER_PER_ISA(void rows_range(const Rows&, bool wide, int64_t lo, int64_t hi))  // of [numel]
+void rows_cpu(const Rows&, bool wide);                                           // all, on torch's threads
 int rows_cuda(const Rows&, bool wide, int multiprocessors, Stream);
 }  // namespace dither

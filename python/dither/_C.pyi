@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 hyperparameters: list[str]
@@ -5,3 +6,4 @@ rules: dict[str, int]
 
 def build_info() -> dict[str, Any]: ...
 def set_cpu_capability(name: str) -> None: ...
+def row(table: list[list[float]], draw: int, limit: float | None) -> Callable[..., None]: ...

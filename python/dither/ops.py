@@ -132,6 +132,24 @@ def kernel(name: str) -> Callable[..., None]:
     return run
 
 
+def row(table: list[list[float]], draw: int, limit: float | None) -> Callable[..., None] | None:
+    """row(out, inputs, seeds, numel, samples): `rows_` of a [rows, columns] table, without the dispatcher, if `direct` says so.
+
+    For new outputs and inputs on the CPU whose shapes, devices and strides were checked. None where nothing was compiled.
+    """
+    return None if _C is None else _C.row(table, draw, limit)  # type: ignore[no-any-return]
+
+
+def direct() -> bool:
+    """Whether kernels may be called without the dispatcher: nothing traces, transforms or watches the operators."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, which outside of torch.func spends most of its time on defaults that are not there."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -14,7 +14,7 @@ from .._checks import tensor
 from . import solvers
 from .configs import Schedule, read, schedule
 from .loops import normal
-from .networks import as_model, halves, preconditioned, sample_of
+from .networks import halves, output_of, preconditioned, sample_of
 from .points import Point
 from .program import Program
 from .run import Seed, compiled, run_program, seeds_of
@@ -71,18 +71,17 @@ class ConfiguredSampler:
         if self._spread is not None:
             learned = _Learned(model, self._spread, x, seed, noise_sampler)
             model, noise_sampler = learned.model, learned.noise
-        else:
-            model = as_model(model)
         return run_program(
             "sampler",
             self.program,
             model,
-            x * plan.scale,
+            x if plan.scale == 1 else x * plan.scale,
             seed=seed,
             arguments=arguments,
             time_dtype=torch.int64 if plan.whole else None,
             model_dtype=model_dtype,
             noise_sampler=noise_sampler,
+            read=output_of,
         )
 
 

@@ -303,6 +303,7 @@ class _Steps:
             self.seeded() if program.draws and not drawn else None,
             None,
             self.noise if drawn else None,
+            owner="step",
             registers=self.registers,
         )
         with torch.no_grad():

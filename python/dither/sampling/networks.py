@@ -22,9 +22,13 @@ def as_model(net: Callable[..., Any], channels: int = 1) -> Callable[..., Tensor
     """
 
     def model(x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
-        return halves(sample_of(net(x, time, **arguments)), x, channels)[0]
+        return output_of(net(x, time, **arguments), x, channels)
 
     return model
+
+
+def output_of(found: Any, x: Tensor, channels: int = 1) -> Any:
+    return halves(sample_of(found), x, channels)[0]
 
 
 def sample_of(found: Any) -> Tensor:

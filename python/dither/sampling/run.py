@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import tensor
 from .points import Point, Process
 from .program import Evaluate, Limits, Program, Row, Trace
-from .runner import Runner, version
+from .runner import Runner, where
 
 Seed = int | Sequence[int] | Tensor | None
 START = 1 << 30
@@ -36,7 +36,7 @@ def seeds_of(owner: str, seed: Seed, batch: int, device: torch.device) -> Tensor
         raise TypeError(f"{owner}: seed is {seed!r}, expected an integer of 64 bits, or one for each sample") from None
     if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
         raise TypeError(f"{owner}: seed is {seed!r}, expected integers")
-    found = found.to(device, torch.int64)
+    found = found.to(device, torch.int64).contiguous()
     if found.shape != (batch,):
         raise ValueError(f"{owner}: seed has shape {list(found.shape)}, expected [{batch}], one for each sample")
     return found
@@ -73,11 +73,12 @@ def run_program(
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
     evaluated: Callable[[Evaluate, Tensor, Sequence[Tensor]], None] | None = None,
     begun: Callable[[Evaluate, Tensor], Tensor | None] | None = None,
+    read: Callable[[Any, Tensor], Any] | None = None,
 ) -> Tensor:
     """model(x, time [B], **arguments) -> its output, of x's shape. x [B, ...]; the state is float32, or float64 if x is.
 
     begun(evaluation, x): before the first evaluation of each step; what it returns, if anything, is the state from there on.
-    evaluated(evaluation, x, outputs): after it.
+    evaluated(evaluation, x, outputs): after it. read(output, x): the tensor of an output that is none of x's shape.
     """
     tensor(owner, "x", x)
     if not x.is_floating_point() or x.ndim < 1:
@@ -100,21 +101,11 @@ def run_program(
     shape = x.shape
     guided = None if guide is None else guide.running(model, keywords)
 
-    def checked(raw: Any, at: Tensor, it: Evaluate) -> Tensor:
-        if not isinstance(raw, Tensor) or raw.shape != shape or raw.device != device or not raw.is_floating_point():
-            raise _bad_output(owner, raw, at, it)
-        return raw if raw.is_contiguous() else raw.contiguous()
-
     def call(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
-        time, before = times[id(it)], version(at)
-        if guided is None:
-            found = [checked(model(at, time, **keywords), at, it)]
-        else:
-            found = [checked(raw, at, it) for raw in guided.evaluate(at, time, it)]
-        if version(at) != before:
-            raise ValueError(f"{owner}: the model changed x in place {_where(it)}, expected it to leave x as it is")
-        if evaluated is not None and it.first:
-            evaluated(it, at, found)
+        time, before = times[id(it)], None if at.is_inference() else at._version
+        found = [model(at, time, **keywords)] if guided is None else guided.evaluate(at, time, it)
+        if before is not None and at._version != before:
+            raise ValueError(f"{owner}: the model changed x in place {where(it)}, expected it to leave x as it is")
         return found
 
     noise = None
@@ -130,10 +121,10 @@ def run_program(
 
     combine = None if guided is None else guided.combine
     with torch.no_grad(), guided or contextlib.nullcontext():
-        result = runner(call, state, seeds, given, noise, combine, begun)
+        result = runner(call, state, seeds, given, noise, combine, begun, evaluated, owner, read)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and not bool(result.isfinite().all()):
-            evaluated = None  # not told twice
+        # numbers whose sum is finite are
+        if not capturing and not bool(result.sum().isfinite()) and not bool(result.isfinite().all()):
             _find(owner, runner, call, state, seeds, given, combine)
     return result.to(x.dtype)
 
@@ -145,27 +136,15 @@ def _find(owner: str, runner: Runner, call: Any, state: Tensor, *rest: Any) -> N
 
     def checked(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
         if not bool(at.isfinite().all()):
-            raise ValueError(f"{owner}: the state overflowed before the model saw it {_where(it)}")
+            raise ValueError(f"{owner}: the state overflowed before the model saw it {where(it)}")
         found: Sequence[Tensor] = call(at, it)
         if not all(bool(raw.isfinite().all()) for raw in found):
-            raise ValueError(f"{owner}: the model gave NaN or inf {_where(it)}")
+            raise ValueError(f"{owner}: the model gave NaN or inf {where(it)}")
         return found
 
     seeds, given, combine = rest
     runner(checked, state, seeds, given, None if not runner.given_noise else (lambda row: torch.zeros_like(state)), combine)
     raise ValueError(f"{owner}: the sample overflowed, or a callback, noise_sampler or now and then the model gave NaN or inf")
-
-
-def _where(it: Evaluate) -> str:
-    return f"at step {it.step}, time {it.point.time}, sigma {it.point.sigma}"
-
-
-def _bad_output(owner: str, raw: Any, x: Tensor, it: Evaluate) -> Exception:
-    where = _where(it)
-    if not isinstance(raw, Tensor):
-        return TypeError(f"{owner}: the model gave {type(raw).__name__} {where}, expected a tensor")
-    given = f"{list(raw.shape)} of {raw.dtype} on {raw.device}"
-    return ValueError(f"{owner}: the model gave {given} {where}, expected floats {list(x.shape)} on {x.device}")
 
 
 def _levels(program: Program, x: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+import sys
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,15 +17,23 @@ from .program import MASK, MOST_INPUTS, MOST_OUTPUTS, Combine, Evaluate, Limits,
 
 Call = Callable[[Tensor, Evaluate], Sequence[Tensor]]
 Begun = Callable[[Evaluate, Tensor], "Tensor | None"]
+Evaluated = Callable[[Evaluate, Tensor, Sequence[Tensor]], None]
+FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
 class _Prepared:
     """A row with its table, and the places of its registers."""
 
-    __slots__ = ("by", "count", "derived", "draw", "draws", "halves", "limited", "mask", "noise", "outputs", "table", "take")
+    __slots__ = ("by", "derived", "direct", "draw", "draws", "halves", "limited", "mask", "noise", "table", "take")
 
     def __init__(
-        self, row: Row, slots: Mapping[str, int], halves: Collection[str], given_noise: bool, device: torch.device
+        self,
+        row: Row,
+        slots: Mapping[str, int],
+        halves: Collection[str],
+        given_noise: bool,
+        device: torch.device,
+        limits: Limits,
     ) -> None:
         weights, derived, names = row.weights, row.derived, list(row.inputs)
         if row.known is not None:  # the last row of the table
@@ -47,9 +57,7 @@ class _Prepared:
             table = table[0].movedim(0, -1).contiguous()
         self.table = table.to(device) if self.by else table.unsqueeze(0)
         self.take = _taker([slots[name] for name in names])
-        self.outputs = [slots[name] for name in row.outputs]
         self.halves = [slots[row.outputs[j] + "~"] for j in copies]
-        self.count = range(len(self.outputs))
         self.noise = slots[f"z{row.draw}"] if given_noise else -1
         self.draws = row.draw is not None and not given_noise
         self.draw = row.draw if self.draws else 0
@@ -59,6 +67,10 @@ class _Prepared:
         if row.limited:  # x0 alone, for its quantile
             only = self.table[:1] if self.by == 2 else self.table[:, :1]
             self.derived = torch.cat([torch.zeros_like(only), only], 0 if self.by == 2 else 1)
+        self.direct: Callable[..., None] | None = None
+        quantile = row.limited and limits.quantile is not None
+        if device.type == "cpu" and self.by == 0 and self.mask < 0 and not quantile:
+            self.direct = ops.row(table.tolist(), self.draw or 0, limits.most if row.limited else None)
 
 
 def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -80,9 +92,25 @@ def _kept(program: Program, slots: Mapping[str, int]) -> set[int]:
     return found
 
 
-def version(t: Tensor) -> int | None:
-    """How often a tensor was changed; None where torch does not count it."""
-    return None if t.is_inference() else t._version
+class _Buffers:
+    """New tensors like x on the CPU, in memory that nobody has any more: what was freed last is still in the caches.
+
+    An array is known to this list and to the storages of the tensors made of it, so that its references tell.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.arrays = x, [torch.empty_like(x).numpy()]
+        self.free = sys.getrefcount(self.arrays[0])
+
+    def __call__(self) -> Tensor:
+        arrays, free, count = self.arrays, self.free, sys.getrefcount
+        for i in range(len(arrays)):
+            if count(arrays[i]) == free:
+                return torch.from_numpy(arrays[i])
+        if len(arrays) == 8:  # someone keeps them
+            arrays.clear()
+        arrays.append(torch.empty_like(self.x).numpy())
+        return torch.from_numpy(arrays[-1])
 
 
 class Runner:
@@ -98,13 +126,14 @@ class Runner:
             outputs = [it.output] if isinstance(it, Combine) else it.outputs
             inputs = [it.state] if isinstance(it, Evaluate) else it.inputs
             extra = [f"z{it.draw}"] if isinstance(it, Row) and given_noise and it.draw is not None else []
-            for name in (*inputs, *outputs, *extra, *(f"{o}~" for o in outputs)):
+            copies = [f"{o}~" for o in outputs if o in seen_by_model]
+            for name in (*inputs, *outputs, *extra, *copies):
                 names.setdefault(name, len(names))
         self.slots = names
         # of each instruction: itself, the row or where the inputs and outputs are, and what is not needed after it
         self._steps: list[tuple[Any, _Prepared | None, int, list[int], list[int]]] = []
         for it in program.instructions:
-            row = _Prepared(it, names, seen_by_model, given_noise, device) if isinstance(it, Row) else None
+            row = _Prepared(it, names, seen_by_model, given_noise, device, program.limits) if isinstance(it, Row) else None
             at = names[it.state] if isinstance(it, Evaluate) else -1
             places = [names[o] for o in ([it.output] if isinstance(it, Combine) else it.outputs)]
             dead = [names[d] for d in it.dead]
@@ -148,12 +177,16 @@ class Runner:
         noise: Callable[[Row], Tensor] | None = None,
         combine: Callable[[Combine, list[Tensor], Tensor], None] | None = None,
         begun: Begun | None = None,
+        evaluated: Evaluated | None = None,
+        owner: str = "sample",
+        read: Callable[[Any, Tensor], Any] | None = None,
     ) -> Tensor:
         """call(state, evaluation): the model's outputs. x: float32 or float64; outputs of the model may be of any float type.
 
         begun(evaluation, state): before the first evaluation of each step; what it returns, if anything, replaces the state.
+        evaluated(evaluation, state, outputs): after it. read(output, state): the tensor of an output that is none of x's shape.
         """
-        states = self.states(x, seeds, given, noise, combine, begun)
+        states = self.states(x, seeds, given, noise, combine, begun, evaluated, owner, read)
         try:
             asked = next(states)
         except StopIteration as end:
@@ -173,6 +206,9 @@ class Runner:
         noise: Callable[[Row], Tensor] | None = None,
         combine: Callable[[Combine, list[Tensor], Tensor], None] | None = None,
         begun: Begun | None = None,
+        evaluated: Evaluated | None = None,
+        owner: str = "sample",
+        read: Callable[[Any, Tensor], Any] | None = None,
         registers: list[Any] | None = None,
     ) -> Generator[tuple[Tensor, Evaluate], Sequence[Tensor], Tensor]:
         """A run that waits for the model: yields a state and its evaluation, is sent the outputs, returns the result.
@@ -181,60 +217,79 @@ class Runner:
         """
         registers = [] if registers is None else registers
         registers.extend([None] * len(self.slots))
-        slots, write, empty_like, most = self.slots, ops.kernel("rows_"), torch.empty_like, self._most
+        slots, kept, write, empty_like, most = self.slots, self._kept, ops.kernel("rows_"), torch.empty_like, self._most
+        shape, device, numel, samples = x.shape, x.device, x.numel(), len(x)
+
+        def plain(t: Any) -> bool:
+            return type(t) is Tensor and t.shape == shape and t.dtype in FLOATS and t.device == device and t.is_contiguous()
+
         registers[0] = x
         held: dict[int, tuple[int, int | None]] = {}  # where outputs of the model are that later rows read, and their versions
         for name, value in (given or {}).items():
             if name in slots:
                 registers[slots[name]] = value
+        # a single number may be a negated view of another, and contiguous
+        direct = numel > 1 and ops.direct() and all(plain(t) for t in registers if t is not None)
+        new = _Buffers(x) if direct and device.type == "cpu" else functools.partial(empty_like, x)
         for it, row, at, places, dead in self._steps:
             if row is not None:
                 if row.noise >= 0 and registers[row.noise] is None:  # several rows may use one draw
                     assert noise is not None
-                    registers[row.noise] = noise(it)
+                    registers[row.noise] = z = noise(it)
+                    direct = direct and plain(z)
                 inputs = row.take(registers)
-                out = [empty_like(x) for _ in row.count]
+                out = [new() for _ in places]
                 for slot, value in zip(places, out):
                     registers[slot] = value
                 for slot in row.halves:
                     registers[slot] = value = empty_like(x, dtype=self.half)
                     out.append(value)
-                limit, divide = most if row.limited else None, False
-                if row.limited and limit is None:
-                    limit, divide = self._quantile(row, inputs, x), True
-                mask = None if row.mask < 0 else registers[row.mask]
-                write(out, inputs, row.table, 0, row.by, seeds if row.draws else None, row.draw, limit, divide, mask)
+                if direct and row.direct is not None:
+                    row.direct(out, inputs, seeds, numel, samples)
+                else:
+                    limit, divide = most if row.limited else None, False
+                    if row.limited and limit is None:
+                        limit, divide = self._quantile(row, inputs, x), True
+                    mask = None if row.mask < 0 else registers[row.mask]
+                    write(out, inputs, row.table, 0, row.by, seeds if row.draws else None, row.draw, limit, divide, mask)
             elif at >= 0:
                 state = registers[at]
                 if begun is not None and it.first:
                     changed = begun(it, state)
                     if changed is not None:
                         registers[at] = state = changed
+                        direct = direct and plain(changed)
                         if self.half is not None:
                             registers[slots[it.state + "~"]] = None
                 if self.half is not None:
                     copy = registers[slots[it.state + "~"]] if it.state + "~" in slots else None
                     state = state.to(self.half) if copy is None else copy
                 for slot, value in zip(places, (yield state, it)):
+                    if not plain(value):
+                        value = _checked(owner, value if read is None else read(value, state), x, it)
+                        direct = direct and plain(value)
                     registers[slot] = value
-                    if not held and slot not in self._kept:
-                        continue
-                    here, now = value.data_ptr(), version(value)
-                    if here and any(there == here and then != now for there, then in held.values()):
-                        raise ValueError(
-                            f"sample: the model wrote its output at step {it.step} over an earlier one, which this sampler "
-                            "still needs; expected new memory, as of output.clone()"
-                        )
-                    held[slot] = here, now
+                    if held or slot in kept:
+                        here, now = value.data_ptr(), None if value.is_inference() else value._version
+                        for there, then in held.values():
+                            if there == here and then != now and here:
+                                raise ValueError(
+                                    f"{owner}: the model wrote its output at step {it.step} over an earlier one, which this "
+                                    "sampler still needs; expected new memory, as of output.clone()"
+                                )
+                        held[slot] = here, now
+                if evaluated is not None and it.first:
+                    evaluated(it, state, [registers[slot] for slot in places])
             else:
                 assert combine is not None
                 registers[places[0]] = combined = empty_like(x)
                 combine(it, [registers[slots[name]] for name in it.inputs], combined)
             for slot in dead:
                 registers[slot] = None
-                held.pop(slot, None)
+                if held:
+                    held.pop(slot, None)
         result: Tensor = registers[slots[self.program.result]]
-        return result
+        return result.clone() if isinstance(new, _Buffers) else result  # memory of its own, which may grow
 
     def _quantile(self, row: _Prepared, inputs: Sequence[Tensor], x: Tensor) -> Tensor:
         """What x0 of each sample is divided by: its quantile, between 1 and `most` (Saharia et al. 2022, section 2.3)."""
@@ -244,3 +299,17 @@ class Runner:
         found = x.new_empty(len(x))
         ops.write("quantile_", [found], found, x0, limits.quantile)
         return found.clamp(1.0, limits.most)
+
+
+def where(it: Evaluate) -> str:
+    return f"at step {it.step}, time {it.point.time}, sigma {it.point.sigma}"
+
+
+def _checked(owner: str, raw: Any, x: Tensor, it: Evaluate) -> Tensor:
+    """An output of the model, contiguous."""
+    if not isinstance(raw, Tensor):
+        raise TypeError(f"{owner}: the model gave {type(raw).__name__} {where(it)}, expected a tensor")
+    if raw.shape != x.shape or raw.device != x.device or not raw.is_floating_point():
+        given = f"{list(raw.shape)} of {raw.dtype} on {raw.device}"
+        raise ValueError(f"{owner}: the model gave {given} {where(it)}, expected floats {list(x.shape)} on {x.device}")
+    return raw.contiguous()
