@@ -261,6 +261,10 @@ def test_masks_forbid_states_that_are_read_before_the_model_sees_them():
     assert program(early, process="ve", grid=GRID).evaluations == 5
     with pytest.raises(ValueError, match="with a state of step 1 before the model sees it, which masks forbid"):
         program(early, process="ve", grid=GRID, inpaint=True)
+    watched = sample(denoiser, X, early, process="ve", grid=GRID, callback_on_step_end=lambda *_: None)
+    assert torch.equal(watched, sample(denoiser, X, early, process="ve", grid=GRID))
+    with pytest.raises(ValueError, match="the state of step 1 was replaced, but the solver computes with it before"):
+        sample(denoiser, X, early, process="ve", grid=GRID, callback_on_step_end=lambda step, sigma, x: x * 0.9)
 
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"dpm_solver_v3", "sgmse", "euler_ancestral_rf"}))

@@ -126,6 +126,7 @@ class _Evaluate:
     at: At
     branches: list[str]
     combined: Symbol | None
+    read_before: bool
 
 
 @dataclass
@@ -183,9 +184,11 @@ class Trace:
         self._ops.append(_Define(symbol))
         x.terms = {symbol: 1.0}
 
-    def _keep_seen(self, x: Linear, point: Point) -> None:
+    def _keep_seen(self, x: Linear, point: Point) -> bool:
+        """Whether something was made of x before it became a state, which has not what x is replaced by."""
+        read_before = x.read and len(x.terms) > 1
         if self.inpaint:
-            if x.read and len(x.terms) > 1:  # what was made of it has not what is known
+            if read_before:
                 raise ValueError(
                     f"sample: the solver computes with a state of step {self._step} before the model sees it, which masks "
                     "forbid; expected run.evaluate(x, p) first, on a line of its own"
@@ -193,15 +196,16 @@ class Trace:
             self._define(x, self.register(KNOWN) * point.alpha + self.register(KNOWN_NOISE) * point.sigma)
         else:
             self.keep(x)
+        return read_before
 
     def evaluate(self, x: Linear, point: Point) -> Output:
         """The model's output for state x."""
-        self._keep_seen(x, point)
+        read_before = self._keep_seen(x, point)
         ((state, _),) = x.terms.items()
         at = At(point, self.prediction, self._step, self._calls)
         n = str(self._calls)
         self._calls += 1
-        m, renoising = self._output(state, at)
+        m, renoising = self._output(state, at, read_before)
 
         def of(weights: tuple[Level, Level], m: Linear, name: str, kind: str) -> Linear:
             return Linear({Symbol(name + n, kind, Linear(dict(x.terms)) * weights[0] + m * weights[1]): 1.0})
@@ -212,7 +216,7 @@ class Trace:
             self._renoising.update(eps.terms)
         return Output(x0, eps)
 
-    def _output(self, state: Symbol, at: At) -> tuple[Linear, Linear]:
+    def _output(self, state: Symbol, at: At, read_before: bool) -> tuple[Linear, Linear]:
         """The raw output that x0 is taken from, and that which eps is: one, but where guidance says otherwise (CFG++)."""
         names = ["m"] if self.guide is None else self.guide.names(at)
         symbols = {name: Symbol(f"{name}{at.call}", "raw") for name in names}
@@ -223,7 +227,7 @@ class Trace:
         if weights is None:  # they depend on the outputs
             combined = Symbol(f"m{at.call}", "combined", Linear(dict.fromkeys([*symbols.values(), state], 1.0)))
         if names:
-            self._ops.append(_Evaluate(state, list(symbols.values()), at, names, combined))
+            self._ops.append(_Evaluate(state, list(symbols.values()), at, names, combined, read_before))
 
         def total(weights: Any) -> Linear:
             found = Linear({})
@@ -274,6 +278,8 @@ class Evaluate:
     call: int = 0
     branches: list[str] = field(default_factory=list)
     """What the outputs are to guidance."""
+    read_before: bool = False
+    """Whether the solver made something of the state before, so that another one cannot take its place."""
     dead: list[str] = field(default_factory=list)
 
 
@@ -395,10 +401,11 @@ class _Lowering:
             self._emit(pending)
             pending, self.step = [], step
             outputs = [s.name for s in op.outputs]
-            self.out.append(Evaluate(op.state.name, outputs, op.at.point, step, first, op.at.call, op.branches))
+            at = op.at
+            self.out.append(Evaluate(op.state.name, outputs, at.point, step, first, at.call, op.branches, op.read_before))
             self.ready.update(op.outputs)
             if op.combined is not None:
-                self.out.append(Combine(op.combined.name, [*outputs, op.state.name], op.branches, op.at, step))
+                self.out.append(Combine(op.combined.name, [*outputs, op.state.name], op.branches, at, step))
                 self.ready.add(op.combined)
             first = False
         self._emit(pending)

@@ -257,6 +257,11 @@ class Runner:
                 if begun is not None and it.first:
                     changed = begun(it, state)
                     if changed is not None:
+                        if it.read_before:
+                            raise ValueError(
+                                f"{owner}: the state of step {it.step} was replaced, but the solver computes with it before "
+                                "the model sees it; expected run.evaluate(x, p) first, on a line of its own"
+                            )
                         registers[at] = state = changed
                         direct = direct and plain(changed)
                         if self.half is not None:
