@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -387,3 +388,16 @@ def test_a_noise_that_two_rows_use_is_drawn_once():
     z = normal(2, 2, 4)
     first = 2 * (X + z)
     assert torch.allclose(found, first + 2 * (X + first + z))
+
+
+def test_a_noise_that_was_used_is_freed():
+    alive = []
+
+    def noise(*_):
+        alive.append(weakref.ref(z := normal(2, 2, 4)))
+        assert sum(ref() is not None for ref in alive) <= 2  # of this row and of the last
+        return z
+
+    run_program("test", compiled(solvers.euler_ancestral, levels("ve", 6), PROCESSES["ve"], "x0"), lambda x, t: x / 2, X,
+                noise_sampler=noise)  # fmt: skip
+    assert len(alive) == 6

@@ -139,6 +139,9 @@ class Runner:
             dead = [names[d] for d in it.dead]
             dead += [names[d + "~"] for d in it.dead if d + "~" in names]
             self._steps.append((it, row, at, places, dead))
+        for slot, dead in {row.noise: dead for _, row, *_, dead in self._steps if row is not None}.items():  # its last row
+            if slot >= 0:
+                dead.append(slot)
         limits = program.limits
         self._most = None
         if limits.most is not None and limits.quantile is None:
