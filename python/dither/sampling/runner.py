@@ -24,7 +24,7 @@ FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 class _Prepared:
     """A row with its table, and the places of its registers."""
 
-    __slots__ = ("by", "derived", "direct", "draw", "draws", "halves", "limited", "mask", "noise", "table", "take")
+    __slots__ = ("by", "derived", "direct", "draw", "draws", "give", "halves", "limited", "mask", "noise", "table", "take")
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class _Prepared:
         self.table = table.to(device) if self.by else table.unsqueeze(0)
         self.take = _taker([slots[name] for name in names])
         self.halves = [slots[row.outputs[j] + "~"] for j in copies]
+        self.give = _taker([*(slots[name] for name in row.outputs), *self.halves])
         self.noise = slots[f"z{row.draw}"] if given_noise else -1
         self.draws = row.draw is not None and not given_noise
         self.draw = row.draw if self.draws else 0
@@ -74,10 +75,11 @@ class _Prepared:
 
 
 def _taker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """What is there, as a tuple or a list."""
+    """What is there, as a tuple."""
     if len(places) > 1:
         return operator.itemgetter(*places)
-    return lambda registers: [registers[r] for r in places]
+    (place,) = places
+    return lambda registers: (registers[place],)
 
 
 def _kept(program: Program, slots: Mapping[str, int]) -> set[int]:
@@ -102,7 +104,7 @@ class _Buffers:
         self.x, self.arrays = x, [torch.empty_like(x).numpy()]
         self.free = sys.getrefcount(self.arrays[0])
 
-    def __call__(self) -> Tensor:
+    def new(self) -> Tensor:
         arrays, free, count = self.arrays, self.free, sys.getrefcount
         for i in range(len(arrays)):
             if count(arrays[i]) == free:
@@ -221,7 +223,7 @@ class Runner:
         registers = [] if registers is None else registers
         registers.extend([None] * len(self.slots))
         slots, kept, write, empty_like, most = self.slots, self._kept, ops.kernel("rows_"), torch.empty_like, self._most
-        shape, device, numel, samples = x.shape, x.device, x.numel(), len(x)
+        shape, device, numel, samples, half = x.shape, x.device, x.numel(), len(x), self.half
 
         def plain(t: Any) -> bool:
             return type(t) is Tensor and t.shape == shape and t.dtype in FLOATS and t.device == device and t.is_contiguous()
@@ -233,7 +235,8 @@ class Runner:
                 registers[slots[name]] = value
         # a single number may be a negated view of another, and contiguous
         direct = numel > 1 and ops.direct() and all(plain(t) for t in registers if t is not None)
-        new = _Buffers(x) if direct and device.type == "cpu" else functools.partial(empty_like, x)
+        buffers = _Buffers(x) if direct and device.type == "cpu" else None
+        new = functools.partial(empty_like, x) if buffers is None else buffers.new
         for it, row, at, places, dead in self._steps:
             if row is not None:
                 if row.noise >= 0 and registers[row.noise] is None:  # several rows may use one draw
@@ -241,12 +244,11 @@ class Runner:
                     registers[row.noise] = z = noise(it)
                     direct = direct and plain(z)
                 inputs = row.take(registers)
-                out = [new() for _ in places]
-                for slot, value in zip(places, out):
-                    registers[slot] = value
+                for slot in places:
+                    registers[slot] = new()
                 for slot in row.halves:
-                    registers[slot] = value = empty_like(x, dtype=self.half)
-                    out.append(value)
+                    registers[slot] = empty_like(x, dtype=half)
+                out = row.give(registers)
                 if direct and row.direct is not None:
                     row.direct(out, inputs, seeds, numel, samples)
                 else:
@@ -267,11 +269,11 @@ class Runner:
                             )
                         registers[at] = state = changed
                         direct = direct and plain(changed)
-                        if self.half is not None:
+                        if half is not None:
                             registers[slots[it.state + "~"]] = None
-                if self.half is not None:
+                if half is not None:
                     copy = registers[slots[it.state + "~"]] if it.state + "~" in slots else None
-                    state = state.to(self.half) if copy is None else copy
+                    state = state.to(half) if copy is None else copy
                 for slot, value in zip(places, (yield state, it)):
                     if not plain(value):
                         value = _checked(owner, value if read is None else read(value, state), x, it)
@@ -297,7 +299,7 @@ class Runner:
                 if held:
                     held.pop(slot, None)
         result: Tensor = registers[slots[self.program.result]]
-        return result.clone() if isinstance(new, _Buffers) else result  # memory of its own, which may grow
+        return result if buffers is None else result.clone()  # memory of its own, which may grow
 
     def _quantile(self, row: _Prepared, inputs: Sequence[Tensor], x: Tensor) -> Tensor:
         """What x0 of each sample is divided by: its quantile, between 1 and `most` (Saharia et al. 2022, section 2.3)."""
