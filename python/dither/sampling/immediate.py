@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from .. import ops
+from .loops import rows
 from .points import Point, Process, to_eps, to_x0
 from .program import MOST_INPUTS, Limits, Linear, Output, Symbol
 
@@ -56,14 +55,10 @@ class Immediate:
         if not noises and len(held) == 1 and held[0][1] == 1:
             return held[0][0].tensor
         assert len(held) <= MOST_INPUTS and len(noises) <= 1
-        table = torch.zeros(1, 2, len(held) + 2, dtype=torch.float64)
-        table[0, 1] = torch.tensor([*(k for _, k in held), 0.0, sum(k for _, k in noises)], dtype=torch.float64)
-        inputs = [s.tensor for s, _ in held]
-        out = [torch.empty_like(inputs[0])]
         draw = int(noises[0][0].name) if noises else 0
-        ops.write("rows_", out, out, inputs, table, 0, 0, self._seeds if noises else None, draw, None, False, None)
-        x.terms = {_Held(out[0]): 1.0}
-        return out[0]
+        (out,) = rows([s.tensor for s, _ in held], [[k for _, k in held + noises]], self._seeds if noises else None, draw)
+        x.terms = {_Held(out): 1.0}
+        return out
 
     def evaluate(self, x: Linear, point: Point) -> Output:
         m = self.of(self._model(self.keep(x), point))
