@@ -6,13 +6,15 @@ definitions in `dither.reference`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from typing_extensions import ParamSpec
 
 from . import reference
 from .reference.optim import Hyper as Hyper
@@ -21,6 +23,9 @@ if importlib.util.find_spec("._C", __package__) is None:  # a platform without k
     _C: Any = None
 else:
     from . import _C  # type: ignore[no-redef]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _OPS = {
     "draw_": reference.noise.draw_,
@@ -116,6 +121,17 @@ def write(name: str, written: Any, *args: Any) -> None:
     torch.autograd.graph.increment_version(written)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         getattr(op, "default", op)(*args)
+
+
+def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`torch.compiler.disable(function)`, which imports the compiler, as large as torch, only where something compiles."""
+    disabled = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return run
 
 
 def kernel(name: str) -> Callable[..., None]:

@@ -402,7 +402,7 @@ class FusedOptimizer(Optimizer):
         self._fused_step()
         return loss
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _fused_step(self) -> None:
         batches: dict[tuple[str, torch.device], _Batch] = {}
         clip = False

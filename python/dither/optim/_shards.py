@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
-try:
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-except ImportError:  # torch built without distributed
-    DTensor = None  # type: ignore[assignment, misc]
+from torch import Tensor, nn
 
 Place = tuple[int, int, int]
 """start, run, pitch: element i of the shard is element start + i // run * pitch + i % run of the whole tensor."""
 
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
 def is_sharded(t: Tensor) -> bool:
-    return DTensor is not None and isinstance(t, DTensor)
+    """Whether t is a DTensor. There is none where nobody has imported their module, which takes as long as torch itself."""
+    if t.__class__ in _PLAIN:
+        return False
+    found = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return found is not None and isinstance(t, found)
 
 
 def local(t: Tensor, like: Tensor | None = None) -> Tensor:
@@ -28,6 +31,8 @@ def local(t: Tensor, like: Tensor | None = None) -> Tensor:
     if like is not None and is_sharded(like):
         mine: Any = like
         if not is_sharded(t):
+            from torch.distributed.tensor import DTensor, Replicate
+
             d = DTensor.from_local(t, mine.device_mesh, [Replicate()] * mine.device_mesh.ndim, run_check=False)
         if tuple(d.placements) != tuple(mine.placements):
             d = d.redistribute(placements=mine.placements)
@@ -38,6 +43,8 @@ def local(t: Tensor, like: Tensor | None = None) -> Tensor:
 
 def shard_like(p: Tensor, t: Tensor) -> Tensor:
     """A DTensor placed as the DTensor p, whose local shard is t."""
+    from torch.distributed.tensor import DTensor
+
     d: Any = p
     return DTensor.from_local(t, d.device_mesh, d.placements, run_check=False, shape=d.shape, stride=d.stride())
 
@@ -46,6 +53,7 @@ def place_of(p: Tensor) -> Place:
     """Where the local elements of p lie among the row-major elements of the whole tensor."""
     if not is_sharded(p):
         return 0, max(p.numel(), 1), 0
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     d: Any = p
@@ -98,6 +106,8 @@ def reduce_over_shards(tensors: list[Tensor], reduce: Callable[[list[Tensor]], T
     groups: dict[Any, list[Tensor]] = {}
     for t in tensors:
         if is_sharded(t):
+            from torch.distributed.tensor import Partial, Replicate
+
             d: Any = t
             if any(isinstance(q, Partial) for q in d.placements):
                 d = d.full_tensor()
@@ -121,6 +131,8 @@ def reduce_over_shards(tensors: list[Tensor], reduce: Callable[[list[Tensor]], T
 
 def scattered(t: Tensor, like: Tensor) -> Tensor:
     """The sum over processes of t, which each holds whole, placed as the DTensor `like`."""
+    from torch.distributed.tensor import DTensor, Partial
+
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     whole = DTensor.from_local(t, mesh, [Partial()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=like.placements)  # type: ignore[attr-defined, no-any-return]

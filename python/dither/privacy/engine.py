@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from .. import noise
+from .. import noise, ops
 from .._checks import instance, number, one_of, share
 from ..ops import reference
 from ..optim import SGD, FusedOptimizer, PrivateNoise
@@ -949,7 +949,7 @@ class _Hook:
     def __init__(self, method: Any = None) -> None:
         self.method = method
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def __call__(self, *args: Any) -> Any:
         return None if self.method is None else self.method(*args)
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .. import ops
 from . import kernels
 from .contributions import Contribution, Lookup, Rows, View, dense, full
 
@@ -264,7 +265,7 @@ class Recorder(TorchFunctionMode):
         either = either and tensor.shape[0] == tensor.shape[1] == self.batch.size > 1
         return self.weight(tensor if either else self.activation(tensor))
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _used(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
         if self.batch.seen is not None:

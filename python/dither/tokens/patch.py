@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .._checks import instance, integer, is_real, one_of
 from .blocks import (
     QUERIES,
@@ -193,7 +194,7 @@ class Patch:
         """The next call is the first step."""
         self.step, self._timestep, self._rises = -1, None, None
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._thread not in (None, get_ident()):
             raise RuntimeError(
@@ -219,7 +220,7 @@ class Patch:
             block.stage.begin()
             block.watch = block.input = block.plan = None
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _called(self, *_: Any) -> None:
         if self._thread == get_ident():
             self._thread = None
@@ -227,7 +228,7 @@ class Patch:
     def _layer(self, block: Block) -> Layer:
         return Layer(block.name, block.index, len(block.stage.names), self.prefix, max(self.step, 0), block.stage.size)
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _enter(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stage, x = block.stage, tokens_of(args, kwargs)
         if x.dim() != 3:
@@ -248,7 +249,7 @@ class Patch:
         block.given = frozenset(by_token(block.module, args, kwargs))
         return None if block.stage.source is None else follow(block, args, kwargs, self.prefix)
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _look(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """From the block on, which may join tokens before its attention."""
         size = block.stage.size if self.method.proportional else None
@@ -257,12 +258,12 @@ class Patch:
         block.watch = Watch(tokens_of(args, kwargs).shape[1], size)
         block.watch.__enter__()
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _reach(self, block: Block, *_: Any) -> None:
         if block.watch is not None:
             block.watch.ready = True
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _seen(self, block: Block, *_: Any) -> None:
         if block.watch is not None and block.watch.active:
             block.watch.__exit__(None, None, None)
@@ -270,7 +271,7 @@ class Patch:
             if self.method.place in ("inside", "cache"):
                 block.watch = None
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _fewer(self, block: Block, x: Tensor) -> Tensor:
         layer = self._layer(block)
         watch, block.watch = block.watch, None
@@ -310,7 +311,7 @@ class Patch:
                 "argument of the block where tokens leave: they would be those of other tokens in the next block"
             )
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _leave(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         own = tokens_of(args, kwargs).shape[1]
         if self.method.place == "block":
@@ -329,7 +330,7 @@ class Patch:
 
     # ---- inside attention
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _replace(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = self._layer(block)
         own = tokens_of(args, kwargs).shape[1]
@@ -345,7 +346,7 @@ class Patch:
         block.watch = Watch(own, attend=attend)
         block.watch.__enter__()
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _choose(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The tokens that are computed in this call."""
         x, stage = tokens_of(args, kwargs), block.stage
@@ -356,11 +357,11 @@ class Patch:
                 args, kwargs = with_input(gather_tokens(x, stage.kept), args, kwargs)
         return None if stage.kept is None else self._follow(block, args, kwargs)
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _fill(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         return with_tokens(y, self.method.fill, block, tokens_of(args, kwargs).shape[1]) if block.last else None
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _result(self, model: nn.Module, args: Any, output: Any) -> None:
         """What the model gave, [B, C, H, W], for methods that go by it."""
         output = output if isinstance(output, Tensor) else output[0]
@@ -373,11 +374,11 @@ class Patch:
 
     # ---- around attention
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _keep(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         block.input = tokens_of(args, kwargs)
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _merge(self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, metric = tokens_of(args, kwargs), block.input
         block.plan = block.input = None
@@ -400,7 +401,7 @@ class Patch:
         self._note(Record(block.name, x.shape[1], y.shape[1], block.plan.index))
         return with_input(y, args, kwargs)
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def _unmerge(self, block: Block, module: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         plan, block.plan = block.plan, None
         return y if plan is None else with_tokens(y, lambda x: unmerge(x, plan), block, plan.kept.shape[1])

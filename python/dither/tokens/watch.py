@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .. import ops
 from .methods import Attend, Seen
 
 
@@ -40,7 +41,7 @@ class Watch(TorchFunctionMode):
         self.active = False
         super().__exit__(*error)
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from .._checks import instance, integer, number, one_of
 from . import _core, _warn, gradients
 from .costs import Costs, PointCloud, as_points, as_tensor, is_numpy, points_of, prepared, regularisation
@@ -172,7 +173,7 @@ class Transport:
         return self._number(self._newton)
 
 
-@torch.compiler.disable
+@ops.uncompiled
 def solve(
     a: Any,
     b: Any,
