@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .._checks import integer, number
 from .loops import Model, Watch, bar, falling, finite, normal, one_step, rows, state_of
+from .named import process_of
 from .points import Point, Process, to_eps, to_x0
 from .run import Seed, seeds_of
-from .sample import process_of, solver_of
+from .sample import solver_of
 from .solvers.ddim import ddim
 
 

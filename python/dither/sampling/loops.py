@@ -14,10 +14,10 @@ from torch import Tensor
 from .. import ops
 from .._checks import instance, tensor
 from .._extras import progress as progress_bar
+from .named import check_options
 from .points import Level, Point, Points, Process
 from .program import Evaluate, Row
 from .run import compiled
-from .sample import check_options
 
 Watch = Callable[[int, Tensor], None]
 """What is told the number of a step, from 0 on, and the state after it."""

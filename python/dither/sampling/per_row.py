@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .._checks import instance, integer
 from .loops import Model, Watch, bar, falling, finite, normal, one_step, rows, state_of
+from .named import process_of
 from .points import Point, Process
 from .run import START, Seed, seeds_of
-from .sample import process_of, solver_of
+from .sample import solver_of
 from .solvers.ddim import ddim
 
 

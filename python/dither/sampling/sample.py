@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, integer, is_real, number, tensor
+from .._checks import instance, integer, number, tensor
 from .._extras import require
 from . import grids, solvers
 from .guidance import Guide
 from .loops import normal, rows, state_of
-from .points import PREDICTIONS, Flow, Point, Process, VarianceExploding, VariancePreserving
+from .named import check_options, prediction_of, process_of
+from .points import Flow, Point, Process, VariancePreserving
 from .program import KNOWN, KNOWN_NOISE, MASK, Evaluate, Limits, Program
 from .run import START, Seed, compiled, run_program, seeds_of
 
@@ -123,61 +123,6 @@ def solver_of(owner: str, name: str, value: str | Callable[..., Any]) -> Callabl
 
 
 # ---- programs
-
-
-PROCESSES: dict[str, Callable[[], Process]] = {
-    "ve": VarianceExploding,
-    "vp": VariancePreserving.linear,
-    "stable_diffusion": VariancePreserving.scaled_linear,
-    "cosine": VariancePreserving.cosine,
-    "flow": Flow,
-}
-
-
-def process_of(owner: str, process: str | Process) -> Process:
-    """By name, as `sample` takes it."""
-    if isinstance(process, str):
-        return _named(grids.nearest(owner, "process", process, PROCESSES))
-    instance(owner, "process", process, Process, "a Process or its name")
-    return process
-
-
-@functools.cache
-def _named(make: Callable[[], Process]) -> Process:
-    return make()
-
-
-def _prediction(owner: str, prediction: str | None, process: Process) -> str:
-    if prediction is None:
-        if isinstance(process, Flow):
-            return "reverse_velocity" if process.reverse else "velocity"
-        return "x0" if isinstance(process, VarianceExploding) else "eps"
-    return str(grids.nearest(owner, "prediction", prediction, PREDICTIONS))
-
-
-_NEVER_NEGATIVE = ("eta", "s_noise", "s_churn", "s_tmin")
-
-
-def check_options(owner: str, solver: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Those of a solver: their names, and what kind of number each is."""
-    takes = list(inspect.signature(solver).parameters.values())[3:]
-    for p in takes:
-        value, kind = options.get(p.name, p.default), type(p.default)
-        if kind is float and (isinstance(value, str) or value is None or is_real(value)):
-            number(owner, p.name, value, least=0 if p.name in _NEVER_NEGATIVE else -math.inf, most=math.inf)
-        elif kind is int:
-            integer(owner, p.name, value)
-        elif value is p.empty and p.kind is not p.VAR_KEYWORD:
-            called = getattr(solver, "__name__", "this solver")
-            raise TypeError(f"{owner}: {p.name} is missing, expected this option of {called}")
-    if any(p.kind is p.VAR_KEYWORD for p in takes):
-        return
-    for name in options:
-        if name not in {p.name for p in takes}:
-            called, expected = getattr(solver, "__name__", "this solver"), ", ".join(p.name for p in takes) or "none"
-            known = {*inspect.signature(sample).parameters, *(p.name for p in takes)} - {name}
-            meant = grids.close(name, sorted(known))
-            raise TypeError(f"{owner}: {name} is no argument{meant}, and no option of {called}, whose options are: {expected}")
 
 
 def _begin(owner: str, levels: np.ndarray, start: float | None, strength: float | None) -> np.ndarray:
@@ -293,10 +238,10 @@ def _plan(
     options: tuple[tuple[str, Any], ...],
     guidance: Any,
 ) -> _Plan:
-    check_options(owner, solver, dict(options))
+    check_options(owner, solver, dict(options), [*inspect.signature(sample).parameters])
     levels = _begin(owner, grids.levels(owner, grid, steps, process, **dict(grid_options)), start, strength)
     points = [process.at(r) for r in levels]
-    said, limits = _prediction(owner, prediction, process), _limits(owner, clip, quantile)
+    said, limits = prediction_of(owner, prediction, process), _limits(owner, clip, quantile)
     found = compiled(solver, points, process, said, limits, guidance, dict(options), inpaint)
     return _Plan(process, points[0], levels[1:].tolist(), found)
 
