@@ -11,7 +11,6 @@ has no option for goes to POT; how many calls did is printed.
 
 import argparse
 import collections
-import datetime
 import functools
 import importlib.metadata
 import inspect
@@ -428,20 +427,11 @@ def main():
     if args.out:
         import torch
 
-        from dither.bench.report import device_name
-        from dither.ops import build_info
+        from dither.bench.report import conditions, write_markdown
 
-        about = {
-            "date": datetime.date.today(),
-            "device": device_name(torch.device("cpu")),
-            "command": " ".join(["python", *sys.argv]),
-            "POT": version,
-            "tests of older versions": OLDER,
-            **build_info(),
-        }
-        args.out.write_text(
-            "# POT's own tests on dither\n\n" + "".join(f"- {k}: {v}\n" for k, v in about.items()) + "\n" + text
-        )
+        more = {"tests of older versions": OLDER}
+        about = conditions(torch.device("cpu"), "python bench/pot_conformance.py", ["POT"], **more)
+        write_markdown(args.out, "POT's own tests on dither", about, text.splitlines())
     sys.exit("not explained" in differ)
 
 

@@ -9,25 +9,18 @@ gradients of samples spend their time in page faults.
 """
 
 import argparse
-import ctypes
-import datetime
 import gc
-import importlib.metadata
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from dither import optim, privacy
-from dither.bench import models
-from dither.bench.report import device_name
-from dither.ops import build_info
+from dither.bench import models, scripts
+from dither.bench.measure import peak, reset_peak, turns
+from dither.bench.report import conditions, table
 
 TUNED = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(2**26)}
 RATE, CLIP, SIGMA = 1e-3, 1.0, 1.0
@@ -100,18 +93,6 @@ SHOWN = "dither"  # and "plain": what ratios are taken to
 # ---- a process
 
 
-def memory(device, reset=False):
-    """Peak since the reset, in MB; with `reset`, what is there now."""
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 2**20
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) / 2**10
-
-
 def made(contender, model):
     if contender.startswith("Opacus"):
         import opacus  # before memory is looked at
@@ -122,58 +103,33 @@ def made(contender, model):
 
 
 def warm_up(contender, model, device):
-    """A step of a small batch, so that its libraries are in memory; what it has freed goes back to the system."""
-    CONTENDERS[contender][0](made(contender, model).to(device), *model.data(FEW, torch.device(device)))()
+    """A step of a small batch, so that its libraries are in memory."""
+    CONTENDERS[contender][0](made(contender, model).to(device), *model.data(FEW, device))()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def work(contender, name, threads, device):
-    """Answer every line of a number of steps with CPU seconds, wall seconds and the peak of memory."""
+    """Answer every number of steps with CPU seconds and wall seconds of a step, and the peak of memory in MB."""
     torch.set_num_threads(threads)
-    model = models.MODELS[name]
+    model, device = models.MODELS[name], torch.device(device)
     warm_up(contender, model, device)
     torch.manual_seed(0)
-    x, y = model.data(model.batch, torch.device(device))
+    x, y = model.data(model.batch, device)
     module = made(contender, model).to(device)
-    before = memory(device, reset=True)
+    before = reset_peak(device)
     step = CONTENDERS[contender][0](module, x, y)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    print("ready", flush=True)
-    for line in sys.stdin:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def answer(steps):
         step()  # its own data, not its neighbour's, is what the caches hold
         wait()
         cpu, wall = time.process_time(), time.perf_counter()
-        for _ in range(int(line)):
+        for _ in range(steps):
             step()
         wait()
-        times = (time.process_time() - cpu) / int(line), (time.perf_counter() - wall) / int(line)
-        print(json.dumps([*times, memory(device) - before]), flush=True)
+        return (time.process_time() - cpu) / steps, (time.perf_counter() - wall) / steps, (peak(device) - before) / 2**20
 
-
-class Worker:
-    def __init__(self, contender, *arguments):
-        command = [sys.executable, __file__, "--work", contender, *map(str, arguments)]
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore", **CONTENDERS[contender][1]}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
-        self.steps, self.memory = 1, 0.0
-
-    def answer(self):
-        return self.process.stdout.readline()
-
-    def run(self):
-        self.process.stdin.write(f"{self.steps}\n")
-        self.process.stdin.flush()
-        line = self.answer()
-        if not line:
-            raise RuntimeError(self.process.stderr.read().strip()[-400:])
-        cpu, wall, self.memory = json.loads(line)
-        return cpu, wall
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait()
+    scripts.serve(answer)
 
 
 # ---- all of them in turns
@@ -181,28 +137,21 @@ class Worker:
 
 def contest(name, names, threads, device, rounds):
     """A row: medians, ratios and memory by contender."""
-    workers = {c: Worker(c, name, threads, device) for c in names}
-    started, ready = dict(workers), {}
-    for c, worker in started.items():
-        if worker.answer().strip() == "ready":
-            ready[c] = worker
-        else:
-            print(f"{c} left out: {worker.process.stderr.read().strip()[-200:]}", file=sys.stderr)
+    started = {c: scripts.Worker(__file__, "--work", c, name, threads, device, **CONTENDERS[c][1]) for c in names}
     clock = 0 if threads == 1 and device == "cpu" else 1
-    times = {}
+    steps, memory = {}, {}
     try:
-        for c, worker in list(ready.items()):
+        for c, worker in started.items():
             try:
-                worker.run()
-                worker.steps = max(1, min(50, int(0.05 / worker.run()[1])))
-                times[c] = []
-            except RuntimeError as error:
+                worker.ready()
+                worker.ask(1)
+                steps[c] = max(1, min(50, int(0.05 / worker.ask(1)[1])))
+            except ChildProcessError as error:
                 print(f"{c} left out of {name}: {error}", file=sys.stderr)
-        order = list(times)
-        for _ in range(rounds):
-            for c in order:
-                times[c].append(ready[c].run()[clock])
-            order = order[1:] + order[:1]
+        times = {c: [] for c in steps}
+        for c in turns(times, rounds):
+            *seconds, memory[c] = started[c].ask(steps[c])
+            times[c].append(seconds[clock])
     finally:
         for worker in started.values():
             worker.end()
@@ -211,7 +160,7 @@ def contest(name, names, threads, device, rounds):
         "threads": threads,
         "clock": "wall" if clock else "cpu",
         "seconds": {c: statistics.median(t) for c, t in times.items()},
-        "megabytes": {c: ready[c].memory for c in times},
+        "megabytes": memory,
         "of_plain": ratios(times, "plain"),
         "of_dither": ratios(times, SHOWN),
     }
@@ -228,63 +177,43 @@ def lines_of(row):
         yield f"  {c:22}{seconds * 1e3:9.2f} ms{ratio}{row['megabytes'][c]:8.0f} MB"
 
 
-def write(stem, about, rows):
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{stem}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    text = ["# Private training steps", "", *(f"- {key}: {value}" for key, value in about.items() if value), ""]
-    text += [" ".join(__doc__.split("\n\n")[2].split()), ""]
-    header = ["model", "threads", "contender", "time", "of plain", "of dither", "memory"]
-    text += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header))]
+def page(rows):
+    yield from (*scripts.notes(__doc__), "")
+    cells = []
     for row in rows:
         for c, seconds in row["seconds"].items():
-            cells = [row["model"], f"{row['threads']}, {row['clock']}", c, f"{seconds * 1e3:.2f} ms"]
-            cells += [f"{row[key][c]:.2f}" if c in row[key] else "" for key in ("of_plain", "of_dither")]
-            text.append("| " + " | ".join([*cells, f"{row['megabytes'][c]:.0f} MB"]) + " |")
-    Path(f"{stem}.md").write_text("\n".join(text) + "\n")
-
-
-def matching(names, words):
-    return [name for name in names if not words or any(word.lower() in name.lower() for word in words)]
+            ratio = [f"{row[key][c]:.2f}" if c in row[key] else "" for key in ("of_plain", "of_dither")]
+            where = row["model"], f"{row['threads']}, {row['clock']}", c
+            cells.append([*where, f"{seconds * 1e3:.2f} ms", *ratio, f"{row['megabytes'][c]:.0f} MB"])
+    yield from table(["model", "threads", "contender", "time", "of plain", "of dither", "memory"], cells)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = scripts.parser(__doc__)
     parser.add_argument("--models", nargs="*", metavar="WORD", help="those with a word in their name; default: all")
     parser.add_argument("--contenders", nargs="*", metavar="WORD", help="likewise")
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2], metavar="N")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="three rounds")
-    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         contender, name, threads, device = args.work
         work(contender, name, int(threads), device)
         return
-    try:
-        opacus = importlib.metadata.version("opacus")
-    except importlib.metadata.PackageNotFoundError:
-        opacus = None
+    about = conditions(torch.device(args.device), "python bench/private_steps.py", ["opacus"])
+    if not about["peers"]:
         print("Opacus is not installed; with it: pip install opacus==1.6.0")
-    names = [c for c in matching(CONTENDERS, args.contenders) if opacus or not c.startswith("Opacus")]
+    names = [c for c in scripts.matching(CONTENDERS, args.contenders) if about["peers"] or not c.startswith("Opacus")]
     if args.device == "cuda":
         names, args.threads = [c for c in names if "tuned" not in c], [1]
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(torch.device(args.device)),
-        "command": " ".join(["python", *sys.argv]),
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) + f" on {os.cpu_count()} cores, before the run",
-        "opacus": opacus,
-        **build_info(),
-    }
     print(f"{about['device']}, torch {torch.__version__}; times, of plain, of dither, memory above the start")
     rows = []
-    for name in matching(models.MODELS, args.models):
+    for name in scripts.matching(models.MODELS, args.models):
         for threads in args.threads:
             rows.append(contest(name, names, threads, args.device, 3 if args.quick else 15))
             print("\n".join(lines_of(rows[-1])), flush=True)
             if args.out:
-                write(args.out, about, rows)
+                scripts.write(args.out, "Private training steps", about, page(rows), rows=rows)
 
 
 if __name__ == "__main__":

@@ -17,26 +17,20 @@ these are scikit-learn's, drawn at 28 x 28, plus 1 % of the brightest pixel.
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import math
-import os
 import resource
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from dither import transport
-from dither.bench.report import device_name
-from dither.ops import build_info
+from dither.bench import scripts
+from dither.bench.report import conditions, table
 
 INSTANCES = ("U", "P2", "P64")
 TOLERANCES = (1e-6, 1e-9)
@@ -47,7 +41,6 @@ ONE_THREAD = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "JAX_ENABLE_X64": "1",
-    "PYTHONWARNINGS": "ignore",
 }
 
 
@@ -190,60 +183,35 @@ SHOWN = "dither"
 
 
 def work(contender, device):
-    """Answer every line of [instance, n, reg, tol, cap] with seconds, the error and counts."""
+    """Answer every (instance, n, reg, tol, cap) with seconds, the error and counts."""
     torch.set_num_threads(1)
     make = contenders(device)[contender]
     for package in (module for word, module in NEEDS.items() if contender.startswith(word)):
         __import__(package)
-    cuda = device == "cuda"
-    wait, clock = (torch.cuda.synchronize, time.perf_counter) if cuda else (lambda: None, time.process_time)
-    print("ready", flush=True)
-    known = {}
-    for line in sys.stdin:
-        instance, n, reg, tol, cap = json.loads(line)
+    clock, known = scripts.timer(device), {}
+
+    def answer(instance, n, reg, tol, cap):
         if (instance, n) not in known:
-            known = {(instance, n): costs(instance, n)}
-        c = known[instance, n]
-        run = make(c, reg, tol)
+            known.clear()
+            known[instance, n] = costs(instance, n)
+        run = make(known[instance, n], reg, tol)
         limit = time.process_time() + cap + 1
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), resource.RLIM_INFINITY))
-        wait()
-        times = [clock(), time.perf_counter()]
+        start, wall = clock(), time.perf_counter()
         plan, counts = run()
-        wait()
-        repeats, wall = 1, time.perf_counter() - times.pop()
+        end, wall = clock(), time.perf_counter() - wall
+        repeats = 1
         if wall < SHORT:  # finer than the clock of CPU time may be
-            repeats, times = math.ceil(2 * SHORT / wall), [clock()]
+            repeats, start = math.ceil(2 * SHORT / wall), clock()
             for _ in range(repeats):
                 plan, counts = run()
-            wait()
-        seconds = (clock() - times[0]) / repeats
+            end = clock()
         resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         plan = torch.as_tensor(plan).double().cpu()
         error = sum(float((plan.sum(k) - 1 / n).abs().sum()) for k in (0, 1))
-        print(json.dumps([seconds, error if math.isfinite(error) else None, counts]), flush=True)
+        return (end - start) / repeats, error if math.isfinite(error) else None, counts
 
-
-class Worker:
-    def __init__(self, contender, device):
-        command = [sys.executable, __file__, "--work", contender, device]
-        pipe = subprocess.PIPE
-        environment = {**os.environ, **ONE_THREAD}
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment)
-        self.ready = self.process.stdout.readline().strip() == "ready"
-
-    def run(self, *question):
-        """[seconds, error, counts], or why there is none."""
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        return "over" if self.process.wait() == -signal.SIGXCPU else "failed"
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.wait()
+    scripts.serve(answer)
 
 
 # ---- all of them in turns
@@ -256,9 +224,11 @@ class Contest:
 
     def worker(self, name):
         if name not in self.workers:
-            self.workers[name] = Worker(name, self.device)
-            if not self.workers[name].ready:
-                print(f"{name} left out: not installed", file=sys.stderr)
+            self.workers[name] = scripts.Worker(__file__, "--work", name, self.device, **ONE_THREAD)
+            try:
+                self.workers[name].ready()
+            except ChildProcessError as error:
+                print(f"{name} left out: {error}", file=sys.stderr)
                 self.names.remove(name)
                 self.workers.pop(name).end()
         return self.workers.get(name)
@@ -280,13 +250,12 @@ class Contest:
                 worker = self.worker(name)
                 if worker is None:
                     continue
-                answer = worker.run(instance, n, reg, tol, self.cap)
-                if isinstance(answer, str):
-                    found[name] = answer
-                    self.workers.pop(name)
+                try:
+                    seconds, error, counts = worker.ask(instance, n, reg, tol, self.cap)
+                except ChildProcessError:
+                    found[name] = "over" if self.workers.pop(name).end() == -signal.SIGXCPU else "failed"
                     self.hopeless.add((name, instance, n))
                     continue
-                seconds, error, counts = answer
                 entry = found.setdefault(name, {"seconds": [], "error": error, **counts})
                 entry["seconds"].append(seconds)
         return {"instance": instance, "n": n, "reg": reg, "tol": tol, "found": found}
@@ -390,52 +359,31 @@ def summary(rows):
     return slow
 
 
-def write(stem, about, rows, steps):
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{stem}.json").write_text(json.dumps({**about, "rows": rows, "published": steps}, indent=1) + "\n")
-    notes = [" ".join(part.split()) for part in __doc__.split("\n\n")[2:]]
+def page(rows, steps):
+    about, about_steps = scripts.notes(__doc__)
     names = list(dict.fromkeys(name for row in rows for name in row["found"]))
-    text = [
-        "# Entropic transport, seconds to a tolerance",
-        "",
-        *(f"- {k}: {v}" for k, v in about.items() if v),
-        "",
-        notes[0],
-        "",
+    cells = [
+        [row["instance"], str(row["n"]), f"{row['reg']:g}", f"{row['tol']:g}"]
+        + [cell(row["found"].get(k), row["tol"]) for k in names]
+        for row in rows
     ]
-    header = ["costs", "n", "reg", "tol", *names]
-    text += ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header))]
-    for row in rows:
-        cells = [row["instance"], str(row["n"]), f"{row['reg']:g}", f"{row['tol']:g}"]
-        tol = row["tol"]
-        text.append("| " + " | ".join([*cells, *(cell(row["found"].get(k), tol) for k in names)]) + " |")
-    text += ["", "## Where dither is behind", "", *([f"- {line}" for line in summary(rows)] or ["nowhere"]), ""]
+    yield from (about, "", *table(["costs", "n", "reg", "tol", *names], cells), "")
+    yield from ("## Where dither is behind", "", *([f"- {line}" for line in summary(rows)] or ["nowhere"]), "")
     if steps:
         names = list(steps[0]["found"])
-        text += ["## Steps", "", notes[1], ""]
-        text += ["| " + " | ".join(cells) + " |" for cells in (["problem", *names], ["---"] * (len(names) + 1))]
-        text += ["| " + " | ".join([r["problem"], *(cell(r["found"][k], 1e-12) for k in names)]) + " |" for r in steps]
-    Path(f"{stem}.md").write_text("\n".join(text).rstrip() + "\n")
-
-
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        cells = ([row["problem"], *(cell(row["found"][k], 1e-12) for k in names)] for row in steps)
+        yield from ("## Steps", "", about_steps, "", *table(["problem", *names], cells))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = scripts.parser(__doc__)
     parser.add_argument("--sizes", nargs="*", type=int, default=[500, 1000, 2000], metavar="N")
     parser.add_argument("--regs", nargs="*", type=float, default=[1e-1, 1e-2, 1e-3, 1e-4], metavar="R", help="falling")
     parser.add_argument("--instances", nargs="*", choices=INSTANCES, default=INSTANCES)
     parser.add_argument("--contenders", nargs="*", metavar="WORD", help="those with a word in their name; default: all")
     parser.add_argument("--cap", type=float, default=20, metavar="S", help="CPU seconds of a run")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of dither")
     parser.add_argument("--no-steps", action="store_true", help="leave out the second table")
-    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -443,16 +391,14 @@ def main():
         return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    names = [c for c in contenders(args.device) if not args.contenders or any(w in c for w in args.contenders)]
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(torch.device(args.device)),
-        "command": " ".join(["python", *sys.argv]),
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) + f" on {os.cpu_count()} cores, before the run",
-        "cap": f"{args.cap:g} s",
-        "peers": {name: found for name in PACKAGES if (found := version(name))},
-        **build_info(),
-    }
+    names = scripts.matching(contenders(args.device), args.contenders)
+    about = conditions(torch.device(args.device), "python bench/transport_solvers.py", PACKAGES, cap=f"{args.cap:g} s")
+
+    def write():
+        if args.out:
+            lines = page(rows, steps)
+            scripts.write(args.out, "Entropic transport, seconds to a tolerance", about, lines, rows=rows, published=steps)
+
     contest, rows, steps = Contest(names, args.device, args.cap, args.rounds), [], []
     contest.first = args.regs[0], TOLERANCES[0]
     try:
@@ -463,15 +409,13 @@ def main():
                         rows.append(contest.row(instance, n, reg, tol))
                         print(f"{instance}, n {n}, reg {reg:g}, {tol:g}")
                         print(*(f"  {k:18}{cell(e, tol)}" for k, e in rows[-1]["found"].items()), sep="\n", flush=True)
-                    if args.out:
-                        write(args.out, about, rows, steps)
+                    write()
     finally:
         contest.end()
     if not args.no_steps:
         steps = published()
     print(*summary(rows), sep="\n")
-    if args.out:
-        write(args.out, about, rows, steps)
+    write()
 
 
 if __name__ == "__main__":

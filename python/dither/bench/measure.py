@@ -6,7 +6,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,29 +110,43 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """The most memory that run() holds beyond what was there before, its result included: of torch's allocator on a GPU,
     elsewhere resident memory of this process, which pages that were free already and are used again escape (of two runs the one
     with less, to the precision of the system's counters, some 0.1 MB). None where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
     found = []
-    for _ in range(2):
+    for _ in range(1 if device.type == "cuda" else 2):
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # free pages back to the system, so that taking them shows
-            Path("/proc/self/clear_refs").write_text("5")
+            before = reset_peak(device)
         except (AttributeError, OSError, TypeError):
             return None
-        before = _resident("VmRSS")
         run()
-        found.append(max(_resident("VmHWM") - before, 0))
+        found.append(max(peak(device) - before, 0))
     return min(found)
 
 
-def _resident(name: str) -> int:
+def reset_peak(device: torch.device) -> int:
+    """Give free memory back and forget the peak; the bytes that are held."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes held since `reset_peak`: of torch's allocator on a GPU, elsewhere resident memory of this process."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
+def turns(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """A B C, B C A, C A B, ..."""
+    order = list(names)
+    for _ in range(rounds):
+        yield from order
+        order = order[1:] + order[:1]
 
 
 def _turns(
@@ -143,14 +157,12 @@ def _turns(
     clock = _cuda_seconds if setting.device.type == "cuda" else _seconds
     for name in names * 2:
         runs[name]()  # warm
-    for _ in range(rounds):
-        for name in names:
-            if flush:
-                flush()
-            elif len(names) > 1:
-                runs[name]()  # its own data, not its neighbour's, is what the caches hold
-            times[name].append(clock(runs[name]))
-        names = names[1:] + names[:1]
+    for name in turns(names, rounds):
+        if flush:
+            flush()
+        elif len(names) > 1:
+            runs[name]()  # its own data, not its neighbour's, is what the caches hold
+        times[name].append(clock(runs[name]))
     return times
 
 

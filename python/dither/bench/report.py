@@ -6,8 +6,10 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,7 @@ _NOTE = (
 class Report:
     def __init__(self, setting: Setting) -> None:
         self.rows: list[Row] = []
-        self.about: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
-            "device": device_name(setting.device),
-            "threads": setting.threads,
-            "command": " ".join(["python -m dither", *sys.argv[1:]]),
-            "quick": setting.quick,
-            "python": platform.python_version(),
-            **build_info(),
-            "peers": {name: version for name in _PEERS if (version := _version(name))},
-        }
+        self.about = conditions(setting.device, "python -m dither", _PEERS, threads=setting.threads, quick=setting.quick)
         print(f"{self.about['device']}, {setting.threads} threads, torch {torch.__version__}", flush=True)
         if len(self.about["peers"]) < len(_PEERS):
             print(f"of the peers {', '.join(self.about['peers']) or 'none'} installed; all: pip install 'dither[bench]'")
@@ -48,14 +41,11 @@ class Report:
         print(_line(_cells(row)), flush=True)
 
     def write_json(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**self.about, "rows": [dataclasses.asdict(r) for r in self.rows]}, indent=1) + "\n")
+        write_json(path, self.about, rows=[dataclasses.asdict(r) for r in self.rows])
 
     def write_markdown(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        about = "\n".join(f"- {name}: {value}" for name, value in self.about.items() if value not in ("", {}, None))
-        lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADERS, ["---"] * len(_HEADERS), *map(_cells, self.rows))]
-        path.write_text(f"# Benchmarks, {self.about['date']}\n\n{about}\n\n{_NOTE}\n\n" + "\n".join(lines) + "\n")
+        text = [_NOTE, "", *table(_HEADERS, map(_cells, self.rows))]
+        write_markdown(path, f"Benchmarks, {self.about['date']}", self.about, text)
 
 
 _HEADERS = ["case", "size", "time", "GB/s", "of roof", "cold", "memory", "peers"]
@@ -92,11 +82,50 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
-def _version(package: str) -> str | None:
+def conditions(device: torch.device, program: str, packages: Iterable[str] = (), **more: Any) -> dict[str, Any]:
+    """What one has to know of a run to read its figures; of `packages`, the versions of those that are installed."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "command": " ".join([program, *sys.argv[1:]]),
+        "load": _load(),
+        **more,
+        "python": platform.python_version(),
+        **build_info(),
+        "peers": {name: found for name in packages if (found := version(name))},
+    }
+
+
+def _load() -> str:
+    if not hasattr(os, "getloadavg"):  # not on Windows
+        return ""
+    return " ".join(f"{load:.1f}" for load in os.getloadavg()) + f" on {os.cpu_count()} cores, before the run"
+
+
+def version(package: str) -> str | None:
+    """Of a package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """Lines of a table in Markdown."""
+    for cells in (header, ["---"] * len(header), *rows):
+        yield "| " + " | ".join(cells) + " |"
+
+
+def write_json(path: Path, about: dict[str, Any], **found: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, **found}, indent=1) + "\n")
+
+
+def write_markdown(path: Path, title: str, about: dict[str, Any], lines: Iterable[str]) -> None:
+    """A page: title, what is known of the run, lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = (f"- {name}: {value}" for name, value in about.items() if value not in ("", [], {}, None))
+    path.write_text("\n".join([f"# {title}", "", *known, "", *lines]).rstrip() + "\n")
 
 
 def device_name(device: torch.device) -> str:
