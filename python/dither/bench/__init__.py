@@ -5,6 +5,7 @@ A family is a module of this package with a function `cases(setting)`; `_FAMILIE
 
 from __future__ import annotations
 
+import gc
 import importlib
 from pathlib import Path
 
@@ -43,9 +44,12 @@ def main(
         setting = Setting(torch.device(device or "cpu"), quick, torch.get_num_threads())
         report = Report(setting)
         for name in families or _FAMILIES:
-            for case in importlib.import_module(f"{__name__}.{name}").cases(setting):
+            family = importlib.import_module(f"{__name__}.{name}")
+            gc.freeze()  # collections after each row then look at what the rows made
+            for case in family.cases(setting):
                 report.add(measure(case, setting))
     finally:
+        gc.unfreeze()
         torch.set_num_threads(before)
     if json:
         report.write_json(json)

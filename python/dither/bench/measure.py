@@ -85,7 +85,6 @@ def measure(case: Case, setting: Setting) -> Row:
         rounds = min(case.rounds or setting.rounds, setting.rounds)
         hot = _turns(runs, setting, rounds, flush=None)
         cold = _turns({"": contest.subject}, setting, rounds, flush=_Flush(setting.device))
-        gc.collect()
         peaks = {name: peak_bytes(run, setting.device) for name, run in runs.items() if contest.memory and name != "roof"}
     finally:
         torch.set_num_threads(setting.threads)
@@ -110,6 +109,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """The most memory that run() holds beyond what was there before, its result included: of torch's allocator on a GPU,
     elsewhere resident memory of this process, which pages that were free already and are used again escape (of two runs the one
     with less, to the precision of the system's counters, some 0.1 MB). None where the system does not tell."""
+    gc.collect()
     found = []
     for _ in range(1 if device.type == "cuda" else 2):
         try:
