@@ -4,9 +4,11 @@ import fcntl
 import functools
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,3 +76,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_script(
+    one_thread: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[str, str]]:
+    """Runs a script as `python PATH ARGUMENTS` does, in this process, which has torch; what went to stdout and stderr."""
+
+    def run(path: pathlib.Path, *arguments: object) -> tuple[str, str]:
+        if not path.exists():
+            pytest.skip("not in a checkout")
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            runpy.run_path(str(path), run_name="__main__")
+        out, err = capsys.readouterr()
+        hidden = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning  # as Python does
+        return out, err + "".join(f"{w.message}\n" for w in given if not issubclass(w.category, hidden))
+
+    return run

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import subprocess
 import sys
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from dither import bench
 from dither.bench import Case, Contest, Setting, measure
 from dither.bench.measure import peak_bytes
+from dither.bench.scripts import Worker
 
+SCRIPTS = pathlib.Path(__file__).parents[1] / "bench"
 SHAPES = [(1, 0), (1, 1), (2, 1), (3, 2), (4, 1), (0, 1), (0, 2), (5, 0), (5, 3)]
 
 
@@ -112,27 +113,45 @@ def test_a_family_end_to_end(family, tiny, tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
-def test_private_steps_of_processes_in_turns(tmp_path):
-    script = pathlib.Path(__file__).parents[1] / "bench" / "private_steps.py"
-    if not script.exists():
-        pytest.skip("not in a checkout")
+def test_private_steps_of_processes_in_turns(run_script, tmp_path):
     options = ["--models", "LSTM", "--contenders", "fast", "plain", "--threads", "1", "--quick", "--out"]
-    done = subprocess.run([sys.executable, script, *options, tmp_path / "steps"], capture_output=True, text=True)
-    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    _, err = run_script(SCRIPTS / "private_steps.py", *options, tmp_path / "steps")
+    assert err == ""
     (row,) = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert list(row["seconds"]) == ["dither, fast noise", "plain", "plain, tuned"] and row["clock"] == "cpu"
     assert row["of_plain"]["plain"] == 1 and min(*row["megabytes"].values(), *row["seconds"].values()) > 0
     assert (tmp_path / "steps.md").read_text().count("LSTM") == 4  # the command, three rows
 
 
-def test_samplers_in_turns(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="limits CPU time")
+def test_transport_solvers_in_turns(run_script, tmp_path):
+    options = [
+        "--sizes",
+        "40",
+        "--regs",
+        "0.1",
+        "--instances",
+        "U",
+        "--contenders",
+        "dither newton",
+        "--rounds",
+        "2",
+        "--no-steps",
+    ]
+    run_script(SCRIPTS / "transport_solvers.py", *options, "--out", tmp_path / "solvers")
+    rows = json.loads((tmp_path / "solvers.json").read_text())["rows"]
+    assert [row["tol"] for row in rows] == [1e-6, 1e-9]
+    for row in rows:
+        (entry,) = row["found"].values()
+        assert entry["error"] <= row["tol"] and len(entry["seconds"]) == 2
+    assert (tmp_path / "solvers.md").read_text().count("| U | 40 |") == 2
+
+
+def test_samplers_in_turns(run_script, tmp_path):
     pytest.importorskip("diffusers")
-    script = pathlib.Path(__file__).parents[1] / "bench" / "samplers.py"
-    if not script.exists():
-        pytest.skip("not in a checkout")
     options = ["--samplers", "DPM++2M", "k: euler", "--steps", "6", "--rounds", "2", "--out"]
-    done = subprocess.run([sys.executable, script, *options, tmp_path / "samplers"], capture_output=True, text=True)
-    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
+    _, err = run_script(SCRIPTS / "samplers.py", *options, tmp_path / "samplers")
+    assert "left out" not in err
     rows = json.loads((tmp_path / "samplers.json").read_text())["rows"]
     found = [(row["sampler"], row["shape"][0]) for row in rows if not row["sampler"].startswith("k:")]
     assert found == [("DPM++2M", 4), ("SDE-DPM++2M", 4), ("DPM++2M", 1), ("SDE-DPM++2M", 1)]
@@ -141,6 +160,13 @@ def test_samplers_in_turns(tmp_path):
         assert (row["differs"] is None) == (row["sampler"] in ("SDE-DPM++2M", "k: euler_ancestral"))
         assert row["differs"] is None or row["differs"] < 1e-4
     assert (tmp_path / "samplers.md").read_text().count("| DPM++2M | ") == 2
+
+
+def test_a_worker_that_fails_says_why():
+    worker = Worker("-c", "1 / 0")
+    with pytest.raises(ChildProcessError, match=r"^ZeroDivisionError: division by zero$"):
+        worker.ready()
+    assert worker.end() == 1
 
 
 def test_bad_arguments():

@@ -84,10 +84,9 @@ class Worker:
 
     def end(self) -> int:
         """Its exit status."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        return self.process.wait()
+        with self.errors, contextlib.suppress(BrokenPipeError), self.process:
+            pass
+        return self.process.returncode
 
 
 def serve(answer: Callable[..., object]) -> None:
