@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from dither import noise, ops, optim, sparsity
+from dither import noise, ops, optim, sampling, sparsity, tokens
 from dither.privacy import kernels
 
 NUMEL = 10_000_019
@@ -151,6 +151,36 @@ def sampled(dtype, device):
     return [*made, gram, quantile]
 
 
+def chosen(dtype, device):
+    """Tokens that are kept, matched and merged."""
+    x = normal(1, dtype, device, 2, 1024, 320)
+    scores = normal(2, torch.float32, device, 2, 1024)
+    plan, kept = tokens.tomesd_plan(x, 0.5, 32, 32), tokens.topk_tokens(scores, 300)
+    merged = tokens.merge(x, plan)
+    return [
+        kept,
+        tokens.gather_tokens(x, kept),
+        *tokens.bipartite_match(x[:, ::2], x[:, 1::2]),
+        merged,
+        tokens.unmerge(merged, plan),
+    ]
+
+
+def runs(name, options, device):
+    """A whole run of a sampler, of a model without rounding of its own."""
+    x = normal(1, torch.float32, device, 3, 4, 16, 16)
+    return [sampling.sample(lambda x, time: 0.5 * x, x, sampler=name, steps=10, seed=[4, 9, 2], **options)]
+
+
+SPECIAL = {"dpm_solver_v3", "mean_reverting", "rddm", "sgmse"}  # want statistics, registers or a process of their own
+OPTIONS = {
+    "annealed_langevin": {"process": "ve"},
+    "dpm_solver": {"process": "ve", "grid": [8.0, 4.0, 2.0, 1.0, 0.5]},
+    "euler_ancestral_rf": {"process": "flow"},
+    "reverse_diffusion": {"process": "ve"},
+}
+
+
 def released(make, engine, dtype, device):
     """Three steps with private noise."""
     params = [noise.normal(n, seed=i).to(device, dtype).requires_grad_() for i, n in enumerate((1_000_003, 77_777, 5))]
@@ -175,8 +205,10 @@ def main():
     for n, m in ((2, 4), (1, 8), (8, 16), (16, 32)):
         subjects.update({f"{n}:{m}, {dtype}": (pruned, n, m, dtype) for dtype in FLOATS})
     for dtype in FLOATS:
-        for run in (norms_of_samples, scaled_samples, convolved, sampled):
+        for run in (norms_of_samples, scaled_samples, convolved, sampled, chosen):
             subjects[f"{run.__name__.replace('_', ' ')}, {dtype}"] = run, dtype
+    for name in sampling.SAMPLERS.keys() - SPECIAL:
+        subjects[f"run of {name}"] = runs, name, OPTIONS.get(name, {})
     for make in (optim.SGD, optim.AdamW):
         for engine in ("chacha20", "philox"):
             for dtype in (torch.float32, torch.float64):

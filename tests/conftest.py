@@ -25,6 +25,17 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="only the tests that run on a GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests that run on a GPU, the name says so, or why they are skipped without one."""
+    if config.getoption("--gpu"):
+        rules = [(item, "".join(str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif"))) for item in items]
+        items[:] = [i for i, why in rules if "GPU" in why or ("cuda" in i.name and "emulated_cuda" not in i.name)]
+
+
 @functools.cache
 def emulator() -> Any:
     """Build (incrementally) the CUDA kernels for CPU fibers and load them as torch.ops.dither_emu."""

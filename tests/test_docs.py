@@ -48,7 +48,7 @@ RECORDS = {  # what functions take and give
     "noise": {"Address", "key_of"},
     "optim": {"AdaMax", "Extras", "FusedOptimizer", "PrivateNoise", "pack_mask"},
     "privacy": {"Best", "ClippingBias", "Learning", "Phase", "PoissonLoader", "Steps"},
-    "sampling": {"BrownianNoise", "Program", "edm_denoiser", "samplers_table"},
+    "sampling": {"Program", "samplers_table"},
     "tokens": {"Attend", "Comparison", "Patch", "Record"},
     "transport": {"TwoSampleTest"},
 }

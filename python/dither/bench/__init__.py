@@ -25,7 +25,8 @@ def main(
     device: str | None = None,
     threads: int | None = None,
 ) -> Report:
-    """Measure all cases of some families (default: all), print each as it is done, and write JSON and Markdown.
+    """Measure all cases of some families (default: all), print each as it is done, and write JSON and Markdown
+    after each family.
 
     `quick` takes a tenth of the data and three rounds: enough to see that everything runs, too little to quote.
     """
@@ -48,13 +49,13 @@ def main(
             gc.freeze()  # collections after each row then look at what the rows made
             for case in family.cases(setting):
                 report.add(measure(case, setting))
+            if json:
+                report.write_json(json)
+            if markdown:
+                report.write_markdown(markdown)
     finally:
         gc.unfreeze()
         torch.set_num_threads(before)
-    if json:
-        report.write_json(json)
-    if markdown:
-        report.write_markdown(markdown)
     return report
 
 
