@@ -30,10 +30,12 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	@echo "building the kernels and installing what the demo needs: minutes, more of them where nvcc is found"
 	$(BIN)/python -m pip install -q ".[demo]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	@echo "building the kernels and installing what the tests need: minutes, more of them where nvcc is found"
 	$(BIN)/python -m pip install -q ".[demo,test,oracles]"
 	$(BIN)/python -m pip install -q --no-deps k-diffusion==0.1.1.post1 smalldiffusion==0.5.0 # tests load single files of them
 	touch $@

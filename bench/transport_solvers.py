@@ -361,14 +361,15 @@ def summary(rows):
 
 def page(rows, steps):
     about, about_steps = scripts.notes(__doc__)
-    names = list(dict.fromkeys(name for row in rows for name in row["found"]))
-    cells = [
-        [row["instance"], str(row["n"]), f"{row['reg']:g}", f"{row['tol']:g}"]
-        + [cell(row["found"].get(k), row["tol"]) for k in names]
-        for row in rows
-    ]
-    yield from (about, "", *table(["costs", "n", "reg", "tol", *names], cells), "")
-    yield from ("## Where dither is behind", "", *([f"- {line}" for line in summary(rows)] or ["nowhere"]), "")
+    if rows:
+        names = list(dict.fromkeys(name for row in rows for name in row["found"]))
+        cells = [
+            [row["instance"], str(row["n"]), f"{row['reg']:g}", f"{row['tol']:g}"]
+            + [cell(row["found"].get(k), row["tol"]) for k in names]
+            for row in rows
+        ]
+        yield from (about, "", *table(["costs", "n", "reg", "tol", *names], cells), "")
+        yield from ("## Where dither is behind", "", *([f"- {line}" for line in summary(rows)] or ["nowhere"]), "")
     if steps:
         names = list(steps[0]["found"])
         cells = ([row["problem"], *(cell(row["found"][k], 1e-12) for k in names)] for row in steps)

@@ -243,7 +243,7 @@ def figure(results: Results, path: Path) -> None:
     axes[-1].set_ylim(len(names) - 0.5, -0.5)
     axes[-1].grid(axis="x", color=MUTED, alpha=0.25, lw=0.6)
     axes[-1].set(xlabel="test accuracy, %: a dot per seed, a line for the mean")
-    axes[-1].set_title(" - ".join(map(str, SMALL)), loc="left")
+    axes[-1].set_title(f"optimizers, layers {' - '.join(map(str, SMALL))}", loc="left")
     fig.savefig(path, dpi=150)
 
 
@@ -256,7 +256,15 @@ def private_figure(results: Results, path: Path) -> None:
     epsilons = sorted(epsilon for epsilon in means if not math.isinf(epsilon))
     blue = COLORS["SGD + noise"]
     ax.axhline(means[math.inf], color=MUTED, ls="--", lw=1.5, label=f"without privacy: {means[math.inf]:.1f} %")
-    ax.plot(epsilons, [means[e] for e in epsilons], color=blue, lw=1.5, label="private: the mean, and a dot per seed")
+    ax.plot(
+        epsilons,
+        [means[e] for e in epsilons],
+        color=blue,
+        lw=1.5,
+        marker="_",
+        ms=12,
+        label="private: the mean, and a dot per seed",
+    )
     for epsilon in epsilons:
         accuracies = [100 * run.test for run in results.private[epsilon]]
         ax.scatter([epsilon] * len(accuracies), accuracies, s=26, color=blue, alpha=0.5, lw=0)
@@ -336,6 +344,11 @@ def cost(results: Results) -> str:
         return f"{results.seconds:.0f} s"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f"{results.seconds:.0f} s and at most {peak / 2**20:.0f} MiB of resident memory"
+
+
+INTRODUCTION = """Written by `python -m dither demo`, which trained and measured everything here. Sections are of the families
+of dither: `dither.optim` (the first two), `sparsity`, `privacy`, `tokens`, `transport`, `sampling`. Data, settings and versions
+are at the end."""
 
 
 SPARSITY = """All layers keep n of every m weights along their inputs; kept: the fraction that is not 0 at the end. Mask decay
@@ -450,6 +463,7 @@ def markdown(results: Results) -> str:
     )
     paragraphs = [
         "# Gradient noise, fused optimizers, sparsity, privacy, fewer tokens, optimal transport and sampling on real digits",
+        _fill(INTRODUCTION),
         "![Loss curves and accuracies](figure.png)",
         "## Gradient noise",
         deep,
