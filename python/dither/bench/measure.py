@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .. import ops
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -40,6 +42,16 @@ class Contest:
     elements: int
     roof: Callable[[], object] | None = None
     memory: bool = False
+
+
+def reading(*tensors: torch.Tensor, times: int = 1) -> Callable[[], None]:
+    """A roof that reads contiguous tensors, so many times."""
+
+    def run() -> None:
+        for t in tensors * times:
+            ops.native.triad_([], [t.view(-1)], 0, 1)
+
+    return run
 
 
 @dataclass(frozen=True)

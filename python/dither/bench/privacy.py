@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import noise, ops, optim, privacy
-from .measure import Case, Contest, Setting
+from .measure import Case, Contest, Setting, reading
 from .models import MODELS
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -55,11 +55,6 @@ def _random(setting: Setting, *shape: int, dtype: torch.dtype = F32) -> Tensor:
     return torch.randn(shape, device=setting.device).to(dtype)
 
 
-def _read(*tensors: Tensor) -> None:
-    for t in tensors:
-        ops.native.triad_([], [t.view(-1)], 0, 1)
-
-
 def _sums(batch: int, setting: Setting) -> Tensor:
     return torch.zeros(batch, dtype=torch.float64, device=setting.device)
 
@@ -75,7 +70,7 @@ def _ghost_step(setting: Setting, batch: int, inputs: int, outputs: int, dtype: 
         },
         bytes=a.nbytes + g.nbytes,
         elements=a.numel() + g.numel(),
-        roof=lambda: _read(a, g),
+        roof=reading(a, g),
     )
 
 
@@ -95,7 +90,7 @@ def _ghost(setting: Setting, batch: int, steps: int, inputs: int, outputs: int) 
         },
         bytes=a.nbytes + g.nbytes,
         elements=a.numel() + g.numel(),
-        roof=lambda: _read(a, g),
+        roof=reading(a, g),
     )
 
 
@@ -106,7 +101,7 @@ def _squares(setting: Setting, batch: int, dtype: torch.dtype) -> Contest:
         {"torch": lambda: x.square().sum(1), "torch.linalg.vector_norm": lambda: torch.linalg.vector_norm(x, dim=1)},
         bytes=x.nbytes,
         elements=x.numel(),
-        roof=lambda: _read(x),
+        roof=reading(x),
     )
 
 
@@ -122,7 +117,7 @@ def _embedding(setting: Setting, batch: int, steps: int, columns: int, vocabular
         {"one-hot": one_hot, "Gram matrix": lambda: ((ids[:, :, None] == ids[:, None]) * (g @ g.mT)).sum((1, 2))},
         bytes=ids.nbytes + g.nbytes,
         elements=g.numel(),
-        roof=lambda: _read(g),
+        roof=reading(g),
     )
 
 
@@ -147,7 +142,7 @@ def _norm(setting: Setting, batch: int, steps: int, columns: int) -> Contest:
         {"torch": lambda: ((g * ((x - hat_of[0]) * hat_of[1])).sum(1), g.sum(1))},
         bytes=x.nbytes + g.nbytes,
         elements=x.numel() + g.numel(),
-        roof=lambda: _read(x, g),
+        roof=reading(x, g),
     )
 
 
@@ -166,8 +161,10 @@ def _convolution(setting: Setting, batch: int, channels: int, outputs: int, side
         args = (None, one, one, one, False, [0, 0], batch, [False, True, False])
         return backward(g.flatten(0, 1)[None], x.flatten(0, 1)[None], many, *args)[1]
 
+    read = reading(x, g)
+
     def roof() -> None:
-        _read(x, g)
+        read()
         out.fill_(0)
 
     return Contest(

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import ops, transport
-from .measure import Case, Contest, Setting
+from .. import transport
+from .measure import Case, Contest, Setting, reading
 
 SLICES = 64
 
@@ -46,5 +46,5 @@ def _sliced(setting: Setting, n: int, m: int, d: int, backward: bool) -> Contest
         peers,
         bytes=projected.nbytes,
         elements=projected.numel(),
-        roof=lambda: ops.native.triad_([], [projected.view(-1)], 0, 1),
+        roof=reading(projected),
     )

@@ -15,7 +15,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from .. import ops, optim, reference, sparsity
-from .measure import Case, Contest, Setting
+from .measure import Case, Contest, Setting, reading
 from .models import Block
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -136,7 +136,7 @@ def _mask(setting: Setting, side: int, n: int, m: int, wanda: bool) -> Contest:
         {name: partial(eager, make) for name, make in makers.items()},
         bytes=w.nbytes + w.numel() // 8,
         elements=w.numel(),
-        roof=lambda: ops.native.triad_([], [w], 0, 1),
+        roof=reading(w),
     )
 
 
@@ -222,7 +222,7 @@ def _transposable(setting: Setting, side: int, method: str) -> Contest:
         peers,
         bytes=w.nbytes + w.numel() // 8,
         elements=w.numel(),
-        roof=lambda: ops.native.triad_([], [w], 0, 1),
+        roof=reading(w),
     )
 
 
@@ -234,7 +234,7 @@ def _transposable_nm(setting: Setting, side: int, n: int, m: int) -> Contest:
         {"the same in torch": lambda: reference.sparsity.transposable_nm_(w, n, m, 100, keep)},
         bytes=w.nbytes + w.numel(),
         elements=w.numel(),
-        roof=lambda: ops.native.triad_([], [w], 0, 1),
+        roof=reading(w),
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, tokens
-from .measure import Case, Contest, Setting
+from .. import tokens
+from .measure import Case, Contest, Setting, reading
 
 BATCH = 2
 Run = Callable[[], object]
@@ -49,7 +49,7 @@ def _plan(setting: Setting, height: int, width: int, channels: int) -> Contest:
         peers,
         bytes=x.nbytes,
         elements=x.numel(),
-        roof=_read(x),
+        roof=reading(x),
         memory=True,
     )
 
@@ -67,7 +67,7 @@ def _match(setting: Setting, height: int, width: int, channels: int) -> Contest:
         {"torch": eager},
         bytes=x.nbytes,
         elements=x.numel(),
-        roof=_read(x),
+        roof=reading(x),
         memory=True,
     )
 
@@ -117,10 +117,6 @@ def _select(setting: Setting, height: int, width: int, channels: int) -> Contest
         elements=x.numel(),
         roof=lambda: out.copy_(half),
     )
-
-
-def _read(x: Tensor) -> Run:
-    return lambda: ops.native.triad_([], [x], 0, 1)
 
 
 _CASES = {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops, tokens
-from .measure import Case, Contest, Setting
+from .. import tokens
+from .measure import Case, Contest, Setting, reading
 
 F32, BF16 = torch.float32, torch.bfloat16
 _BATCH, _HEADS, _DIM = 2, 8, 64
@@ -55,7 +55,7 @@ def _contest(subject: Callable[[], Tensor], peers: dict[str, Callable[[], object
         peers,
         bytes=q.nbytes + k.nbytes + 4 * written,
         elements=q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2],
-        roof=lambda: [ops.native.triad_([], [t.view(-1)], 0, 1) for t in (q, k)],
+        roof=reading(q, k),
         memory=True,
     )
 
@@ -116,6 +116,6 @@ def _pruned(setting: Setting, n: int, width: int, score: str) -> Contest:
         {"all tokens": partial(run, models[1])},
         bytes=x.nbytes,
         elements=x.numel(),
-        roof=lambda: ops.native.triad_([], [x.view(-1)], 0, 1),
+        roof=reading(x),
         memory=True,
     )

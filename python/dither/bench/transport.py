@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import ops, transport
+from .. import transport
 from ..transport import _core
 from ..transport.costs import Costs, prepared
-from .measure import Case, Contest, Setting
+from .measure import Case, Contest, Setting, reading
 
 F32, F64 = torch.float32, torch.float64
 ITERATIONS, REG = 10, 0.01
@@ -89,14 +89,6 @@ def _pot(c: Tensor, reg: float, method: str, iterations: int, tol: float = 0.0) 
     return lambda: ot.sinkhorn(a, b, c, reg, method, iterations, tol, warn=False)
 
 
-def _read(*tensors: Tensor, times: int = 1) -> Run:
-    def run() -> None:
-        for t in tensors * times:
-            ops.native.triad_([], [t.view(-1)], 0, 1)
-
-    return run
-
-
 def _dense(setting: Setting, n: int, dtype: torch.dtype) -> Contest:
     c = _costs(setting, n, n, dtype=dtype)
     peers = {"torch": _eager(lambda: c, ITERATIONS)}
@@ -112,7 +104,7 @@ def _dense(setting: Setting, n: int, dtype: torch.dtype) -> Contest:
         peers,
         bytes=c.nbytes * ITERATIONS,
         elements=c.numel() * ITERATIONS,
-        roof=_read(c, times=ITERATIONS),
+        roof=reading(c, times=ITERATIONS),
     )
 
 
@@ -124,7 +116,7 @@ def _points(setting: Setting, n: int, d: int) -> Contest:
         {"torch": _eager(cloud.matrix, ITERATIONS)},
         bytes=(x.nbytes + y.nbytes) * ITERATIONS,
         elements=n * n * ITERATIONS,
-        roof=_read(x, y, times=ITERATIONS),
+        roof=reading(x, y, times=ITERATIONS),
         memory=True,
     )
 
@@ -157,7 +149,7 @@ def _cloud(setting: Setting, n: int, d: int) -> Contest:
         peers,
         bytes=sum(t.nbytes for t in points) * ITERATIONS,
         elements=n * n * ITERATIONS,
-        roof=_read(*points, times=ITERATIONS),
+        roof=reading(*points, times=ITERATIONS),
         memory=True,
     )
 
@@ -176,7 +168,7 @@ def _batch(setting: Setting, batch: int, n: int, iterations: int) -> Contest:
         peers,
         bytes=c.nbytes,
         elements=c.numel() * iterations,
-        roof=_read(c),
+        roof=reading(c),
     )
 
 
@@ -190,7 +182,7 @@ def _cost(setting: Setting, n: int) -> Contest:
         {"torch": lambda: (costs.plan(REG, f, g) * c).sum()},
         bytes=c.nbytes,
         elements=c.numel(),
-        roof=_read(c),
+        roof=reading(c),
     )
 
 
@@ -213,7 +205,7 @@ def _newton(setting: Setting, n: int) -> Contest:
         {"torch, Cholesky": eager},
         bytes=c.nbytes,
         elements=c.numel(),
-        roof=_read(c),
+        roof=reading(c),
     )
 
 
@@ -229,7 +221,7 @@ def _solve(setting: Setting, n: int, reg: float) -> Contest:
         peers,
         bytes=c.nbytes,
         elements=c.numel(),
-        roof=_read(c),
+        roof=reading(c),
     )
 
 
@@ -246,5 +238,5 @@ def _solve_batch(setting: Setting, batch: int, n: int, reg: float) -> Contest:
         peers,
         bytes=c.nbytes,
         elements=c.numel(),
-        roof=_read(c),
+        roof=reading(c),
     )
