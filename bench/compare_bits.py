@@ -207,8 +207,9 @@ def main():
     for dtype in FLOATS:
         for run in (norms_of_samples, scaled_samples, convolved, sampled, chosen):
             subjects[f"{run.__name__.replace('_', ' ')}, {dtype}"] = run, dtype
-    for name in sampling.SAMPLERS.keys() - SPECIAL:
-        subjects[f"run of {name}"] = runs, name, OPTIONS.get(name, {})
+    for name in sampling.SAMPLERS:
+        if name not in SPECIAL:
+            subjects[f"run of {name}"] = runs, name, OPTIONS.get(name, {})
     for make in (optim.SGD, optim.AdamW):
         for engine in ("chacha20", "philox"):
             for dtype in (torch.float32, torch.float64):

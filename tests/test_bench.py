@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import runpy
 import sys
 
 import pytest
 import torch
 
-from dither import bench
+from dither import bench, sampling
 from dither.bench import Case, Contest, Setting, measure
 from dither.bench.measure import peak_bytes
 from dither.bench.scripts import Worker
@@ -160,6 +161,17 @@ def test_samplers_in_turns(run_script, tmp_path):
         assert (row["differs"] is None) == (row["sampler"] in ("SDE-DPM++2M", "k: euler_ancestral"))
         assert row["differs"] is None or row["differs"] < 1e-4
     assert (tmp_path / "samplers.md").read_text().count("| DPM++2M | ") == 2
+
+
+def test_runs_that_devices_are_compared_by():
+    """On a GPU they would fail one by one."""
+    if not (script := SCRIPTS / "compare_bits.py").exists():
+        pytest.skip("not in a checkout")
+    compare = runpy.run_path(str(script))
+    for name in sampling.SAMPLERS.keys() - compare["SPECIAL"]:
+        (x,) = compare["runs"](name, compare["OPTIONS"].get(name, {}), "cpu")
+        assert x.isfinite().all(), name
+    assert all(len(compare["chosen"](dtype, "cpu")) == 6 for dtype in compare["FLOATS"])
 
 
 def test_a_worker_that_fails_says_why():
