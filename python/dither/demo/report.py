@@ -383,9 +383,11 @@ then goes to the mean colour of its match, by the potentials. The Gaussian map i
 Distances: of 20,000 pixels from as many of the other photograph."""
 
 
-SOLVERS = """Points of N(0, I) and N(e_1, I) in the plane, squared distances, the largest 1, uniform weights. CPU times to an L1
-error of the marginals, medians over the problems; Sinkhorn's are shares of one long run. Transport at this reg is near exact
-transport, and exact solvers are a match for entropic ones: what these add is gradients, batches, and devices."""
+def solvers_text(solves: list[Solves]) -> str:
+    return f"""Points of N(0, I) and N(e_1, I) in the plane, squared distances, the largest 1, uniform weights. CPU times to an
+    L1 error of the marginals, medians over the problems; Sinkhorn's are shares of one long run. Transport at this reg is near
+    exact transport: its plans cost {percent(statistics.median(one.excess for one in solves))} more than the best, and exact
+    solvers are a match for entropic ones. What these add is gradients, batches, and devices."""
 
 
 def sampling_text(found: SamplingResults) -> str:
@@ -492,7 +494,7 @@ def markdown(results: Results) -> str:
         _fill(COLOURS),
         "![Photographs in the colours of one another](colours.png)",
         solvers,
-        _fill(SOLVERS),
+        _fill(solvers_text(results.transport.solves)),
         "![Error of the marginals over time](transport.png)",
         "## Sampling",
         sampled,
