@@ -534,6 +534,43 @@ def test_momentum_is_stable_where_adams_is_not() -> None:
     assert abs(float(solvers.ghvb(Decay(), x, points, 2, 1.0))) > 1e2
 
 
+def by_differences(solver: str, f: list[np.ndarray], order: int, beta: float) -> np.ndarray:
+    """The slope of the newest step by the paper's equations 13 to 16, f being the noise of every step so far.
+
+    Adams-Bashforth is sum_j gamma_j Delta^j f, Delta the backward difference, of as many terms as its order. GHVB applies
+    (beta + (1 - beta) Delta) / beta times that series to v, heavy ball v's recurrence to the sums. v begins with f[0].
+    """
+
+    def smoothed(g: list[np.ndarray]) -> np.ndarray:
+        n = len(g)
+        return (1 - beta) ** n * f[0] + sum(beta * (1 - beta) ** (n - 1 - i) * v for i, v in enumerate(g))
+
+    def series(terms: list[float], g: list[np.ndarray]) -> np.ndarray:
+        return sum(c * np.diff(g, j, axis=0)[-1] for j, c in enumerate(terms[: min(order, len(g))]))
+
+    upto = [f[: n + 1] for n in range(len(f))]
+    gamma = [1, 1 / 2, 5 / 12, 3 / 8]
+    if solver == "heavy_ball":
+        return smoothed([series(gamma, g) for g in upto])
+    return series([g + (1 / beta - 1) * before for g, before in zip(gamma, [0, *gamma])], [smoothed(g) for g in upto])
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("solver", ["ghvb", "heavy_ball"])
+def test_momentum_by_differences(solver: str, order: int, beta: float) -> None:
+    process = VariancePreserving(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    points = [process.at_lam(lam) for lam in (-3.0, -2.2, -1.5, -1.2, -0.4, 0.3, 1.1, 1.6, 2.9)]
+    start = np.linspace(-2.0, 2.0, 5)[None]
+    program = compiled(getattr(solvers, solver), points, process, "eps", options={"order": order, "beta": beta})
+    found = run_program("test", program, lambda at, t: 0.9 * torch.tanh(2 * at), torch.from_numpy(start))
+    x, noises_of_steps = start, []
+    for p, q in itertools.pairwise(points):
+        noises_of_steps.append(0.9 * np.tanh(2 * x))
+        x = q.alpha * (x / p.alpha + (q.ratio - p.ratio) * by_differences(solver, noises_of_steps, order, beta))
+    assert np.abs(found.numpy() - x).max() <= 1e-11
+
+
 def test_the_corrector_helps() -> None:
     """UniPC with and without its corrector, 10 steps."""
     with_, without = error_of("unipc", 10, order=2), error_of("unipc", 10, order=2, disable_corrector=range(10))

@@ -135,13 +135,14 @@ def ghvb(run: Any, x: Any, points: Points, order: int = 4, beta: float = 0.7) ->
     """
     velocity: Any = None
     past: list[Any] = []
-    for _, p, q in run.steps(points):
+    for i, p, q in run.steps(points):
         out = run.evaluate(x, p)
         velocity = out.eps if velocity is None else velocity * (1 - beta) + out.eps * beta
-        if past:
+        if i > 0:
             run.keep(velocity)
         past = [velocity, *past][:order]
-        x = _step(x, out.x0, past, _momentum(len(past), beta), p, q)
+        weights = _momentum(len(past), beta)
+        x = _step(x, out.x0, past, weights, p, q) if i == 0 else along(x, _mixed(past, weights), p, q)
     return x
 
 
