@@ -54,7 +54,7 @@ RECORDS = {  # what functions take and give
 }
 WAYS = {  # what is chosen by name, each a row of a table
     "privacy": ["clipping.FACTORS"],
-    "sampling": ["sample.SAMPLERS", "sample.PROCESSES", "grids.GRIDS"],
+    "sampling": ["sample.SAMPLERS", "named.PROCESSES", "grids.GRIDS"],
     "tokens": ["patch.METHODS"],
     "transport": ["solve.METHODS"],
 }
