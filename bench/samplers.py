@@ -14,26 +14,20 @@ CUDA graphs: the whole run of `sample`, with a model that is a few pointwise fun
 replayed. Its result must be that of the call to the bit, also after other seeds were written into the tensor of seeds.
 """
 
-import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import inspect
-import json
-import os
 import statistics
 import sys
-import time
 import types
 import warnings
-from pathlib import Path
 from unittest import mock
 
 import torch
 
 from dither import sampling
-from dither.bench.report import device_name
-from dither.ops import build_info
+from dither.bench import scripts
+from dither.bench.measure import turns
+from dither.bench.report import conditions, table
 from dither.sampling import grids, kdiffusion
 from dither.sampling.interop import DiffusersScheduler, from_scheduler_config
 
@@ -130,12 +124,9 @@ def sample_x(name, steps, x, theirs):
 
 
 def seconds(prepare, device):
-    run, cuda = prepare(), device == "cuda"
-    wait, clock = (torch.cuda.synchronize, time.perf_counter) if cuda else (lambda: None, time.process_time)
-    wait()
+    run, clock = prepare(), scripts.timer(device)
     begin = clock()
     result = run()
-    wait()
     return clock() - begin, result
 
 
@@ -145,12 +136,9 @@ def contest(name, found, evaluations, x, rounds):
     for contender, prepare in found.items():  # warm
         results[contender] = seconds(prepare, device)[1]
     times = {contender: [] for contender in found}
-    order = list(found)
-    for _ in range(rounds):
-        for contender in order:
-            seconds(found[contender], device)  # its own data, not its neighbour's, is what the caches hold
-            times[contender].append(seconds(found[contender], device)[0] / evaluations)
-        order = order[1:] + order[:1]
+    for contender in turns(found, rounds):
+        seconds(found[contender], device)  # its own data, not its neighbour's, is what the caches hold
+        times[contender].append(seconds(found[contender], device)[0] / evaluations)
     ours, peer = results["dither"], results[next(c for c in PEERS if c in results)]
     return {
         "sampler": name,
@@ -169,7 +157,7 @@ def compare(words, steps, rounds, device):
             print(f"{peer} is not installed", file=sys.stderr)
         else:
             names += known
-    chosen = [name for name in names if not words or any(word.lower() in name.lower() for word in words)]
+    chosen = scripts.matching(names, words)
     for shape in SHAPES:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
         for name in chosen:
@@ -190,8 +178,8 @@ def pointwise(x, time):
 
 def graphs(words, steps, rounds):
     """Rows: a run by calls and by one graph. AssertionError where they differ."""
-    names = [n for n in ("ddim", "ddpm", "pndm", "dpmpp_2m", "unipc", "euler_ancestral", "heun", "dpmpp_2m_sde")
-             if n in sampling.SAMPLERS and (not words or any(w.lower() in n for w in words))]  # fmt: skip
+    known = ("ddim", "ddpm", "pndm", "dpmpp_2m", "unipc", "euler_ancestral", "heun", "dpmpp_2m_sde")
+    names = scripts.matching(known, words)
     for shape in SHAPES:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).cuda()
         for name in names:
@@ -211,9 +199,8 @@ def graphs(words, steps, rounds):
             evaluations = sampling.program(name, steps).evaluations
             found = {"calls": lambda run=run: run, "graph": lambda graph=graph: graph.replay}
             times = {contender: [] for contender in found}
-            for _ in range(rounds):
-                for contender, prepare in found.items():
-                    times[contender].append(seconds(prepare, "cuda")[0] / evaluations)
+            for contender in turns(found, rounds):
+                times[contender].append(seconds(found[contender], "cuda")[0] / evaluations)
             yield {
                 "sampler": name,
                 "shape": list(shape),
@@ -240,71 +227,54 @@ def size(row):
     return " x ".join(map(str, row["shape"]))
 
 
-def table(rows, contenders, ratios):
+def times(rows, contenders, ratios):
     header = ["sampler", "shape", "evaluations", *contenders, *(f"{c} / dither" for c in ratios), *["differs"] * bool(ratios)]
-    yield from ("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header)))
+    cells = []
     for row in rows:
-        cells = [row["sampler"], size(row), str(row["evaluations"])]
-        cells += [f"{row['microseconds'][c]:.1f} us" if c in row["microseconds"] else "" for c in contenders]
-        cells += [f"{row['of_dither'][c]:.1f}" if c in row["of_dither"] else "" for c in ratios]
+        line = [row["sampler"], size(row), str(row["evaluations"])]
+        line += [f"{row['microseconds'][c]:.1f} us" if c in row["microseconds"] else "" for c in contenders]
+        line += [f"{row['of_dither'][c]:.1f}" if c in row["of_dither"] else "" for c in ratios]
         if ratios:
-            cells.append("" if row["differs"] is None else f"{row['differs']:.0e}")
-        yield "| " + " | ".join(cells) + " |"
+            line.append("" if row["differs"] is None else f"{row['differs']:.0e}")
+        cells.append(line)
+    return table(header, cells)
 
 
-def write(stem, about, rows, captured):
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{stem}.json").write_text(json.dumps({**about, "rows": rows, "graphs": captured}, indent=1) + "\n")
-    notes = [" ".join(part.split()) for part in __doc__.split("\n\n")[2:]]
-    text = ["# What a sampler costs besides its model", "", *(f"- {k}: {v}" for k, v in about.items() if v), ""]
+def page(rows, captured):
+    notes = scripts.notes(__doc__)
     if rows:
-        text += [notes[0], "", *table(rows, ("dither", "dither as a scheduler", *PEERS), PEERS), ""]
-        text += ["## Below the goals", "", *([f"- {line}" for line in summary(rows)] or ["nothing"]), ""]
+        yield from (notes[0], "", *times(rows, ("dither", "dither as a scheduler", *PEERS), PEERS), "")
+        yield from ("## Below the goals", "", *([f"- {line}" for line in summary(rows)] or ["nothing"]), "")
     if captured:
-        text += ["## CUDA graphs", "", notes[1], "", *table(captured, ("calls", "graph"), ())]
-    Path(f"{stem}.md").write_text("\n".join(text).rstrip() + "\n")
-
-
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        yield from ("## CUDA graphs", "", notes[1], "", *times(captured, ("calls", "graph"), ()))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = scripts.parser(__doc__)
     parser.add_argument("--samplers", nargs="*", metavar="WORD", help="those with a word in their name; default: all")
     parser.add_argument("--steps", type=int, default=50, metavar="N")
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cuda-graph", action="store_true", help="also runs captured as CUDA graphs, checked and timed")
-    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.md")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(torch.device(args.device)),
-        "command": " ".join(["python", *sys.argv]),
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) + f" on {os.cpu_count()} cores, before the run",
-        "peers": {name: found for name in PEERS if (found := version(name))},
-        **build_info(),
-    }
+    about = conditions(torch.device(args.device), "python bench/samplers.py", PEERS)
     print(f"{about['device']}, torch {torch.__version__}, load {about['load']}")
     rows, captured = [], []
+
+    def keep(found, row, what):
+        found.append(row)
+        print(f"{row['sampler']}, {size(row)}: {what}", flush=True)
+        if args.out:
+            title = "What a sampler costs besides its model"
+            scripts.write(args.out, title, about, page(rows, captured), rows=rows, graphs=captured)
+
     for row in compare(args.samplers, args.steps, args.rounds, args.device):
-        rows.append(row)
-        cost = ", ".join(f"{c} {us:.1f} us ({row['of_dither'][c]:.1f})" for c, us in row["microseconds"].items())
-        print(f"{row['sampler']}, {size(row)}: {cost}", flush=True)
+        keep(rows, row, ", ".join(f"{c} {us:.1f} us ({row['of_dither'][c]:.1f})" for c, us in row["microseconds"].items()))
     if args.cuda_graph:
         for row in graphs(args.samplers, args.steps, args.rounds):
-            captured.append(row)
-            cost = ", ".join(f"{c} {us:.1f} us" for c, us in row["microseconds"].items())
-            print(f"{row['sampler']}, {size(row)}: equal; {cost}", flush=True)
+            keep(captured, row, "equal; " + ", ".join(f"{c} {us:.1f} us" for c, us in row["microseconds"].items()))
     print(*summary(rows), sep="\n")
-    if args.out:
-        write(args.out, about, rows, captured)
 
 
 if __name__ == "__main__":
