@@ -13,7 +13,7 @@ from dither import noise
 from dither.reference.sampling import STREAM
 from dither.sampling.diagnostics import effective_sample_size, r_hat
 from dither.sampling.gmm import GaussianMixture
-from dither.sampling.langevin import Minibatch, langevin
+from dither.sampling.langevin import Chains, Minibatch, langevin
 
 WORDS = ["baoab", "obabo", "aboba", "oabao", "oba", "bao", "babo"]
 
@@ -349,6 +349,21 @@ def test_watch_progress_and_bfloat16_scores():
     assert bool((x == 0).all())
 
 
+@pytest.mark.parametrize("method", ["baoab", "mala"])
+def test_inference_mode(method):
+    """Changes nothing, though gradients are needed."""
+
+    def found(x: Tensor) -> Chains:
+        return langevin(x, logp=lambda x: -(x**2).sum(-1), step=0.1, steps=3, method=method, seed=0)
+
+    expected = found(torch.ones(2, 3))
+    with torch.inference_mode():
+        inside = found(torch.ones(2, 3))
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(inside.samples, expected.samples)
+    assert not inside.x.is_inference()
+
+
 X = torch.zeros(2, 3)
 OK = {"score": lambda x: -x, "step": 0.1, "steps": 2}
 BAD = {
@@ -367,8 +382,33 @@ BAD = {
     "temperature": ((X,), {"temperature": -1.0}, ValueError, "temperature is -1.0"),
     "seeds": ((X,), {"seed": [1]}, ValueError, r"seed has shape \[1\], expected \[2\]"),
     "velocity": ((X,), {"velocity": torch.zeros(2)}, ValueError, r"velocity is \[2\] of torch.float32, expected \[2, 3\]"),
-    "score's shape": ((X,), {"score": lambda x: x.sum(1)}, ValueError, r"score gave \[2\], expected a tensor \[2, 3\]"),
-    "logp's shape": ((X,), {"score": None, "logp": lambda x: x.sum()}, ValueError, r"logp gave \[\], expected a tensor \[2\]"),
+    "score's shape": (
+        (X,),
+        {"score": lambda x: x.sum(1)},
+        ValueError,
+        r"score gave \[2\] of torch.float32, expected floats \[2, 3\]",
+    ),
+    "score of integers": (
+        (X,),
+        {"score": lambda x: x.long()},
+        ValueError,
+        r"score gave \[2, 3\] of torch.int64, expected floats",
+    ),
+    "logp's shape": ((X,), {"score": None, "logp": lambda x: x.sum()}, ValueError, r"logp gave \[\] .*, expected floats \[2\]"),
+    "logp of integers": (
+        (X,),
+        {"score": None, "logp": lambda x: x.sum(1).long()},
+        ValueError,
+        r"logp gave \[2\] of torch.int64",
+    ),
+    "logp without x": ((X,), {"score": None, "logp": lambda x: torch.zeros(2)}, ValueError, "does not depend on x"),
+    "logp of a parameter": (
+        (X,),
+        {"score": None, "logp": lambda x: torch.zeros(2).requires_grad_() * 2},
+        ValueError,
+        "depend on x",
+    ),
+    "logp that stops": ((X,), {"score": None, "logp": lambda x: x.detach().sum(1)}, ValueError, "does not depend on x"),
     "adapt": ((X,), {"adapt": 1.5}, ValueError, "adapt is 1.5, expected 0 < adapt < 1"),
     "adapt of words": ((X,), {"adapt": 0.5}, ValueError, "adapt is 0.5 of baoab with burn_in 0, expected mala"),
     "mala": ((X,), {"method": "mala"}, ValueError, "mala was given a score, expected logp"),

@@ -58,6 +58,7 @@ class Chains:
     """Of logp or of the score, on all chains at once."""
 
 
+@torch.inference_mode(False)  # whose tensors have no gradients
 def langevin(
     x: Tensor,
     *,
@@ -295,17 +296,19 @@ class _State:
         self.evaluations += 1
         if self.score is not None:
             s = self.score(x)
-            if not isinstance(s, Tensor) or s.shape != x.shape:
-                raise ValueError(f"{self.owner}: score gave {_said(s)}, expected a tensor {list(x.shape)}")
+            if not isinstance(s, Tensor) or s.shape != x.shape or not s.is_floating_point():
+                raise ValueError(f"{self.owner}: score gave {_said(s)}, expected floats {list(x.shape)}")
             return None, s.to(x.dtype).contiguous()
         assert self.logp is not None
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             value = self.logp(leaf)
-            if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-                raise ValueError(f"{self.owner}: logp gave {_said(value)}, expected a tensor {list(x.shape[:1])}")
-            (s,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), s.contiguous()
+            if not isinstance(value, Tensor) or value.shape != x.shape[:1] or not value.is_floating_point():
+                raise ValueError(f"{self.owner}: logp gave {_said(value)}, expected floats {list(x.shape[:1])}")
+            found = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
+            if found is None:
+                raise ValueError(f"{self.owner}: logp gave what does not depend on x, expected a function of it for autograd")
+        return value.detach(), found.contiguous()
 
     def row(self, out: list[Tensor], inputs: list[Tensor], table: Tensor, draw: int | None) -> None:
         ops.write("rows_", out, out, inputs, table, 0, 0, None if draw is None else self.seeds, draw or 0, None, False, None)
@@ -352,4 +355,4 @@ class _State:
 
 
 def _said(value: object) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+    return f"{list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
