@@ -505,7 +505,7 @@ def test_a_run_can_be_captured(name, options):
         (
             {"prediction": "epsilon"},
             ValueError,
-            "sample: prediction is 'epsilon' (did you mean 'eps'?), expected one of 'x0', 'eps', 'v', 'score', 'velocity'",
+            "sample: prediction is 'epsilon' (did you mean 'eps'?), expected 'x0', 'eps', 'v', 'score', 'velocity'",
         ),
         ({"steps": 0}, ValueError, "sample: steps is 0, expected at least 1"),
         ({"steps": 2.0}, TypeError, "sample: steps is 2.0, expected an integer"),

@@ -373,6 +373,7 @@ BAD = {
     "neither": ((X,), {"score": None}, ValueError, "neither of logp and score"),
     "both": ((X,), {"logp": lambda x: x.sum(1)}, ValueError, "both of logp and score"),
     "method": ((X,), {"method": "baox"}, ValueError, "method is 'baox', expected 'ula', 'sghmc'"),
+    "typing": ((X,), {"method": "sgmhc"}, ValueError, r"method is 'sgmhc' \(did you mean 'sghmc'\?\), expected 'ula'"),
     "letters": ((X,), {"method": "bab"}, ValueError, "each of them at least once"),
     "steps": ((X,), {"steps": 0}, ValueError, "steps is 0, expected at least 1"),
     "step": ((X,), {"step": -0.1}, ValueError, "step is -0.1, expected 0 < step"),

@@ -843,7 +843,7 @@ def test_solve_refuses(given, error, message):
 
 
 CLOUDS = [
-    ((C, C, "sqeuclid"), ValueError, "PointCloud: cost is 'sqeuclid', expected 'sqeuclidean', 'euclidean', 'l1', 'cosine'"),
+    ((C, C, "sqeuclid"), ValueError, "PointCloud: cost is 'sqeuclid' (did you mean 'sqeuclidean'?), expected"),
     ((C[0], C), ValueError, "PointCloud: x has shape [5], expected [n, d] or [B, n, d]"),
     ((C, C[:, 1:]), ValueError, "PointCloud: y has shape [4, 4], expected [m, 5] like x"),
     ((C, C.float()), ValueError, "PointCloud: y is torch.float32 on cpu, expected torch.float64 on cpu like x"),

@@ -1,5 +1,6 @@
 """What arguments of several functions are held to."""
 
+import difflib
 import math
 import numbers
 import operator
@@ -58,10 +59,23 @@ def number(
     return float(value)
 
 
+def close(value: Any, allowed: Collection[Any]) -> str:
+    """The name that was probably meant, as part of a message; empty where none is near."""
+    names = [name for name in allowed if isinstance(name, str)]
+    found = difflib.get_close_matches(value, names, n=10) if isinstance(value, str) else []
+
+    def likeness(name: str) -> list[float]:  # letters that changed places count second
+        return [difflib.SequenceMatcher(None, *both).ratio() for both in ((name, value), (sorted(name), sorted(value)))]
+
+    best = max(found, key=likeness, default=None)
+    return "" if best is None else f" (did you mean {best!r}?)"
+
+
 def one_of(owner: str, name: str, value: Any, allowed: Collection[Any], other: str = "") -> None:
     """ValueError unless `value` is among `allowed`. other: what else would do, in words."""
     if value not in [*allowed]:  # a value that has no hash is no key of a dict
-        raise ValueError(f"{owner}: {name} is {value!r}, expected {', '.join(map(repr, allowed))}{other}")
+        meant = close(value, allowed)
+        raise ValueError(f"{owner}: {name} is {value!r}{meant}, expected {', '.join(map(repr, allowed))}{other}")
 
 
 def share(owner: str, name: str, value: Any) -> float:

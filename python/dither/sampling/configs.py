@@ -15,12 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._checks import integer, one_of
+from .._checks import close, integer, one_of
 from . import config_levels as levels
-from . import solvers
 from .config_levels import Schedule, alphas_cumprod
-from .grids import close
 from .program import Limits
+from .sample import SAMPLERS
 
 # of options that go by names, those of other classes, which stand for the usual one; beyond these they are mistakes
 _SOLVER_TYPES = ("midpoint", "heun", "bh1", "bh2", "logrho")
@@ -185,7 +184,7 @@ def schedule(
 ) -> tuple[Schedule, str, dict[str, Any]]:
     """Levels of a configuration, the solver's name, and its options.
 
-    sampler: a name of `KINDS` or of a solver; None, the configuration's own. mu: of `use_dynamic_shifting`.
+    sampler: a name of `KINDS` or of `SAMPLERS`; None, the configuration's own. mu: of `use_dynamic_shifting`.
     timesteps, sigmas: in place of `steps` even ones. sigmas are sigma / alpha with the last one, 0, as EulerDiscreteScheduler
     has them; of a flow s, before it is shifted, and of EDM sigma, both without the 0. Flows take both, times for the model.
     strength: of LCM and TCD, the share of the times of distillation that is left.
@@ -195,10 +194,10 @@ def schedule(
     class_name = raw.get("_class_name", "")
     own = _OF_CLASS.get(class_name, "ddim")
     if sampler is None and class_name and class_name not in _OF_CLASS:
-        raise ValueError(f"schedule: {class_name} has no sampler here; name one, of {', '.join(KINDS)}")
+        meant = close(class_name, _OF_CLASS)
+        raise ValueError(f"schedule: {class_name}{meant} has no sampler here; name one, of {', '.join(KINDS)}")
     name = sampler or own
-    if name not in KINDS and not hasattr(solvers, name):
-        one_of("schedule", "sampler", name, [*KINDS])
+    one_of("schedule", "sampler", name, {**KINDS, **SAMPLERS})
     kind = KINDS.get(name, Kind(levels.continuous, name))
     if KINDS[own].grid in (levels.flow, levels.edm):  # any solver on the levels of the model
         kind = Kind(KINDS[own].grid, kind.solver, (), KINDS[own].defaults, kind.options, ("thresholding",), kind.fixed)

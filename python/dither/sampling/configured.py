@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .._checks import tensor
-from . import solvers
 from .configs import Schedule, read, schedule
 from .loops import normal
+from .named import check_options
 from .networks import halves, output_of, preconditioned, sample_of
 from .points import Point
 from .program import Program
 from .run import Seed, compiled, run_program, seeds_of
+from .sample import SAMPLERS
 
 # ---- learned variances
 
@@ -111,13 +111,8 @@ class _Learned:
 
 
 def program_of(plan: Schedule, solver: str, options: Mapping[str, Any]) -> Program:
-    function = getattr(solvers, solver, None)
-    if function is None:
-        raise NotImplementedError(f"sampler: there is no solver {solver} yet")
-    known = [*inspect.signature(function).parameters][3:]
-    for key in options:
-        if key not in known:
-            raise TypeError(f"sampler: {solver} has no option {key}, expected one of {known}")
+    function = SAMPLERS[solver].solver
+    check_options("sampler", function, options)
     options = dict(options)
     if str(options.get("variance_type", "")).startswith("learned"):
         options["variance_type"] = "fixed_small"
@@ -137,7 +132,7 @@ def from_scheduler_config(
     """The sampler that a configuration of diffusers describes: sampler(model, x) -> sample.
 
     config: a dict, a scheduler object of diffusers, or the path of a scheduler_config.json or its folder. sampler: a name of
-    `interop.KINDS`; None is the configuration's own. options: of the solver, before those of the configuration.
+    `interop.KINDS`, or any of `SAMPLERS`; None is the configuration's own. options: of the solver, before the configuration's.
     mu: of flows with use_dynamic_shifting, ln of `grids.resolution_shift`. timesteps or sigmas: in place of the grid, see
     `configs.schedule`.
     """

@@ -6,7 +6,6 @@ A grid is good for every process: `process.at(ratio)` is its point there. Those 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Collection
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import instance, integer, number
+from .._checks import close as close
+from .._checks import instance, integer, number, one_of
 from .._extras import require
 from .points import Flow, Process, VarianceExploding, VariancePreserving
 
@@ -293,18 +293,9 @@ def own(owner: str, grid: Any) -> Ratios:
     return found
 
 
-def close(value: str, allowed: Collection[str]) -> str:
-    """The name that was probably meant, as part of a message."""
-    found = difflib.get_close_matches(value, allowed, n=1, cutoff=0.55)
-    return f" (did you mean {found[0]!r}?)" if found else ""
-
-
 def nearest(owner: str, name: str, value: Any, allowed: Collection[str]) -> Any:
-    """`allowed[value]`; ValueError with the name that was probably meant."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(
-            f"{owner}: {name} is {value!r}{close(str(value), allowed)}, expected one of {', '.join(map(repr, allowed))}"
-        )
+    """`allowed[value]`, or `value` where that is no dict; ValueError unless it is among them."""
+    one_of(owner, name, value, allowed)
     return allowed[value] if isinstance(allowed, dict) else value
 
 

@@ -216,10 +216,8 @@ def _word(owner: str, method: str) -> str:
         return METHODS[method]
     letters = method.upper()
     if set(letters) != set("ABO"):
-        raise ValueError(
-            f"{owner}: method is {method!r}, expected {', '.join(map(repr, METHODS))}, or a word of the letters a, b and o, "
-            "each of them at least once, as 'baoab'"
-        )
+        word = "a word of the letters a, b and o, each of them at least once, as 'baoab'"
+        one_of(owner, "method", method, METHODS, f", or {word}")
     return letters
 
 
