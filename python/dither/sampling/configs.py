@@ -118,7 +118,7 @@ KINDS: dict[str, Kind] = {
         levels.distilled,
         "lcm",
         ("LCMScheduler",),
-        dict(_EULER, beta_schedule="scaled_linear"),
+        dict(_EULER, beta_schedule="scaled_linear", timestep_scaling=10.0),
         {"timestep_scaling": "timestep_scaling"},
         _BOTH,
     ),
