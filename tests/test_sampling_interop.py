@@ -531,6 +531,14 @@ def test_edm_preconditioning(prediction: str) -> None:
     assert (edm_denoiser(net, prediction=prediction)(x, sigma) - expected).abs().max() < 1e-5
 
 
+def test_edm_without_noise() -> None:
+    """D(x, 0) is x, whatever the network makes of the level."""
+    x = dither.noise.normal(SHAPE, seed=1)
+    net = lambda x, t: x + torch.cos(t).view(-1, 1, 1, 1)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(edm_denoiser(net)(x.to(dtype), torch.zeros(len(x))), x.to(dtype))
+
+
 def test_edm_in_a_pipelines_loop() -> None:
     peers = pytest.importorskip("diffusers")
     net = lambda x, t: torch.tanh(x + t)

@@ -99,6 +99,7 @@ def preconditioned(net: Callable[..., Any], by: Preconditioning, channels: int =
         sigma = torch.as_tensor(sigma, device=x.device, dtype=x.dtype).expand(len(x))
         s = sigma.view(-1, *[1] * (x.ndim - 1))
         skip, out = by.output(s)
-        return x * skip + model(x * by.input(s), sigma.log() / 4, **arguments) * out
+        time = sigma.clamp_min(torch.finfo(x.dtype).tiny).log() / 4  # at 0 the network counts for nothing, but is asked
+        return x * skip + model(x * by.input(s), time, **arguments) * out
 
     return D
