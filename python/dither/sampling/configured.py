@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import tensor
 from .configs import Schedule, read, schedule
-from .loops import normal
+from .loops import normal, state_of
 from .named import check_options
 from .networks import halves, output_of, preconditioned, sample_of
 from .points import Point
@@ -45,7 +45,8 @@ def spread_of(config: Mapping[str, Any], points: Sequence[Point]) -> Callable[[i
 class ConfiguredSampler:
     """sampler(model, x) -> sample. x: standard normal noise [B, ...]; model(x, t [B], **arguments) as the configuration says.
 
-    `schedule` has the noise levels, `program` what is done at each (print it).
+    The model sees states of x's dtype, or of `model_dtype`; they are kept in float32, or float64 if x is. `schedule` has the
+    noise levels, `program` what is done at each (print it).
     """
 
     def __init__(self, config: Any, sampler: str | None, steps: int, given: Mapping[str, Any], options: Mapping[str, Any]):
@@ -79,7 +80,7 @@ class ConfiguredSampler:
             seed=seed,
             arguments=arguments,
             time_dtype=torch.int64 if plan.whole else None,
-            model_dtype=model_dtype,
+            model_dtype=model_dtype or x.dtype,
             noise_sampler=noise_sampler,
             read=output_of,
         )
@@ -93,14 +94,13 @@ class _Learned:
         self.seeds = seeds_of("sampler", seed, len(x), x.device) if given is None else None
         self.calls = self.draws = 0
         self.said: Tensor | None = None
-        self.state = x
+        self.state = state_of("sampler", x)
 
     def model(self, x: Tensor, time: Tensor, **arguments: Any) -> Tensor:
         found, self.said = halves(sample_of(self.net(x, time, **arguments)), x)
         if self.said is None:
             raise ValueError(f"sampler: the model gave {list(found.shape)}, expected twice the channels of x: its variance")
         self.calls += 1
-        self.state = x
         return found
 
     def noise(self, sigma: Tensor, after: Tensor) -> Tensor:
