@@ -262,7 +262,7 @@ SCALES = [
     (math.inf, "scale is inf, expected a finite number"),
     (True, "scale is True"),
     ("3", "scale is '3'"),
-    ([1.0, 2.0, 3.0], r"scale is \[1.0, 2.0, 3.0\], expected a finite number, an array \[B\]"),
+    ([1.0, 2.0, 3.0], r"scale is \[1.0, 2.0, 3.0\], expected a finite number, a numpy array \[B\]"),
     (torch.ones(3), r"scale is tensor\(\[1., 1., 1.\]\)"),
     (np.ones((3, 1)), r"scale is array\(\[\[1.\], \[1.\], \[1.\]\]\)"),
     (np.array([1.0, np.nan, 2.0]), r"scale is array\(\[ 1., nan, 2.\]\)"),
@@ -299,6 +299,11 @@ def test_scales_of_other_shapes_are_not_spread_over_the_samples():
         (lambda: g.CFG(2.0, torch.ones(3)), "a condition is Tensor, expected the model's keyword arguments, as a dict"),
         (lambda: g.CFG(2.0, {}, [1]), "a condition is list"),
         (lambda: g.Compose([(1.0, torch.ones(3))]), "a condition is Tensor"),
+        (lambda: g.CFG(3.0, "a", "b"), "a condition is str, expected the model's keyword arguments, as a dict"),
+        (lambda: g.NAG(1.0, arguments="a"), "a condition is str"),
+        (lambda: g.NAG(1.0, arguments={}, cond="a"), "a condition is str"),
+        (lambda: g.NoiseCorrection(1.0, "a", "b", []), "a condition is str"),
+        (lambda: g.NoiseCorrection(1.0, {}, None, []), "a condition is NoneType"),
         (lambda: g.CFG(2.0) + 1, "unsupported operand"),
         (lambda: g.Sum([]), "guides are none"),
         (lambda: g.Factorized([]), "parts are None"),
@@ -315,6 +320,17 @@ def test_scales_of_other_shapes_are_not_spread_over_the_samples():
 def test_misuse(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_outputs_of_a_wrong_batch_name_the_step():
+    guide, count = g.CFG(3.0, COND, UNCOND), itertools.count()
+
+    def model(y, time, logits):
+        return Mixture(VE, "x0")(y, time, logits)[: 6 - (next(count) == 2)]
+
+    at = r"at step 2, time .*, sigma .*, expected a tensor of 2 branches of 3 samples; or batched=False"
+    with pytest.raises(ValueError, match=rf"guidance: the model gave \[5, 2, 4, 4\] {at}"):
+        sampled(solvers.ddim, VE, "x0", guide, model, normal(*SHAPE))
 
 
 def test_autoguidance_by_level_and_sample():

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._checks import number, tensor
 from ..program import At, Evaluate
 from .gram import Scale, Weights, _level, _scale
-from .guide import Branch, Guide, State
+from .guide import Branch, Guide, State, _condition
 
 
 class Compose(Guide):
@@ -66,7 +66,7 @@ class NoiseCorrection(Guide):
         _scale("NoiseCorrection", self.scale)
         number("NoiseCorrection", "beta", self.beta, least=0, most=1)
         number("NoiseCorrection", "gamma", self.gamma)
-        if self.source.keys() != self.target.keys():
+        if _condition(self.source).keys() != _condition(self.target).keys():
             names = f"{sorted(self.source)} and {sorted(self.target)}"
             raise ValueError(f"NoiseCorrection: source and target are of {names}, expected the same arguments")
         for value in (*self.source.values(), *self.target.values()):

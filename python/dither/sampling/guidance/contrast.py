@@ -12,7 +12,7 @@ from ..._checks import number
 from ...tokens import METHODS, Method
 from ..program import At
 from .gram import Scale, Weights, _level, _scale
-from .guide import Branch, Guide
+from .guide import Branch, Guide, _condition
 
 
 @dataclass(eq=False)
@@ -81,7 +81,7 @@ class NAG(Contrast):
             raise ValueError("NAG: null is None, expected the time that stands for none, or arguments=")
         if null is not None:
             number("NAG", "null", null)
-        joined = None if arguments is None else {**(cond or {}), **arguments}
+        joined = None if arguments is None else {**_condition(cond or {}), **_condition(arguments)}
         super().__init__(scale, Branch(joined, time=null), cond, "untimed", batched)
 
 

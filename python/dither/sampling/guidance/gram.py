@@ -55,7 +55,7 @@ def _finite(owner: str, name: str, k: Any) -> None:
     else:
         fine = is_real(k) and math.isfinite(k)
     if not fine:
-        expected = "a finite number, an array [B] of such, or a function of the Point that gives one"
+        expected = "a finite number, a numpy array [B] of such, or a function of the Point that gives one"
         said = " ".join(repr(k).split())  # arrays have lines
         raise ValueError(f"{owner}: {name} is {said}, expected {expected}")
 

@@ -37,7 +37,14 @@ class Branch:
 
     def __post_init__(self) -> None:
         if not (self.keywords is None or callable(self.keywords)):
-            instance("guidance", "a condition", self.keywords, Mapping, "the model's keyword arguments, as a dict")
+            _condition(self.keywords)
+
+
+def _condition(keywords: Any) -> Mapping[str, Any]:
+    """Keyword arguments, checked."""
+    instance("guidance", "a condition", keywords, Mapping, "the model's keyword arguments, as a dict")
+    found: Mapping[str, Any] = keywords
+    return found
 
 
 class Guide:

@@ -13,6 +13,7 @@ from ..._checks import instance
 from ...tokens import Method
 from ...tokens.patch import patch
 from ..program import Combine, Evaluate
+from ..runner import where
 
 if TYPE_CHECKING:
     from .guide import Guide, State
@@ -101,7 +102,8 @@ class Running:
             return [out]
         if not isinstance(out, Tensor) or len(out) != len(names) * size:
             shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"guidance: the model gave {shape} for {len(names)} branches of {size} samples; try batched=False")
+            expected = f"a tensor of {len(names)} branches of {size} samples; or batched=False"
+            raise ValueError(f"guidance: the model gave {shape} {where(it)}, expected {expected}")
         return out.chunk(len(names))
 
     def _arguments(self, name: str, it: Evaluate) -> dict[str, Any]:
