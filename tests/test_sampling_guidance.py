@@ -1,6 +1,7 @@
 """Guidance: against the papers' rules written out, against diffusers, and what the papers claim, on mixtures whose scores are
 known exactly."""
 
+import copy
 import itertools
 import math
 import pickle
@@ -459,6 +460,12 @@ def test_noise_correction_reconstructs_and_edits():
         torch.testing.assert_close(got, y, rtol=1e-9, atol=1e-10)
     with pytest.raises(ValueError, match="prediction is 'x0', expected 'eps'"):
         sampled(solvers.ddim, VE, "x0", g.NoiseCorrection(1.0, COND, OTHER, states), model, x)
+    changed = copy.copy(g.NoiseCorrection(1.2, OTHER, COND, [-y for y in states[:2]], 0.1))
+    changed.source, changed.target, changed.states, changed.beta = COND, OTHER, states[:4], 0.8
+    got, want = (
+        sampled(solvers.ddim, VP, "eps", it, model, x) for it in (changed, g.NoiseCorrection(1.2, COND, OTHER, states[:4]))
+    )
+    assert torch.equal(got, want)
 
 
 def test_autoguidance():

@@ -71,7 +71,10 @@ class NoiseCorrection(Guide):
             raise ValueError(f"NoiseCorrection: source and target are of {names}, expected the same arguments")
         for value in (*self.source.values(), *self.target.values()):
             tensor("NoiseCorrection", "an argument", value)
-        self.branches = {
+
+    @property
+    def branches(self) -> dict[str, Branch]:  # type: ignore[override]  # of this object, which may be a changed copy
+        return {
             "origin": Branch(self.source, state=self._origin),
             "mixed": Branch(self._mixed),
             "here": Branch(self.source),
