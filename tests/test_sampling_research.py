@@ -647,6 +647,8 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "score": (lambda: tweedie(X3, X3[:1], "gaussian", 1.0), ValueError, r"score has shape \[1, 3, 4\], expected \[2, 3, 4\]"),
     "integers": (lambda: pfgmpp_noise(X3.long(), 1.0, 8.0), TypeError, "x is torch.int64 of 3 dimensions"),
     "sigma": (lambda: pfgmpp_noise(X3, -1.0, 8.0), ValueError, "sigma is -1.0, expected 0 <= sigma"),
+    "negatives": (lambda: pfgmpp_noise(X3, torch.tensor([1.0, -1.0]), 8.0), ValueError, r"sigma is \[1.0, -1.0\], expected"),
+    "no sigma": (lambda: pfgmpp_noise(X3, torch.tensor(math.nan), 8.0), ValueError, "sigma is nan, expected finite numbers"),
     "sigmas": (lambda: pfgmpp_noise(X3, torch.ones(3), 8.0), ValueError, r"sigma has shape \[3\], expected a number or \[2\]"),
     "frames of NaN": (lambda: rolling(lambda x, t: x * math.nan, 2, (2, 3), P, window=2), ValueError, "model gave NaN"),
 }

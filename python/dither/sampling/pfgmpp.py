@@ -21,8 +21,8 @@ def pfgmpp_noise(x: Tensor, sigma: float | Tensor, dimensions: float, seed: Seed
 
     Its length R has the density R^(N-1) / (R^2 + r^2)^((N+D)/2), where r = sigma sqrt(D): sigma times Student's multivariate t
     of D degrees of freedom, a normal over the root of a chi square / D. x: [B, ...] clean samples (0: the prior at the largest
-    sigma). sigma: a number, or [B]. D: from 1 (PFGM), inf: normal noise. The sampler is that of any denoiser D(x, sigma),
-    trained on this noise. draw: another number, other noise of the same seeds.
+    sigma). sigma: from 0 on, a number or [B], whose numbers are looked at on CPUs alone. D: from 1 (PFGM), inf: normal noise.
+    The sampler is that of any denoiser D(x, sigma), trained on this noise. draw: another number, other noise of the same seeds.
     """
     owner = "pfgmpp_noise"
     tensor(owner, "x", x)
@@ -35,6 +35,8 @@ def pfgmpp_noise(x: Tensor, sigma: float | Tensor, dimensions: float, seed: Seed
     scale = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
     if scale.shape not in ((), (len(x),)):
         raise ValueError(f"{owner}: sigma has shape {list(scale.shape)}, expected a number or [{len(x)}]")
+    if scale.device.type == "cpu" and not bool(((scale >= 0) & scale.isfinite()).all()):
+        raise ValueError(f"{owner}: sigma is {scale.tolist()}, expected finite numbers from 0 on")
     if math.isfinite(dimensions):
         scale = scale / (_chi_square(dimensions, seeds, draw) / dimensions).sqrt()
     z = normal(x.contiguous(), seeds, draw)
