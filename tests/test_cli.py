@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,14 @@ def test_bad_arguments(arguments, capsys):
 
 def fake_bench(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
     monkeypatch.setitem(sys.modules, "dither.bench", SimpleNamespace(main=action))
+
+
+def test_a_reader_that_stops_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        run = subprocess.run([sys.executable, "-m", "dither", "samplers"], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (141, "")
 
 
 def test_bench_dispatch(monkeypatch):

@@ -1,9 +1,11 @@
 """The command line: `python -m dither info | demo | bench | samplers`.
 
-Exit status: 0; 1 where a package or a file is missing; 2 for arguments that are refused; 130 after Ctrl-C.
+Exit status: 0; 1 where a package or a file is missing; 2 for arguments that are refused; 130 after Ctrl-C; 141 where nobody
+reads what is printed any more.
 """
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -96,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # as of `| head`, which has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        return 141
     except KeyboardInterrupt:
         problem, status = "interrupted", 130
     except (MissingExtra, OSError) as error:
