@@ -14,7 +14,18 @@ from torch import Tensor
 from dither.sampling import solvers
 from dither.sampling.gmm import GaussianMixture
 from dither.sampling.interpolation import noise_diffusion, slerp
-from dither.sampling.inversion import Pair, bdia_invert, bdia_sample, ddcm_edit, ddim_invert, ddpm_invert, ddpm_replay
+from dither.sampling.inversion import (
+    Coupled,
+    Pair,
+    bdia_invert,
+    bdia_sample,
+    ddcm_edit,
+    ddim_invert,
+    ddpm_invert,
+    ddpm_replay,
+    edict_invert,
+    edict_sample,
+)
 from dither.sampling.points import Flow, Point, VarianceExploding, VariancePreserving
 from dither.sampling.reference import Reference
 from dither.sampling.run import compiled, run_program
@@ -68,6 +79,28 @@ def test_bdia_of_a_smaller_gamma():
     z = bdia_invert(model, x, points, gamma=0.8)
     assert (bdia_sample(model, z, points, gamma=0.8).x - x).abs().max() < 1e-12
     assert (bdia_sample(model, z, points).x - x).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "velocity"])
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_edict_round_trips(process, prediction, steps):
+    """Both ways, of both states: rounding alone is left."""
+    points, model = levels(process, steps - 1), DATA.model(PROCESSES[process], prediction)
+    scale = float(points[0].sigma)
+    for dtype, bound in ((torch.float32, 1e-3), (torch.float64, 1e-12)):
+        data, z = DATA.sample(5, 1).to(dtype), (scale * normal(5, 2, 4)).to(dtype)
+        for start, there, back in ((data, edict_invert, edict_sample), (z, edict_sample, edict_invert)):
+            found = back(model, there(model, start, points, prediction), points, prediction)
+            error = max(float((state - start).abs().max()) for state in (found.x, found.y)) / scale
+            assert error < bound, error  # measured: 2.4e-4 and 4.5e-13 at most
+
+
+def test_edict_of_less_mixing():
+    points, model = levels("vp", 20), DATA.model(VP, "eps")
+    there = edict_invert(model, DATA.sample(3, 1), points, mix=0.97)
+    assert (edict_sample(model, there, points, mix=0.97).x - DATA.sample(3, 1)).abs().max() < 1e-12
+    assert (edict_sample(model, there, points).x - DATA.sample(3, 1)).abs().max() > 1e-3  # measured 5e-3
 
 
 def test_what_ddim_misses():
@@ -175,24 +208,29 @@ def test_ddpm_noises_are_the_official_ones():
     assert len(maps.noises) == 5
 
 
-@pytest.mark.parametrize("name", ["ddim_inverse", "bdia", "ddcm"])
+@pytest.mark.parametrize("name", ["ddim_inverse", "bdia", "edict", "edict back", "ddcm"])
 @pytest.mark.parametrize("process", PROCESSES)
 def test_programs_are_their_solvers(name, process):
-    options = {"ddim_inverse": [{}, {"iterations": 3}], "bdia": [{}, {"gamma": 0.6}], "ddcm": [{}, {"eta": 0.5}]}[name]
+    options = {"ddim_inverse": {"iterations": 3}, "bdia": {"gamma": 0.6}, "edict": {"mix": 0.8}, "ddcm": {"eta": 0.5}}
     points = levels(process, 8)
-    points = points[::-1] if name == "ddim_inverse" else points
-    x = normal(3, 2, 4)
+    points = points[::-1] if name in ("ddim_inverse", "edict back") else points
+    name = name.partition(" ")[0]
+    x, given = normal(3, 2, 4), {"y": normal(3, 2, 4, seed=1)} if name == "edict" else {}
     for prediction in ("eps", "v"):
-        for chosen in options:
+        for chosen in ({}, options[name]):
             drawn = [normal(3, 2, 4, seed=3 + i) for i in range(20)]
             first, second = iter(drawn), iter(drawn)
             exact = Reference(
-                PROCESSES[process], prediction, lambda x, p, k=prediction: DATA.output(k, x, p), lambda it=first: next(it)
+                PROCESSES[process],
+                prediction,
+                lambda x, p, k=prediction: DATA.output(k, x, p),
+                lambda it=first: next(it),
+                given=given,
             )
             expected = getattr(solvers.inversion, name)(exact, x, points, **chosen)
             program = compiled(getattr(solvers.inversion, name), points, PROCESSES[process], prediction, options=chosen)
             model = DATA.model(PROCESSES[process], prediction)
-            found = run_program("test", program, model, x, noise_sampler=lambda *_, it=second: next(it))
+            found = run_program("test", program, model, x, noise_sampler=lambda *_, it=second: next(it), given=given)
             assert torch.allclose(found, expected, rtol=1e-10, atol=1e-11)
 
 
@@ -347,6 +385,10 @@ BAD = {
     "rising": (lambda: ddim_invert(MODEL, X, P[::-1]), ValueError, r"points\[0\] has sigma / alpha 0"),
     "iterations": (lambda: ddim_invert(MODEL, X, P, iterations=0), ValueError, "iterations is 0"),
     "gamma": (lambda: bdia_sample(MODEL, X, P, gamma=0.0), ValueError, "gamma is 0"),
+    "mix": (lambda: edict_sample(MODEL, X, P, mix=0.0), ValueError, "edict_sample: mix is 0.0, expected 0 < mix <= 1"),
+    "edict rising": (lambda: edict_invert(MODEL, X, P[::-1]), ValueError, r"points\[0\] has sigma / alpha 0"),
+    "edict of integers": (lambda: edict_invert(MODEL, X.long(), P), TypeError, "x is torch.int64"),
+    "one state": (lambda: edict_invert(MODEL, Coupled(X, None), P), TypeError, "x is NoneType, expected a tensor"),
     "two levels": (lambda: bdia_invert(MODEL, X, P[:2]), ValueError, "expected at least 3"),
     "eta": (lambda: ddpm_invert(MODEL, X, P, eta=0.0), ValueError, "eta is 0"),
     "skip": (lambda: ddpm_replay(MODEL, ddpm_invert(MODEL, X, P), P, skip=5), ValueError, "skip is 5, expected less than 5"),

@@ -77,6 +77,38 @@ def test_bdia(gamma: float) -> None:
     assert near(found.x, noisiest) and near(found.before, next_)
 
 
+EDICT = {
+    # times: of the start below, the two samples; the two states that data are inverted to
+    (801, 601, 401, 201, 1): (
+        [-1.1139774941131517, -1.0480902323800583, -0.04551826832779964, 0.744539798227179],
+        [1.2127817744876956, -1.0490082835138912, 0.5473852307651682, -1.0519640522153184],
+        [-1.0262102893999636, 0.8713755936621773, 0.26679279618321616, 1.781240400338869],
+        [-1.0204321753845074, 0.8496571172221029, 0.21232418595658664, 1.8503119298256372],
+    ),
+    (751, 501, 251, 1): (
+        [-0.7894821754799923, -0.8903054218767038, 0.010599309040918797, 0.5563685677196167],
+        [1.0893860402312199, -0.9146612610172412, 0.7362579179928422, -0.9324846235652556],
+        [-1.0635737153711942, 0.8441105433627822, 0.22777466895798804, 1.879551154507264],
+        [-1.058524118279147, 0.7972574215212143, 0.17519322561950013, 1.9482752474874339],
+    ),
+}
+
+
+@pytest.mark.parametrize("times", EDICT)
+def test_edict(times: tuple[int, ...]) -> None:
+    """coupled_stablediffusion of salesforce/EDICT, edict_functions.py: leapfrog_steps, mix_weight 0.93, without guidance."""
+    points, model = [SD.at_time(t) for t in (*times, 0)], eps_of()
+    x, y, x_noise, y_noise = (tensor(row) for row in EDICT[times])
+    start = tensor([0.3, -1.0, 0.8, -0.2])
+    found = sampling.edict_sample(model, start, points)
+    assert near(found.x, x) and near(found.y, y)
+    assert not near(sampling.edict_sample(model, start, points, mix=0.93 + 1e-6).x, x)
+    back = sampling.edict_invert(model, found, points)
+    assert near(back.x, start) and near(back.y, start)
+    found = sampling.edict_invert(model, tensor([-1.2, 0.3, 0.05, 2.0]), points)
+    assert near(found.x, x_noise) and near(found.y, y_noise)
+
+
 def test_edit_friendly_ddpm() -> None:
     """inversion_forward_process and reverse_step of inbarhub/DDPM_inversion, ddm_inversion/inversion_utils.py: eta 1."""
     points, x = [*(SD.at_time(t) for t in (801, 601, 401, 201, 1)), CLEAN], tensor([-1.2, 0.3, 0.05, 2.0])

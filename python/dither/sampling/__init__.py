@@ -25,6 +25,8 @@ from .inversion import ddcm_edit as ddcm_edit
 from .inversion import ddim_invert as ddim_invert
 from .inversion import ddpm_invert as ddpm_invert
 from .inversion import ddpm_replay as ddpm_replay
+from .inversion import edict_invert as edict_invert
+from .inversion import edict_sample as edict_sample
 from .langevin import Minibatch as Minibatch
 from .langevin import langevin as langevin
 from .per_row import rolling as rolling

@@ -83,6 +83,55 @@ def _bdia(owner: str, model: Model, x: Any, points: Points, prediction: str, gam
 
 
 @dataclass
+class Coupled:
+    """The two states of EDICT: together they determine every other."""
+
+    x: Tensor
+    y: Tensor
+
+
+def edict_sample(
+    model: Model, x: Tensor | Coupled, points: Points, prediction: str = "eps", *, mix: float = 0.93, **run: Any
+) -> Coupled:
+    """Samples by EDICT, either of which is a result; `edict_invert` of both gives the start again, but for rounding.
+
+    x: noise of the first level, with which both begin, or what `edict_invert` gave. mix: in (0, 1], 0.93 in the paper; what
+    draws the two together; on the way back, rounding in which they differ grows by 1 / mix^2 a step. Two evaluations a step.
+    """
+    return _edict("edict_sample", model, x, points, prediction, mix, False, run)
+
+
+def edict_invert(
+    model: Model, x: Tensor | Coupled, points: Points, prediction: str = "eps", *, mix: float = 0.93, **run: Any
+) -> Coupled:
+    """The way back of `edict_sample`: both states at the noisiest level, of which it makes x again.
+
+    x: data of the last level, or the two states there.
+    """
+    return _edict("edict_invert", model, x, points, prediction, mix, True, run)
+
+
+def _edict(owner: str, model: Model, x: Any, points: Points, prediction: str, mix: float, back: bool, run: Any) -> Coupled:
+    falling(owner, points)
+    number(owner, "mix", mix, above=0, most=1)
+    pair = [state_of(owner, state) for state in ((x.x, x.y) if isinstance(x, Coupled) else (x, x))]
+    if back:
+        recurrences.mixed(pair, mix, back)
+    program = _compiled(recurrences.edict, points[::-1] if back else points, prediction, run, mix=mix)
+    seen: list[Tensor] = []
+
+    def begun(it: Evaluate, state: Tensor) -> None:
+        if it.step == 2 * len(points) - 3:
+            seen.append(state.clone())
+
+    end = _run(owner, program, model, pair[0], given={"y": pair[1]}, begun=begun, **run)
+    pair = [end, *seen] if back or len(points) % 2 else [*seen, end]
+    if not back:
+        recurrences.mixed(pair, mix, back)
+    return Coupled(*pair)
+
+
+@dataclass
 class NoiseMaps:
     """What `ddpm_invert` found."""
 

@@ -43,6 +43,32 @@ def bdia(run: Any, x: Any, points: Points, gamma: float = 1.0, pair: bool = Fals
     return x
 
 
+def edict(run: Any, x: Any, points: Points, mix: float = 0.93) -> Any:
+    """EDICT (Wallace, Gokul & Naik 2022) of the states x and the register "y", there and back, but for its outermost mixing.
+
+    DDIM's steps of one state with the noise of the other, in turns, so that each can be undone; the state that moves first
+    alternates, as in the authors' code. Between steps they are `mixed`. A half of a step is a step of the run: the last one
+    sees the other result.
+    """
+    pair, back = [x, run.register("y")], bool(points[0].ratio < points[-1].ratio)
+    for half, _, _ in run.steps([p for p in points[:-1] for _ in range(2)] + [points[-1]]):
+        k, second = divmod(half, 2)
+        p, q, number = points[k], points[k + 1], len(points) - 2 - k if back else k
+        i = (number + back + second) % 2
+        eps = run.evaluate(pair[1 - i], q if back else p).eps
+        pair[i] = (pair[i] - eps * p.sigma) * (q.alpha / p.alpha) + eps * q.sigma
+        if second and k < len(points) - 2:
+            mixed(pair, mix, back)
+    return pair[i]
+
+
+def mixed(pair: list[Any], mix: float, back: bool) -> None:
+    """x = mix x + (1 - mix) y, then y = mix y + (1 - mix) x; or that undone."""
+    weight = 1 / mix if back else mix
+    for i in (1, 0) if back else (0, 1):
+        pair[i] = pair[i] * weight + pair[1 - i] * (1 - weight)
+
+
 def ddcm(run: Any, x: Any, points: Points, eta: float = 1.0) -> Any:
     """The virtual inversion of InfEdit (Xu, Huang, Pan, Ma & Chai 2024) of clean data x; evaluates source, then target.
 
