@@ -388,6 +388,12 @@ BAD = {
     "mix": (lambda: edict_sample(MODEL, X, P, mix=0.0), ValueError, "edict_sample: mix is 0.0, expected 0 < mix <= 1"),
     "edict rising": (lambda: edict_invert(MODEL, X, P[::-1]), ValueError, r"points\[0\] has sigma / alpha 0"),
     "edict of integers": (lambda: edict_invert(MODEL, X.long(), P), TypeError, "x is torch.int64"),
+    "two shapes": (lambda: edict_invert(MODEL, Coupled(X, X[:1]), P), ValueError, r"x is \[2, 2, 4\] of .* and y \[1, 2, 4\]"),
+    "two types": (
+        lambda: edict_sample(MODEL, Coupled(X, X.float()), P),
+        ValueError,
+        "y .* of torch.float32, expected the same",
+    ),
     "one state": (lambda: edict_invert(MODEL, Coupled(X, None), P), TypeError, "x is NoneType, expected a tensor"),
     "two levels": (lambda: bdia_invert(MODEL, X, P[:2]), ValueError, "expected at least 3"),
     "eta": (lambda: ddpm_invert(MODEL, X, P, eta=0.0), ValueError, "eta is 0"),

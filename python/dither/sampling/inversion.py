@@ -115,6 +115,9 @@ def _edict(owner: str, model: Model, x: Any, points: Points, prediction: str, mi
     falling(owner, points)
     number(owner, "mix", mix, above=0, most=1)
     pair = [state_of(owner, state) for state in ((x.x, x.y) if isinstance(x, Coupled) else (x, x))]
+    if pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
+        x, y = (f"{list(state.shape)} of {state.dtype}" for state in pair)
+        raise ValueError(f"{owner}: x is {x} and y {y}, expected the same")
     if back:
         recurrences.mixed(pair, mix, back)
     program = _compiled(recurrences.edict, points[::-1] if back else points, prediction, run, mix=mix)
