@@ -20,6 +20,7 @@ from dither.sampling import grids, kdiffusion, solvers
 from dither.sampling.configs import KINDS, alphas_cumprod, schedule
 from dither.sampling.interop import DiffusersScheduler, as_model, denoiser, edm_denoiser, from_scheduler_config
 from dither.sampling.run import compiled, run_program
+from dither.sampling.sample import SAMPLERS, Sampler
 
 SHAPE = (2, 3, 8, 8)
 
@@ -102,6 +103,28 @@ def test_a_latent_pipeline_with_guidance(scheduler: str) -> None:
     expected = images(pipeline, theirs, **options)
     found = images(pipeline, DiffusersScheduler(theirs), **options)
     assert np.abs(found - expected).max() < 1e-4 and expected.std() > 1e-3
+
+
+def test_samplers_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, in configurations and pipelines as in `sample`."""
+
+    def mine(run: Any, x: Any, points: Any, share: float = 0.0) -> Any:
+        for _, p, q in run.steps(points):
+            out = run.evaluate(x, p)
+            x = out.x0 * (q.alpha + share) + out.eps * q.sigma
+        return x
+
+    monkeypatch.setitem(SAMPLERS, "mine", Sampler("mine", mine))
+    x, net = dither.noise.normal(SHAPE, seed=1), lambda x, t: torch.tanh(x)
+    sampler = from_scheduler_config({}, "mine", 5)
+    assert torch.allclose(sampler(net, x), from_scheduler_config({}, "euler", 5)(net, x), atol=1e-5)
+    assert not torch.allclose(sampler(net, x), from_scheduler_config({}, "mine", 5, share=0.1)(net, x), atol=1e-2)
+    ours = DiffusersScheduler({}, "mine")
+    ours.set_timesteps(5)
+    y = x * sampler.schedule.scale
+    for t in ours.timesteps:
+        y = ours.step(net(y, t), t, y).prev_sample
+    assert torch.equal(y, sampler(net, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
