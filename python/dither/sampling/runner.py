@@ -226,15 +226,15 @@ class Runner:
         shape, device, numel, samples, half = x.shape, x.device, x.numel(), len(x), self.half
 
         def plain(t: Any) -> bool:
-            return type(t) is Tensor and t.shape == shape and t.dtype in FLOATS and t.device == device and t.is_contiguous()
+            whole = type(t) is Tensor and t.shape == shape and t.is_contiguous() and not t.is_neg()
+            return whole and t.dtype in FLOATS and t.device == device
 
         registers[0] = x
         held: dict[int, tuple[int, int | None]] = {}  # where outputs of the model are that later rows read, and their versions
         for name, value in (given or {}).items():
             if name in slots:
                 registers[slots[name]] = value
-        # a single number may be a negated view of another, and contiguous
-        direct = numel > 1 and ops.direct() and all(plain(t) for t in registers if t is not None)
+        direct = ops.direct() and all(plain(t) for t in registers if t is not None)
         buffers = _Buffers(x) if direct and device.type == "cpu" else None
         new = functools.partial(empty_like, x) if buffers is None else buffers.new
         for it, row, at, places, dead in self._steps:
