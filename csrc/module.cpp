@@ -32,33 +32,48 @@ struct Row {
     static PyObject* const name = PyUnicode_InternFromString("data_ptr");
     return asked(PyObject_VectorcallMethod(name, &tensor, 1, nullptr), PyLong_AsVoidPtr);
   }
-  dither::DType type(PyObject* tensor) const {
+  // Whether a tensor's elements still are these bytes: who was given it may have set its data.
+  static bool holds(PyObject* tensor, int64_t bytes) {
+    static PyObject* const size = PyUnicode_InternFromString("nbytes");
+    static PyObject* const host = PyUnicode_InternFromString("is_cpu");
+    static PyObject* const contiguous = PyUnicode_InternFromString("is_contiguous");
+    const auto is_true = [](PyObject* answer) { return answer == Py_True; };
+    return asked(PyObject_GetAttr(tensor, size), PyLong_AsLongLong) == bytes &&
+           asked(PyObject_GetAttr(tensor, host), is_true) &&
+           asked(PyObject_VectorcallMethod(contiguous, &tensor, 1, nullptr), is_true);
+  }
+  // -1: none of these
+  int type(PyObject* tensor) const {
     static PyObject* const name = PyUnicode_InternFromString("dtype");
-    const int found = asked(PyObject_GetAttr(tensor, name), [&](PyObject* dtype) {
+    return asked(PyObject_GetAttr(tensor, name), [&](PyObject* dtype) {
       for (int i = 0; i < 4; ++i)
         if (dtypes[i].ptr() == dtype) return i;
       return -1;
     });
-    if (found < 0) throw py::type_error("row: expected tensors of float32, float64, bfloat16 or float16");
-    return dither::DType(found);
   }
-  // out, inputs: lists or tuples of tensors [samples, ...]; seeds: int64 [samples], where noise is drawn
-  void operator()(PyObject* out, PyObject* inputs, PyObject* seeds, int64_t numel, int64_t samples) const {
-    const auto holds = [](PyObject* list, int size) {
+  // out, inputs: lists or tuples of tensors [samples, ...]; seeds: int64 [samples], where noise is drawn. False, with nothing
+  // done, where an input is no longer what it was when it was checked.
+  bool operator()(PyObject* out, PyObject* inputs, PyObject* seeds, int64_t numel, int64_t samples) const {
+    const auto has = [](PyObject* list, int size) {
       return (PyList_Check(list) || PyTuple_Check(list)) && PySequence_Fast_GET_SIZE(list) == size;
     };
     dither::Rows p = rows;
-    if (!holds(inputs, p.inputs) || !holds(out, p.outputs))
-      throw py::type_error("row: expected as many tensors as the table has");
+    if (!has(inputs, p.inputs) || !has(out, p.outputs)) throw py::type_error("row: expected as many tensors as the table has");
     bool wide = false;
     const auto see = [&](PyObject* tensor, auto& at, dither::DType& type_of) {
+      const int found = type(tensor);
+      if (found < 0) return false;
       at = address(tensor);
-      if (!at && numel > 0) throw py::type_error("row: a tensor has no memory");
-      type_of = type(tensor);
+      type_of = dither::DType(found);
       wide = wide || type_of == dither::DType::f64;
+      return at || numel == 0;
     };
-    for (int r = 0; r < p.inputs; ++r) see(PySequence_Fast_GET_ITEM(inputs, r), p.in[r], p.in_type[r]);
-    for (int j = 0; j < p.outputs; ++j) see(PySequence_Fast_GET_ITEM(out, j), p.out[j], p.out_type[j]);
+    for (int r = 0; r < p.inputs; ++r) {
+      PyObject* const tensor = PySequence_Fast_GET_ITEM(inputs, r);
+      if (!see(tensor, p.in[r], p.in_type[r]) || !holds(tensor, numel * dither::size_of(p.in_type[r]))) return false;
+    }
+    for (int j = 0; j < p.outputs; ++j)
+      if (!see(PySequence_Fast_GET_ITEM(out, j), p.out[j], p.out_type[j])) return false;
     p.numel = numel;
     p.sample = samples > 0 ? numel / samples : 0;
     p.samples = drawn;
@@ -67,13 +82,15 @@ struct Row {
     PyThreadState* const thread = PyEval_SaveThread();
     dither::rows_cpu(p, wide);
     PyEval_RestoreThread(thread);
+    return true;
   }
   // As a function of Python, without pybind11's way to it, which is longer than its own.
   static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    bool done;
     try {
       if (count != 5) throw py::type_error("row: expected out, inputs, seeds, numel, samples");
       const Row& row = *static_cast<const Row*>(PyCapsule_GetPointer(self, nullptr));
-      row(args[0], args[1], args[2], PyLong_AsLongLong(args[3]), PyLong_AsLongLong(args[4]));
+      done = row(args[0], args[1], args[2], PyLong_AsLongLong(args[3]), PyLong_AsLongLong(args[4]));
     } catch (py::error_already_set& error) {
       error.restore();
       return nullptr;
@@ -81,7 +98,7 @@ struct Row {
       error.set_error();
       return nullptr;
     }
-    Py_RETURN_NONE;
+    return PyBool_FromLong(done);
   }
 };
 

@@ -40,3 +40,37 @@ def test_one_element_or_none(shape, name):
     found = ve(lambda x, s: kept.append((x, x.clone())) or negated(x / 2), x, name)
     assert torch.equal(found, ve(lambda x, s: x / 2, x, name)) and found.shape == shape
     assert all(torch.equal(x, y) for x, y in kept)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("data", ["less", "expanded", "strided", "integers"])
+def test_states_whose_data_is_set(data, name):
+    """Rows never read beyond it, and take no other order of elements for it."""
+
+    def model(x, s):
+        found = denoiser(x, s)
+        x.data = {
+            "less": lambda: torch.empty(1),
+            "expanded": lambda: torch.empty(1).expand(3, 4),
+            "strided": lambda: x.data.T.contiguous().T,
+            "integers": lambda: torch.zeros(3, 4, dtype=torch.int32),
+        }[data]()
+        return found
+
+    with pytest.raises(RuntimeError, match=r"rows_: inputs\[\d\] "):
+        ve(model, sampler=name)
+
+
+def test_outputs_whose_data_is_set():
+    given = []
+
+    def model(x, s):
+        for earlier in given:
+            earlier.data = torch.empty(1)
+        given.append(denoiser(x, s))
+        return given[-1]
+
+    with pytest.raises(RuntimeError, match=r"rows_: inputs\[\d\] has shape"):
+        ve(model)
+    given.clear()
+    assert torch.equal(ve(model, sampler="ddim"), ve(denoiser, sampler="ddim"))

@@ -148,10 +148,11 @@ def kernel(name: str) -> Callable[..., None]:
     return run
 
 
-def row(table: list[list[float]], draw: int, limit: float | None) -> Callable[..., None] | None:
+def row(table: list[list[float]], draw: int, limit: float | None) -> Callable[..., bool] | None:
     """row(out, inputs, seeds, numel, samples): `rows_` of a [rows, columns] table, without the dispatcher, if `direct` says so.
 
-    For new outputs and inputs on the CPU whose shapes, devices and strides were checked. None where nothing was compiled.
+    For new outputs and inputs that were contiguous, of one shape, on the CPU. False, with nothing done, where someone set the
+    data of an input since: `rows_` says what is wrong with it. None where nothing was compiled.
     """
     return None if _C is None else _C.row(table, draw, limit)  # type: ignore[no-any-return]
 

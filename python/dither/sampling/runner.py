@@ -68,7 +68,7 @@ class _Prepared:
         if row.limited:  # x0 alone, for its quantile
             only = self.table[:1] if self.by == 2 else self.table[:, :1]
             self.derived = torch.cat([torch.zeros_like(only), only], 0 if self.by == 2 else 1)
-        self.direct: Callable[..., None] | None = None
+        self.direct: Callable[..., bool] | None = None
         quantile = row.limited and limits.quantile is not None
         if device.type == "cpu" and self.by == 0 and self.mask < 0 and not quantile:
             self.direct = ops.row(table.tolist(), self.draw or 0, limits.most if row.limited else None)
@@ -249,9 +249,7 @@ class Runner:
                 for slot in row.halves:
                     registers[slot] = empty_like(x, dtype=half)
                 out = row.give(registers)
-                if direct and row.direct is not None:
-                    row.direct(out, inputs, seeds, numel, samples)
-                else:
+                if not (direct and row.direct is not None and row.direct(out, inputs, seeds, numel, samples)):
                     limit, divide = most if row.limited else None, False
                     if row.limited and limit is None:
                         limit, divide = self._quantile(row, inputs, x), True
