@@ -1,9 +1,12 @@
 """Rows read and write memory themselves: what models and callbacks do to it, and who else has it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
-from dither.sampling import sample
+from dither.sampling import from_scheduler_config, sample
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 GRID = [4.0, 2.0, 1.0, 0.5, 0.1, 0.0]
@@ -74,3 +77,12 @@ def test_outputs_whose_data_is_set():
         ve(model)
     given.clear()
     assert torch.equal(ve(model, sampler="ddim"), ve(denoiser, sampler="ddim"))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"])
+def test_copies_of_samplers_that_were_used(copied):
+    sampler = from_scheduler_config({"_class_name": "DDPMScheduler"}, steps=5)
+    expected = sampler(denoiser, X, seed=0)
+    other = copied(sampler)
+    assert torch.equal(other(denoiser, X, seed=0), expected)
+    assert not copied(sampler).program.prepared

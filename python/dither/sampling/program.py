@@ -330,6 +330,9 @@ class Program:
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """Runners, by device and kind."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "prepared": {}}  # runners cannot leave the process
+
     @functools.cached_property
     def registers(self) -> list[str]:
         """Names of the tensors that must be given."""
