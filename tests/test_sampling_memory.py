@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from dither.sampling import from_scheduler_config, sample
+from dither.sampling import from_scheduler_config, grids, program, sample
+from dither.sampling.run import run_program
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 GRID = [4.0, 2.0, 1.0, 0.5, 0.1, 0.0]
@@ -86,3 +88,32 @@ def test_copies_of_samplers_that_were_used(copied):
     other = copied(sampler)
     assert torch.equal(other(denoiser, X, seed=0), expected)
     assert not copied(sampler).program.prepared
+
+
+def test_seeds_are_drawn_on_the_cpu_whatever_the_default_device():
+    torch.manual_seed(0)
+    expected = sample(denoiser, X, "euler_ancestral", process="ve", grid=GRID)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        found = sample(denoiser, X, "euler_ancestral", process="ve", grid=GRID)
+    assert torch.equal(found, expected)
+
+
+def test_prepared_rows_are_shared_by_threads():
+    """One program, first run by several threads at once, whose states others hold meanwhile."""
+    x, held = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)), []
+
+    def network(x, s):
+        return torch.tanh(x) / (1 + s.view(-1, 1, 1, 1))
+
+    def model(x, s):
+        held.append((x, x.clone()))
+        return network(x, s)
+
+    made = program("unipc", 8, process="ve", grid=grids.exponential(8, 0.1, 4.0))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: run_program("test", made, model, x * seed, seed=seed), [1, 2, 3, 4] * 4))
+    for seed in range(1, 5):
+        expected = run_program("test", copy.deepcopy(made), network, x * seed, seed=seed)
+        assert all(torch.equal(it, expected) for it in found[seed - 1 :: 4])
+    assert all(torch.equal(a, b) for a, b in held)

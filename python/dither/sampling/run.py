@@ -23,7 +23,7 @@ START = 1 << 30
 def seeds_of(owner: str, seed: Seed, batch: int, device: torch.device) -> Tensor:
     """One for each sample: an int s gives s, s + 1, ...; None draws them from torch's generator of the CPU."""
     if seed is None:
-        return torch.randint(2**63 - 1, (batch,)).to(device)
+        return torch.randint(2**63 - 1, (batch,), device="cpu").to(device)
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**63 - batch:
             raise ValueError(f"{owner}: seed is {seed}, expected {batch} numbers of 64 bits from it on")
@@ -31,7 +31,7 @@ def seeds_of(owner: str, seed: Seed, batch: int, device: torch.device) -> Tensor
     if isinstance(seed, Tensor) and seed.dtype != torch.int64:
         raise TypeError(f"{owner}: seed is {seed.dtype}, expected int64")
     try:
-        found = torch.as_tensor(seed)
+        found = seed if isinstance(seed, Tensor) else torch.as_tensor(seed, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # of words, None, what has no 64 bits
         raise TypeError(f"{owner}: seed is {seed!r}, expected an integer of 64 bits, or one for each sample") from None
     if found.numel() and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
