@@ -49,6 +49,7 @@ RECORDS = {  # what functions take and give
     "optim": {"AdaMax", "Extras", "FusedOptimizer", "PrivateNoise", "pack_mask"},
     "privacy": {"Best", "ClippingBias", "Learning", "Phase", "PoissonLoader", "Steps"},
     "sampling": {"Program", "samplers_table"},
+    "sparsity": set(),
     "tokens": {"Attend", "Comparison", "Patch", "Record"},
     "transport": {"TwoSampleTest"},
 }
