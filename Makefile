@@ -29,14 +29,21 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install -q "$(TORCH)" numpy
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	@echo "building the kernels and installing what the demo needs: minutes, more of them where nvcc is found"
-	$(BIN)/python -m pip install -q ".[demo]"
+# Without isolation the tools stay where they are, and the next build compiles what has changed. build/lib* may hold what is gone.
+$(VENV)/.dither: $(VENV)/.torch $(SOURCES)
+	@echo "building the kernels: minutes the first time, more of them where nvcc is found"
+	$(BIN)/python -m pip install -q "setuptools>=77" pybind11 cmake ninja
+	rm -rf build/lib* $(VENV)/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w $(VENV)/wheel .
+	$(BIN)/python -m pip install -q --no-deps --force-reinstall $(VENV)/wheel/*.whl
 	touch $@
 
-$(VENV)/.test: $(VENV)/.torch $(SOURCES)
-	@echo "building the kernels and installing what the tests need: minutes, more of them where nvcc is found"
-	$(BIN)/python -m pip install -q ".[demo,test,oracles]"
+$(VENV)/.demo: $(VENV)/.dither
+	$(BIN)/python -m pip install -q "$$(echo $(VENV)/wheel/*.whl)[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.dither
+	$(BIN)/python -m pip install -q "$$(echo $(VENV)/wheel/*.whl)[demo,test,oracles]"
 	$(BIN)/python -m pip install -q --no-deps k-diffusion==0.1.1.post1 smalldiffusion==0.5.0 # tests load single files of them
 	touch $@
 

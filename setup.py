@@ -12,6 +12,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# Where one of these differs from the last build in the tree, it is built afresh: CMake keeps what it found, and pip removes the
+# tools of an isolated build, which PATH names.
+ASKED = ("PATH", "CXX", "CXXFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CUDA_HOME", "LDFLAGS", "TORCH_CUDA_ARCH_LIST")
 # Elsewhere the package installs without kernels and runs dither.reference.
 HAS_KERNELS = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 
@@ -36,19 +39,23 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         import pybind11
 
+        torch = torch_root()
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = Path(os.environ.get("DITHER_BUILD_DIR", Path(self.build_temp) / "cmake")).resolve()
         configure = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
-            f"-DTORCH_ROOT={torch_root()}",
+            f"-DTORCH_ROOT={torch}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         if os.environ.get("DITHER_CCACHE"):
             configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER=ccache" for language in ("CXX", "CUDA")]
-        # fresh: the tools of the last isolated build are gone
-        subprocess.check_call(["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *configure])
+        settings = repr([*configure, (torch / "version.py").read_text(), *map(os.environ.get, ASKED)])
+        last = build / "CMakeFiles" / "settings"  # beside the objects: --fresh removes both
+        same = last.exists() and last.read_text() == settings
+        subprocess.check_call(["cmake", *([] if same else ["--fresh"]), "-S", ROOT, "-B", build, "-G", "Ninja", *configure])
+        last.write_text(settings)
         jobs = os.environ.get("MAX_JOBS")
         subprocess.check_call(["cmake", "--build", build, "--target", "_C", *(["-j", jobs] if jobs else [])])
 

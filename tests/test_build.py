@@ -96,3 +96,23 @@ def test_architectures(tmp_path, asked, built):
     )
     codes = re.findall(r",code=\[?([\w,]+)", (tmp_path / "build.ninja").read_text())
     assert set(",".join(codes).split(",")) == built
+
+
+CMAKE = """#!/bin/sh
+[ "$1" = --build ] && exit
+[ "$1" = --fresh ] && rm -rf "$DITHER_BUILD_DIR/CMakeFiles" && echo afresh || echo again
+mkdir -p "$DITHER_BUILD_DIR/CMakeFiles"
+"""
+
+
+def test_a_second_build_keeps_objects_of_the_same_settings(tmp_path):
+    pytest.importorskip("setuptools")
+    (tmp_path / "cmake").write_text(CMAKE)
+    (tmp_path / "cmake").chmod(0o755)
+    kept = {**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]), "DITHER_BUILD_DIR": str(tmp_path / "b")}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    said = [
+        subprocess.run(command, cwd=ROOT, env=kept | more, check=True, capture_output=True, text=True).stdout.split()
+        for more in ({}, {}, {"CXXFLAGS": "-g"}, {"CXXFLAGS": "-g"}, {"CMAKE_ARGS": "-DDITHER_CUDA=OFF"})
+    ]
+    assert said == [["afresh"], ["again"], ["afresh"], ["again"], ["afresh"]]
