@@ -101,16 +101,25 @@ def test_the_count_of_adaptive_clipping_is_paid_for(dp):
     assert 1.998 < epsilon(1000, 0.01, found, 1e-5, "rdp", unclipped_num_std=2.0) <= 2 + 1e-9
 
 
-def test_epochs(dp):
-    same = [
-        noise_multiplier(3.0, 1e-5, 0.1, accountant="rdp", **length)
-        for length in ({"epochs": 3}, {"steps": 30}, {"epochs": 3.05})
-    ]
-    assert same[0] == same[1] == same[2]
+def test_epochs(monkeypatch):
+    taken = set()
+
+    def count(history, delta, accountant):
+        ((sigma, _, steps),) = history
+        taken.add(steps)
+        return 1 / sigma
+
+    monkeypatch.setattr("dither.privacy.accounting.epsilon_of", count)
+
+    def steps_of(rate, **length):
+        taken.clear()
+        noise_multiplier(3.0, 1e-5, rate, accountant="rdp", **length)
+        return {*taken}
+
+    assert steps_of(0.1, epochs=3) == steps_of(0.1, steps=30) == steps_of(0.1, epochs=3.05) == {30}
     rate = 0.064  # 15.6 steps, of which a loader gives 16
     assert len(poisson_loader(range(1000), rate)) == 16
-    ten, all_of_it = (noise_multiplier(3.0, 1e-5, rate, accountant="rdp", **n) for n in ({"epochs": 10}, {"steps": 160}))
-    assert ten == all_of_it
+    assert steps_of(rate, epochs=10) == {160}
 
 
 def test_left_out_orders_are_not_a_flood_of_warnings(dp, caplog):
