@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .._checks import instance, number, one_of, tensor
 from . import _core, _warn, gradients
 from .costs import Cost, PointCloud, costs_of, points_of, prepared, regularisation
@@ -57,6 +58,7 @@ def sinkhorn_divergence(
     return value if isinstance(x, Tensor) else value.numpy() if x.ndim == 3 else value.item()
 
 
+@ops.uncompiled
 def divergence(
     owner: str,
     m: Any,
