@@ -370,6 +370,27 @@ def test_a_callback_may_replace_the_state():
         sample(model, shape=SHAPE, **settings, callback_on_step_end=lambda step, s, x: x.new_zeros(1))
 
 
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "unipc", "heun"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_callback_may_write_to_the_state(name, inference):
+    """What it writes and what it returns are the same to the model, also where that sees a copy of 16 bits."""
+    seen = {}
+    for how in ("writes", "returns"):
+        seen[how] = []
+
+        def model(x, t, found=seen[how]):
+            found.append(x.clone())
+            return torch.tanh(x)
+
+        def callback(step, sigma, x, how=how):
+            return x * 0.5 if how == "returns" else (x.mul_(0.5), None)[1]
+
+        with torch.inference_mode(inference):
+            half = {"model_dtype": torch.bfloat16, "callback_on_step_end": callback}
+            seen[how].append(sample(model, shape=SHAPE, sampler=name, steps=5, seed=1, **half))
+    assert len(seen["writes"]) > 4 and all(map(torch.equal, seen["writes"], seen["returns"]))
+
+
 def test_progress(capsys):
     pytest.importorskip("tqdm")
     sample(zeros, shape=SHAPE, steps=5, progress=True)

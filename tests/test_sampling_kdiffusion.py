@@ -842,3 +842,11 @@ def test_estimation_counts_the_last_noise() -> None:
 
     assert error(2.0) < 0.65 * error(1.0)  # measured: 0.52
     assert inspect.signature(gradient_estimation).parameters["ge_gamma"].default == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_callback_may_write_to_x(dtype):
+    """As in k-diffusion, where the step goes on from x."""
+    x = torch.ones(2, 3, dtype=dtype) * 10
+    found = kdiffusion.sample_euler(lambda x, s: x * 0, x, [10.0, 5.0, 1.0], callback=lambda said: said["x"].mul_(2))
+    assert torch.allclose(found.float(), torch.full((2, 3), 10 * 2 * 0.5 * 2 * 0.2))

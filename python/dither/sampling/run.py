@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import tensor
 from .points import Point, Process
 from .program import Evaluate, Limits, Program, Row, Trace
-from .runner import Runner, where
+from .runner import Runner, version_of, where
 
 Seed = int | Sequence[int] | Tensor | None
 START = 1 << 30
@@ -102,9 +102,9 @@ def run_program(
     guided = None if guide is None else guide.running(model, keywords)
 
     def call(at: Tensor, it: Evaluate) -> Sequence[Tensor]:
-        time, before = times[id(it)], None if at.is_inference() else at._version
+        time, before = times[id(it)], version_of(at)
         found = [model(at, time, **keywords)] if guided is None else guided.evaluate(at, time, it)
-        if before is not None and at._version != before:
+        if version_of(at) != before:
             raise ValueError(f"{owner}: the model changed x in place {where(it)}, expected it to leave x as it is")
         return found
 

@@ -258,17 +258,19 @@ class Runner:
             elif at >= 0:
                 state = registers[at]
                 if begun is not None and it.first:
+                    before = version_of(state)
                     changed = begun(it, state)
+                    replaced = changed is not None or version_of(state) != before
+                    if replaced and it.read_before:
+                        raise ValueError(
+                            f"{owner}: the state of step {it.step} was replaced, but the solver computes with it before "
+                            "the model sees it; expected run.evaluate(x, p) first, on a line of its own"
+                        )
                     if changed is not None:
-                        if it.read_before:
-                            raise ValueError(
-                                f"{owner}: the state of step {it.step} was replaced, but the solver computes with it before "
-                                "the model sees it; expected run.evaluate(x, p) first, on a line of its own"
-                            )
                         registers[at] = state = changed
                         direct = direct and plain(changed)
-                        if half is not None:
-                            registers[slots[it.state + "~"]] = None
+                    if (replaced or before is None) and it.state + "~" in slots:  # its copy is old
+                        registers[slots[it.state + "~"]] = None
                 if half is not None:
                     copy = registers[slots[it.state + "~"]] if it.state + "~" in slots else None
                     state = state.to(half) if copy is None else copy
@@ -278,7 +280,7 @@ class Runner:
                         direct = direct and plain(value)
                     registers[slot] = value
                     if held or slot in kept:
-                        here, now = value.data_ptr(), None if value.is_inference() else value._version
+                        here, now = value.data_ptr(), version_of(value)
                         for there, then in held.values():
                             if there == here and then != now and here:
                                 raise ValueError(
@@ -287,7 +289,10 @@ class Runner:
                                 )
                         held[slot] = here, now
                 if evaluated is not None and it.first:
+                    before = version_of(state)
                     evaluated(it, state, [registers[slot] for slot in places])
+                    if half is not None and version_of(state) != before:
+                        registers[at] = state.to(x.dtype)
             else:
                 assert combine is not None
                 registers[places[0]] = combined = empty_like(x)
@@ -307,6 +312,11 @@ class Runner:
         found = x.new_empty(len(x))
         ops.write("quantile_", [found], found, x0, limits.quantile)
         return found.clamp(1.0, limits.most)
+
+
+def version_of(x: Tensor) -> int | None:
+    """How often x was written to; None of tensors of inference mode, where nobody counts."""
+    return None if x.is_inference() else x._version
 
 
 def where(it: Evaluate) -> str:
