@@ -21,7 +21,7 @@ from .networks import as_model, denoiser, edm_denoiser, halves
 from .points import Flow, Point, VariancePreserving, to_x0
 from .program import Evaluate, Program, Row
 from .run import Seed, seeds_of
-from .runner import Runner
+from .runner import Runner, version_of
 
 # what a pipeline may ask of a step, as diffusers' classes take it; others' eta is not the 0 that pipelines pass by default
 _ASKED = {"ddim": ("eta", "use_clipped_model_output"), "tcd": ("eta",)}
@@ -292,7 +292,7 @@ class _Steps:
             raise ValueError(f"step: {owner._solver} cannot begin at entry {begin} of timesteps, expected another one")
         self.state = sample.double() if sample.dtype == torch.float64 else sample.float()
         self.state = self.state.contiguous().clone() if self.state.data_ptr() == sample.data_ptr() else self.state.contiguous()
-        self.sample = sample
+        self._gave(sample)
         self.runner = Runner.of(program, sample.device, None, drawn)
         self.seeds: Tensor | None = None
         self.registers: list[Any] = []
@@ -343,9 +343,12 @@ class _Steps:
         output, self.said = halves(output, sample)
         if output.shape != sample.shape:
             raise ValueError(f"step: model_output is {list(output.shape)}, expected {list(sample.shape)}, as sample")
-        if sample is not self.sample:  # someone changed it
+        if sample is not self.sample or version_of(sample) != self.version:  # someone changed it
             self.state = sample.to(self.state).contiguous()
             self.registers[self.runner.slots[self.at.state]] = self.state
+        elif self.version is None and sample.dtype != self.state.dtype:  # who knows where
+            changed = sample != self.state.to(sample.dtype)
+            self.state.copy_(torch.where(changed, sample.to(self.state), self.state))
         state, p = self.state, self.at.point
         if self.idle:
             self.idle -= 1
@@ -361,8 +364,11 @@ class _Steps:
                 self.index += 1
             except StopIteration as end:
                 self.state, self.over = end.value, True
-        self.sample = self.state.to(sample.dtype)
+        self._gave(self.state.to(sample.dtype))
         return self._x0(output, state, p)
+
+    def _gave(self, sample: Tensor) -> None:
+        self.sample, self.version = sample, version_of(sample)
 
     def _x0(self, output: Tensor, state: Tensor, p: Point) -> Callable[[], Tensor]:
         k, m = to_x0(self.owner.schedule.prediction, p)
