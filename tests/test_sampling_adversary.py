@@ -10,6 +10,8 @@ import torch
 
 from dither.sampling import SAMPLERS, DiffusersScheduler, VariancePreserving, grids, kdiffusion, program, sample
 from dither.sampling.guidance import APG, CFG, Interval
+from dither.sampling.run import compiled
+from dither.sampling.solvers.residual import OrnsteinUhlenbeck
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 GRID = [4.0, 2.0, 1.0, 0.5, 0.1, 0.0]
@@ -164,10 +166,26 @@ def test_numbers_that_are_not_finite_are_found_before_the_run():
     def never(x, time):
         raise AssertionError("the model was called")
 
-    with pytest.raises(ValueError, match="coefficients of step 0 are not finite"):
-        sample(never, X, "ddim", process="vp", seed=0, eta=5.0)
+    with pytest.raises(ValueError, match="coefficients of step 0, where sigma / alpha is inf, are not finite"):
+        sample(never, X, "unipc", process="flow", predict_x0=False)
     with pytest.raises(ValueError, match="a level is inf"):
         sample(never, X, process="ve", grid=[math.inf, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("name", ["ddim", "lms", "pndm", "deis", "ghvb", "heun", "dpmpp_2m", "unipc", "euler", "sgmse"])
+def test_levels_of_which_some_are_clean_are_refused(name):
+    """Samples at levels of their own, one of which is through before the others."""
+    process = OrnsteinUhlenbeck() if name == "sgmse" else VariancePreserving.linear()
+    points = [process.at(np.array(r)) for r in ([3.0, 2.0], [1.0, 0.0], [0.5, 0.0], [0.0, 0.0])]
+    with pytest.raises(ValueError, match=r"some or all samples are without noise|step \d, where sigma / alpha is \["):
+        compiled(SAMPLERS[name].solver, points, process, "eps")
+
+
+def test_back_to_a_level_without_signal():
+    """A state of noise alone: the first of flows, drawn anew by RePaint."""
+    found = sample(lambda x, t: x * 0.9, shape=(2, 3), sampler="repaint", steps=4, process="flow", seed=0, jump_length=1)
+    again = sample(lambda x, t: x * 0.9, shape=(2, 3), sampler="repaint", steps=4, process="flow", seed=[1, 0], jump_length=1)
+    assert found.isfinite().all() and torch.equal(found[1], again[0]) and found.std() > 0
 
 
 def test_who_made_what_is_not_finite():

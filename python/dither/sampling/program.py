@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,7 +86,16 @@ class Output:
     """What the model says of a state: both are linear in the state and the raw output."""
 
     x0: Any
-    eps: Any
+    noise: Any
+    """None where there is none."""
+
+    @property
+    def eps(self) -> Any:
+        if self.noise is None:
+            raise ValueError(
+                "sample: the solver asks for eps at a level of which some or all samples are without noise, expected sigma > 0"
+            )
+        return self.noise
 
 
 # ---- the trace
@@ -377,7 +387,8 @@ class _Lowering:
         self.ops, self.last, self.limits = ops, last, limits
         self.ready: set[Symbol] = {start}
         self.out: list[Evaluate | Row | Combine] = []
-        self.step = 0
+        self.step, self.state = 0, start
+        self.ratio: Level = math.nan
         self.draws: dict[Symbol, int] = {}
 
     def program(self) -> Program:
@@ -402,7 +413,7 @@ class _Lowering:
                 step, first = op.index, True
                 continue
             self._emit(pending)
-            pending, self.step = [], step
+            pending, self.step, self.state, self.ratio = [], step, op.state, op.at.point.ratio
             outputs = [s.name for s in op.outputs]
             at = op.at
             self.out.append(Evaluate(op.state.name, outputs, at.point, step, first, at.call, op.branches, op.read_before))
@@ -499,6 +510,7 @@ class _Lowering:
 
     def _row(self, rows: Any, limited: list[Symbol]) -> None:
         inputs, noises = self._parts(rows, limited)
+        inputs = inputs or [self.state]  # of noise alone, at a level without signal
         assert len(noises) <= 1, "a row has one noise"
         columns = {s: r for r, s in enumerate([*inputs, *limited, *noises])}
         size = len(inputs)
@@ -522,7 +534,8 @@ class _Lowering:
         draw = self.draws.setdefault(noises[0], len(self.draws)) if noises else None
         if not (np.isfinite(weights).all() and (derived is None or np.isfinite(derived).all())):
             raise ValueError(
-                f"sample: coefficients of step {self.step} are not finite; expected options and levels of this solver"
+                f"sample: coefficients of step {self.step}, where sigma / alpha is {self.ratio}, are not finite; "
+                "expected options and levels of this solver"
             )
         names, known = [s.name for s, _ in rows], None
         if first is not None:

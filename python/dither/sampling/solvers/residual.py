@@ -42,7 +42,7 @@ class _Shifted:
         if isinstance(x, Linear):  # x goes on from what the model saw
             x.terms = (whole - shift).terms
         x0 = out.x0 - shift * to_x0(self.prediction, point)[0]
-        return Output(x0, out.eps - shift * to_eps(self.prediction, point)[0] if out.eps is not None else None)
+        return Output(x0, None if out.noise is None else out.noise - shift * to_eps(self.prediction, point)[0])
 
     def denoised(self, x: Any, point: Point) -> Any:
         return self.evaluate(x, point).x0
@@ -100,7 +100,7 @@ def sgmse(run: Any, x: Any, points: Points, snr: float = 0.5, corrections: int =
         h, g = p.time - q.time, process.diffusion(p.time)
         x = x - (shifted.mu - x) * (process.theta * h) - eps * (g * g * h / p.sigma)
         if i + 2 < len(points):
-            x = x + run.noise() * (g * math.sqrt(h))
+            x = x + run.noise() * (g * np.sqrt(h))
     return x
 
 
