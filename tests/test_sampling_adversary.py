@@ -1,8 +1,10 @@
 """What goes wrong with models, callbacks and arguments: errors that say so, and nothing that outlives a run."""
 
 import copy
+import inspect
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -201,6 +203,55 @@ def test_who_made_what_is_not_finite():
     with pytest.raises(ValueError, match="at step 2"):
         kdiffusion.sample_euler(failing, X, GRID, callback=lambda d: told.append(d["i"]))
     assert told == [0, 1, 2, 3, 4]  # looking for the step tells nobody
+
+
+SILLY = [None, "q", 0, -1, 2, 2.5, 5, 9, 1e9, 1e-12, math.inf, -math.inf, math.nan, (), (0,), (5,), "a"]
+OPTIONS = [(n, o) for n, s in SAMPLERS.items() for o, d in s.options.items() if d is not inspect.Parameter.empty]
+
+
+@pytest.mark.parametrize("process", ["vp", "flow"])
+@pytest.mark.parametrize(("name", "option"), [(n, o) for n, o in OPTIONS if n not in ("ghvb", "heavy_ball")])
+def test_silly_options_are_numbers_or_clear_errors(name, option, process):
+    run = {"shape": (2, 3), "seed": 0, "steps": 4, "process": process, "clip": 1.0}
+    run["registers"] = {"mu": torch.zeros(2, 3), "one": torch.ones(2, 3)}
+    for value in SILLY:
+        most = {"steps_each": 1} if name == "annealed_langevin" else {}
+        try:
+            found = sample(lambda x, t: torch.tanh(x), sampler=name, **run, **{**most, option: value})
+        except (ValueError, TypeError) as error:
+            assert re.search("expected|: the sample overflowed", str(error)), (value, error)
+        else:
+            assert found.isfinite().all(), value
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ipndm", {"order": 0}, "ipndm: order is 0, expected at least 1"),
+        ("deis", {"order": 0}, "deis: order is 0, expected at least 1"),
+        ("unipc", {"order": -1}, "unipc: order is -1, expected at least 1"),
+        ("unipc", {"disable_corrector": 3}, "unipc: disable_corrector is int, expected numbers of steps"),
+        ("unipc", {"predict_x0": "x"}, "sample: predict_x0 is str, expected True or False"),
+        ("ddim", {"eta": 2.0}, "ddim: eta is 2.0, expected less"),
+        ("rddm", {"eta": 2.0}, "rddm: eta is 2.0, expected less"),
+        ("ddim", {"eta": math.inf}, "sample: eta is inf, expected 0 <= eta < inf"),
+        ("tcd", {"eta": 1.5}, "tcd: eta is 1.5, expected 0 <= eta <= 1"),
+        ("bdia", {"gamma": 2.0}, "bdia: gamma is 2.0, expected 0 <= gamma <= 1"),
+        ("lcm", {"sigma_data": 0.0}, "lcm: sigma_data is 0.0, expected 0 < sigma_data"),
+        ("lcm", {"timestep_scaling": "a"}, "lcm: timestep_scaling is 'a', expected 0 <= timestep_scaling"),
+        ("restart", {"rho": 0.0}, "restart: rho is 0.0, expected 0 < rho"),
+        ("restart", {"segments": 3}, "restart: segments is int, expected a list"),
+        ("dpm_solver", {"orders": [4]}, "dpm_solver: an entry of orders is 4, expected 1, 2, 3"),
+        ("er_sde", {"noise_scaler": 0}, "er_sde: noise_scaler is int, expected a function"),
+        ("reverse_diffusion", {"corrections": -1}, "reverse_diffusion: corrections is -1, expected at least 0"),
+        ("annealed_langevin", {"steps_each": 0}, "annealed_langevin: steps_each is 0, expected at least 1"),
+        ("mean_reverting", {"solver": "ddim"}, "mean_reverting: solver is str, expected a solver"),
+        ("dpm_solver_v3", {"statistics": 3}, "dpm_solver_v3: statistics is int, expected Statistics"),
+    ],
+)
+def test_options_out_of_range(name, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sample(lambda x, t: x, shape=(2, 3), sampler=name, steps=4, registers={"mu": X, "one": X}, **options)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from .._checks import instance, integer, is_real, number
+import numpy as np
+
+from .._checks import instance, integer, number
 from . import grids
 from .points import PREDICTIONS, Flow, Process, VarianceExploding, VariancePreserving
 
@@ -44,6 +46,7 @@ def prediction_of(owner: str, prediction: str | None, process: Process) -> str:
 
 
 _NEVER_NEGATIVE = ("eta", "s_noise", "s_churn", "s_tmin")
+_MAY_BE_INFINITE = ("s_churn", "s_tmin", "s_tmax")
 
 
 def check_options(owner: str, solver: Callable[..., Any], options: Mapping[str, Any], arguments: Collection[str] = ()) -> None:
@@ -51,10 +54,13 @@ def check_options(owner: str, solver: Callable[..., Any], options: Mapping[str, 
     takes = list(inspect.signature(solver).parameters.values())[3:]
     for p in takes:
         value, kind = options.get(p.name, p.default), type(p.default)
-        if kind is float and (isinstance(value, str) or value is None or is_real(value)):
-            number(owner, p.name, value, least=0 if p.name in _NEVER_NEGATIVE else -math.inf, most=math.inf)
+        if kind is float and not isinstance(value, np.ndarray):
+            least = 0 if p.name in _NEVER_NEGATIVE else -math.inf
+            number(owner, p.name, value, least=least, most=math.inf if p.name in _MAY_BE_INFINITE else None)
         elif kind is int:
             integer(owner, p.name, value)
+        elif kind is bool:
+            instance(owner, p.name, value, (bool, np.bool_), "True or False")
         elif value is p.empty and p.kind is not p.VAR_KEYWORD:
             called = getattr(solver, "__name__", "this solver")
             raise TypeError(f"{owner}: {p.name} is missing, expected this option of {called}")

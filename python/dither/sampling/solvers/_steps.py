@@ -28,6 +28,13 @@ def beside(x: Any, x0: Any, p: Point) -> Any:
     return (x - x0 * p.alpha) * (1 / p.sigma)
 
 
+def rest(owner: str, eta: float, variance: Level, q: Point) -> Level:
+    """The deviation of the noise that a state of q keeps beside new one of this variance."""
+    if not np.all(variance <= q.sigma**2):
+        raise ValueError(f"{owner}: eta is {eta}, expected less: new noise alone is more than there is at a level")
+    return np.sqrt(q.sigma**2 - variance)
+
+
 def noise_of(run: Any, x: Any, out: Any, p: Point) -> Any:
     """eps, or what x holds beside x0 where that is limited."""
     return beside(x, out.x0, p) if run.limits else out.eps

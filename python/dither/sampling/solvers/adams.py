@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._checks import integer
 from ..points import Level, Point, Points
 from ._steps import along, noise_of
 
@@ -51,6 +52,7 @@ def ipndm(run: Any, x: Any, points: Points, order: int = 4) -> Any:
 
     The weights are those of even steps, whatever the levels are.
     """
+    integer("ipndm", "order", order, 1)
     past: list[Any] = []
     for _, p, q in run.steps(points):
         out = run.evaluate(x, p)
@@ -99,6 +101,7 @@ def deis(run: Any, x: Any, points: Points, order: int = 2, lower_order_final: bo
 
     lower_order_final: of fewer than 15 steps the last is of order 1 and the one before of at most 2.
     """
+    integer("deis", "order", order, 1)
     past: list[Any] = []
     levels: list[Level] = []
     for i, p, q in run.steps(points):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._checks import number
 from ..points import Points, VariancePreserving
 
 
@@ -18,6 +19,8 @@ def lcm(run: Any, x: Any, points: Points, timestep_scaling: float | None = None,
     """
     if timestep_scaling is None:
         timestep_scaling = 10.0 if isinstance(run.process, VariancePreserving) else 0.0
+    number("lcm", "timestep_scaling", timestep_scaling, least=0)
+    number("lcm", "sigma_data", sigma_data, above=0)
     for _, p, q in run.steps(points):
         x0 = run.denoised(x, p)
         if timestep_scaling:
@@ -36,6 +39,7 @@ def tcd(run: Any, x: Any, points: Points, eta: float = 0.3) -> Any:
     """
     if not hasattr(run.process, "at_time"):
         raise TypeError(f"tcd: process is {type(run.process).__name__}, expected one of discrete times")
+    number("tcd", "eta", eta, least=0, most=1)
     last = len(points) - 2
     for i, p, q in run.steps(points):
         out = run.evaluate(x, p)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..._checks import integer, one_of
 from ..points import Point, Points
-from ._steps import beside, renoised
+from ._steps import beside, renoised, rest
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
@@ -29,7 +29,7 @@ def ddim(run: Any, x: Any, points: Points, eta: float = 0.0, use_clipped_model_o
         eps = beside(x, out.x0, p) if use_clipped_model_output else out.eps
         # sigma^2 = eta^2 (1 - abar_q) / (1 - abar_p) (1 - abar_p / abar_q), for any alpha and sigma
         deviation = eta * q.sigma * np.sqrt(_new_share(p, q))
-        x = out.x0 * q.alpha + eps * np.sqrt(q.sigma**2 - deviation**2)
+        x = out.x0 * q.alpha + eps * rest("ddim", eta, deviation**2, q)
         if np.any(deviation > 0):
             x = x + run.noise() * deviation
     return x

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..._checks import instance, one_of, share
 from ..points import Level, Point, Points
 from ._steps import ancestral, has_slope, renoised, slope, toward
 from .adams import lagrange_integrals
@@ -33,8 +34,7 @@ def dpmpp_sde(run: Any, x: Any, points: Points, eta: float = 1.0, s_noise: float
     eta: 0, deterministic; 1, the SDE. s_noise: the noise is multiplied by it. r: where between the levels the second
     evaluation is, in ln(alpha / sigma), 0 < r <= 1.
     """
-    if not 0 < r <= 1:
-        raise ValueError(f"dpmpp_sde: r is {r}, expected 0 < r <= 1")
+    share("dpmpp_sde", "r", r)
     for _, p, q in run.steps(points):
         x0 = run.denoised(x, p)
         if has_slope(p, q):
@@ -92,9 +92,9 @@ def er_sde(
     function of numpy arrays (None: `er_sde_noise`); r is the probability flow, r^2 the reverse SDE. max_stage: order, 1 to 3.
     Integrals of 1 / phi are by Gauss-Legendre quadrature in ln r, where the authors sum 100 rectangles.
     """
-    if max_stage not in (1, 2, 3):
-        raise ValueError(f"er_sde: max_stage is {max_stage}, expected 1, 2, 3")
-    phi = noise_scaler or er_sde_noise
+    one_of("er_sde", "max_stage", max_stage, (1, 2, 3))
+    phi = er_sde_noise if noise_scaler is None else noise_scaler
+    instance("er_sde", "noise_scaler", phi, Callable, "a function of sigma / alpha")  # type: ignore[arg-type]
     past: list[Any] = []  # divided differences of x0 at the last step, of order 0 and up
     ratios: list[Level] = []  # of the last steps, newest first
     for _, p, q in run.steps(points):
@@ -170,6 +170,9 @@ def dpm_solver(run: Any, x: Any, points: Points, orders: Sequence[int] = (), eta
     orders: of each step; those that are missing have order 3, and a step to no noise or from no signal 1. eta: 0,
     deterministic; 1, to below the next level, and up with new noise, which is multiplied by s_noise.
     """
+    instance("dpm_solver", "orders", orders, Collection, "a list of orders")
+    for order in orders:
+        one_of("dpm_solver", "an entry of orders", order, (1, 2, 3))
     for i, p, q in run.steps(points):
         down, noise = ancestral_above(run, p, q, eta, points[-1])
         order = orders[i] if i < len(orders) else 3

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._checks import instance, one_of
 from ..points import Level, Point, Points, Process, to_eps
 
 
@@ -121,6 +122,8 @@ def dpm_solver_v3(run: Any, x: Any, points: Points, statistics: Statistics, orde
     a tensor of ones, which the constant terms are multiples of. Of the authors' variants this has neither pseudo-orders nor the
     corrector at a part of the steps.
     """
+    instance("dpm_solver_v3", "statistics", statistics, Statistics, "Statistics")
+    one_of("dpm_solver_v3", "order", order, (1, 2, 3))
     e, one = statistics, run.register("one")
 
     def row(k: np.ndarray) -> Level:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..._checks import instance, number
 from ..points import Point, Points
 from ._steps import along, ancestral, churned, has_slope, renoised, slope, toward
 
@@ -159,6 +160,7 @@ def restart(
     leads to high, and `levels` levels of Karras' grid with `rho` lead down again, `times` times. None: (3, 2, 0.06, 0.30), if
     there is such a level. s_noise: the noise is multiplied by it.
     """
+    number("restart", "rho", rho, above=0)
     at = _restarts(points, RESTARTS if segments is None else segments, segments is None)
     for i, p, q in run.steps(points):
         x = heun_step(run, x, p, q)
@@ -180,6 +182,7 @@ def _restarts(points: Points, segments: Sequence[Sequence[float]], lenient: bool
     if ratios.ndim > 1:
         raise ValueError("restart: levels differ by samples, expected the same for all")
     found: dict[int, list[Sequence[float]]] = {}
+    instance("restart", "segments", segments, Collection, "a list of (levels, times, low, high)")
     for segment in segments:
         n, times, low, high = segment if np.shape(segment) == (4,) else (0, 0, 0, 0)
         if not (n >= 2 and n == int(n) and times >= 1 and times == int(times) and 0 < low < high < INF):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._checks import integer, number
 from ..points import Points
 
 
@@ -17,6 +18,7 @@ def ddim_inverse(run: Any, x: Any, points: Points, iterations: int = 1) -> Any:
     (diffusers reads v and x0 at the other level, where they are far off). iterations: more than 1 repeat a step from where it
     led, until it is what DDIM undoes (fixed-point inversion: Pan et al. 2023, Garibi et al. 2024).
     """
+    integer("ddim_inverse", "iterations", iterations, 1)
     for _, p, q in run.steps(points):
         y = x
         for _ in range(iterations):
@@ -30,9 +32,10 @@ def bdia(run: Any, x: Any, points: Points, gamma: float = 1.0, pair: bool = Fals
     """BDIA-DDIM, which can be undone exactly (Zhang, Lewis & Kleijn 2024).
 
     Each step is DDIM's, corrected by gamma times what DDIM misses on the way back to the state before. It is its own inverse:
-    on the levels in the other order, with 1 / gamma. pair: begins with two states, the register "before" of points[0] and x of
-    points[1]; otherwise the first step is DDIM's.
+    on the levels in the other order, with 1 / gamma. gamma: of levels that fall 0, which is DDIM, to 1. pair: begins with two
+    states, the register "before" of points[0] and x of points[1]; otherwise the first step is DDIM's.
     """
+    number("bdia", "gamma", gamma, least=0, most=1 if np.all(points[0].ratio > points[-1].ratio) else np.inf)
     before, level = (run.register("before"), points[0]) if pair else (None, None)
     for _, p, q in run.steps(points[1:] if pair else points):
         out = run.evaluate(x, p)
@@ -75,6 +78,7 @@ def ddcm(run: Any, x: Any, points: Points, eta: float = 1.0) -> Any:
     The source's noise is taken to be what leads to x exactly; the target differs by what the model says of it.
     eta: 1 draws new noise at each step, as consistency models do; 0 none.
     """
+    number("ddcm", "eta", eta, least=0, most=1)
     source = target = x * points[0].alpha + run.noise() * points[0].sigma
     for _, p, q in run.steps(points):
         change = -run.evaluate(source, p).eps

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..._checks import number
+from ..._checks import integer, number
 from ..points import Points
 from ._steps import langevin, with_signal
 
@@ -19,6 +19,8 @@ def reverse_diffusion(run: Any, x: Any, points: Points, corrections: int = 0, sn
     `dither.sampling.adaptive.predictor_corrector`. The last step is without noise.
     """
     with_signal("reverse_diffusion", points)
+    integer("reverse_diffusion", "corrections", corrections, 0)
+    number("reverse_diffusion", "snr", snr, least=0)
     for i, p, q in run.steps(points):
         for _ in range(corrections):
             eps = run.evaluate(x, p).eps
@@ -41,6 +43,7 @@ def annealed_langevin(
     authors' code. None: s^2 / 5, which is the paper's 2e-5 at its 0.01. A level 0 at the end of `points` is left out. denoise:
     end with x0 as the model sees it (Jolicoeur-Martineau et al. 2021).
     """
+    integer("annealed_langevin", "steps_each", steps_each, 1)
     noisy = [p for p in points if not p.clean]
     with_signal("annealed_langevin", noisy)
     last = noisy[-1].ratio

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._checks import integer, number
 from ..points import Points
 from ._steps import along, noise_of, renoised, toward
 from .adams import lagrange_integrals
@@ -16,8 +17,7 @@ def lms(run: Any, x: Any, points: Points, order: int = 4) -> Any:
 
     order: how many slopes, at least 1; the first steps have fewer.
     """
-    if order < 1:
-        raise ValueError(f"lms: order is {order}, expected at least 1")
+    integer("lms", "order", order, 1)
     slopes: list[Any] = []
     ratios: list[Any] = []
     for _, p, q in run.steps(points):
@@ -36,8 +36,7 @@ def gradient_estimation(run: Any, x: Any, points: Points, ge_gamma: float = 2.0,
 
     ge_gamma: 1, DDIM. mu: 0 <= mu < 1, new noise as in the authors' smalldiffusion: 0, none; 1/2 with ge_gamma = 1, DDPM.
     """
-    if not 0 <= mu < 1:
-        raise ValueError(f"gradient_estimation: mu is {mu}, expected 0 <= mu < 1")
+    number("gradient_estimation", "mu", mu, least=0, below=1)
     old: Any = None
     for _, p, q in run.steps(points):
         out = run.evaluate(x, p)

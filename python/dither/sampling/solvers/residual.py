@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from ..._checks import instance
+from ..._checks import instance, integer, number
 from ..points import Level, Point, Points, Process, to_eps, to_x0
 from ..program import Linear, Output
-from ._steps import langevin
+from ._steps import langevin, rest
 from .dpm_multistep import dpmpp_2m
 
 
@@ -57,6 +57,7 @@ def mean_reverting(run: Any, x: Any, points: Points, solver: Callable[..., Any] 
 
     x: (1 - alpha) mu + sigma z at the first point.
     """
+    instance("mean_reverting", "solver", solver, Callable, "a solver of dither.sampling.solvers")  # type: ignore[arg-type]
     shifted = _Shifted(run)
     x = solver(shifted, x - shifted.mu * (1 - points[0].alpha), points, **options)
     return x + shifted.mu * (1 - points[-1].alpha)
@@ -76,7 +77,7 @@ def rddm(run: Any, x: Any, points: Points, eta: float = 0.0) -> Any:
     for _, p, q in run.steps(points):
         out = shifted.evaluate(x, p)
         variance = eta * q.sigma**2 * (1 - (q.sigma / p.sigma) ** 2)
-        x = out.x0 * q.alpha + out.eps * np.sqrt(q.sigma**2 - variance)
+        x = out.x0 * q.alpha + out.eps * rest("rddm", eta, variance, q)
         if np.any(variance > 0):
             x = x + run.noise() * np.sqrt(variance)
     return x + shifted.mu * (1 - points[-1].alpha)
@@ -90,6 +91,8 @@ def sgmse(run: Any, x: Any, points: Points, snr: float = 0.5, corrections: int =
     """
     shifted, process = _Shifted(run), run.process
     instance("sgmse", "process", process, OrnsteinUhlenbeck, "OrnsteinUhlenbeck")
+    number("sgmse", "snr", snr, least=0)
+    integer("sgmse", "corrections", corrections, 0)
     for i, p, q in run.steps(points):
         for k in range(corrections + 1):
             x = x - shifted.mu * (1 - p.alpha)

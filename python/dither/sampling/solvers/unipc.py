@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..._checks import one_of
+from ..._checks import instance, integer, one_of
 from ..points import Level, Point, Points
 
 
@@ -40,7 +40,11 @@ def unipc(
     solver_type: "bh1" or "bh2", their B(h). predict_x0: of x0, else of the noise. disable_corrector: numbers of steps that are
     not corrected. lower_order_final: a step that is the n-th from the end is of order n at most.
     """
+    integer("unipc", "order", order, 1)
     one_of("unipc", "solver_type", solver_type, ("bh1", "bh2"))
+    instance("unipc", "disable_corrector", disable_corrector, Collection, "numbers of steps")
+    for i in disable_corrector:
+        integer("unipc", "an entry of disable_corrector", i)
     past: list[tuple[Any, Level]] = []  # x0 or eps and lam, newest first
     done: Any = None
     for i, p, q in run.steps(points):
