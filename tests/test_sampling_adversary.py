@@ -271,7 +271,8 @@ def test_options_out_of_range(name, options, message):
         ({"model_dtype": torch.int32}, TypeError, "model_dtype is torch.int32, expected one of floats"),
         ({"known": X, "mask": torch.full((4,), 2.0)}, ValueError, "mask has values beyond"),
         ({"known": X, "mask": torch.full((4,), math.nan)}, ValueError, "mask has values beyond"),
-        *(({"sampler": "ddim", "eta": 1.0, "seed": s}, TypeError, "seed is") for s in ("a", [None, 1, 2], [2**64, 1, 1])),
+        *(({"eta": e, "seed": s}, TypeError, "seed is") for s in ("a", [None, 1, 2], [2**64, 1, 1]) for e in (0.0, 1.0)),
+        ({"seed": [1]}, ValueError, r"seed has shape \[1\], expected \[3\]"),
     ],
 )
 def test_refusals(arguments, error, message):
@@ -372,3 +373,11 @@ def test_float32_is_near_float64():
             levels = np.asarray(sigmas) / (10 if name.endswith("_RF") else 1)
             found.append(sampler(denoiser, X.to(dtype), levels, disable=True, **noise).double())
         assert float((found[0] - found[1]).abs().max() / found[1].abs().max()) < 2e-6, name
+
+
+@pytest.mark.parametrize("noise_sampler", [None, lambda a, b: torch.zeros(3, 4)])
+def test_seeds_are_looked_at_where_nothing_is_drawn(noise_sampler):
+    for run in (kdiffusion.sample_euler, kdiffusion.sample_euler_ancestral):
+        given = {"noise_sampler": noise_sampler} if run is kdiffusion.sample_euler_ancestral else {}
+        with pytest.raises(TypeError, match="seed is 'q'"):
+            run(denoiser, X, GRID, seed="q", **given)

@@ -87,7 +87,9 @@ def run_program(
     state = state if x.dtype == torch.float64 else state.float()
     state = state.clone() if state.data_ptr() == x.data_ptr() else state  # a model or a callback may write to it
     batch, device = len(x), x.device
-    seeds = seeds_of(owner, seed, batch, device) if program.draws and noise_sampler is None else None
+    drawn = program.draws > 0 and noise_sampler is None
+    found = seeds_of(owner, seed, batch, device) if drawn or seed is not None else None
+    seeds = found if drawn else None
     half = model_dtype if model_dtype not in (None, state.dtype) else None
     runner = Runner.of(program, device, half, noise_sampler is not None)
     for count in runner.samples - {1, batch}:  # the kernel itself would give each a part of the elements

@@ -339,7 +339,7 @@ def sample(
     result_dtype = state.dtype
     state = state_of("sample", state)
     seeds = None
-    if x is None or from_data or known is not None or plan.program.draws:
+    if seed is not None or x is None or from_data or known is not None or plan.program.draws:
         seeds = seeds_of("sample", seed, len(state), state.device)
     given = dict(registers or {})
     if "x" in given:
