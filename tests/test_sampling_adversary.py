@@ -267,6 +267,14 @@ def test_options_out_of_range(name, options, message):
         ({"callback_on_step_end": lambda i, s, x: "x"}, TypeError, "at step 0: what callback_on_step_end gave is str"),
         ({"callback_on_step_end": lambda i, s, x: x.long()}, ValueError, "of torch.int64 on cpu at step 0, expected floats"),
         ({"registers": {"x": X}}, ValueError, "registers has 'x'"),
+        *(
+            ({"sampler": "mean_reverting", "process": "vp", "registers": {"mu": mu}}, error, message)
+            for mu, error, message in (
+                (X.numpy(), TypeError, r"registers\['mu'\] is ndarray, expected a tensor"),
+                (X[:2], ValueError, r"registers\['mu'\] is \[2, 4\] of torch.float32 on cpu, expected floats \[3, 4\] on cpu"),
+                (X.long(), ValueError, r"registers\['mu'\] is \[3, 4\] of torch.int64"),
+            )
+        ),
         ({"time_dtype": "float"}, TypeError, "time_dtype is str, expected a torch.dtype"),
         ({"model_dtype": torch.int32}, TypeError, "model_dtype is torch.int32, expected one of floats"),
         ({"known": X, "mask": torch.full((4,), 2.0)}, ValueError, "mask has values beyond"),
@@ -381,3 +389,11 @@ def test_seeds_are_looked_at_where_nothing_is_drawn(noise_sampler):
         given = {"noise_sampler": noise_sampler} if run is kdiffusion.sample_euler_ancestral else {}
         with pytest.raises(TypeError, match="seed is 'q'"):
             run(denoiser, X, GRID, seed="q", **given)
+
+
+def test_registers_of_any_layout():
+    for mu in (X.t().contiguous().t(), X.clone().requires_grad_(), X[:1].expand(3, 4), X.bfloat16()):
+        found = sample(denoiser, X, "rddm", 4, process="vp", registers={"mu": mu})
+        assert torch.equal(
+            found, sample(denoiser, X, "rddm", 4, process="vp", registers={"mu": mu.detach().float().contiguous()})
+        )

@@ -96,9 +96,11 @@ def run_program(
         raise ValueError(f"{owner}: levels or scales are of {count} samples, expected {batch}, one for each of x")
     times = runner.times(batch, time_dtype or state.dtype)
     keywords = dict(arguments or {})
+    given = dict(given or {})
     for name in program.registers:
-        if name not in (given or {}):
+        if name not in given:
             raise ValueError(f"{owner}: registers lack {name!r}, expected {', '.join(map(repr, program.registers))}")
+        given[name] = _register(owner, name, given[name], x)
 
     shape = x.shape
     guided = None if guide is None else guide.running(model, keywords)
@@ -129,6 +131,14 @@ def run_program(
         if not capturing and not bool(result.sum().isfinite()) and not bool(result.isfinite().all()):
             _find(owner, runner, call, state, seeds, given, combine)
     return result.to(x.dtype)
+
+
+def _register(owner: str, name: str, value: Any, x: Tensor) -> Tensor:
+    tensor(owner, f"registers[{name!r}]", value)
+    if value.shape != x.shape or value.device != x.device or not value.is_floating_point():
+        gave = f"{list(value.shape)} of {value.dtype} on {value.device}"
+        raise ValueError(f"{owner}: registers[{name!r}] is {gave}, expected floats {list(x.shape)} on {x.device}")
+    return value.detach().contiguous()
 
 
 def _find(owner: str, runner: Runner, call: Any, state: Tensor, *rest: Any) -> None:
