@@ -163,7 +163,8 @@ def test_every_sampler(name):
     settings = {"process": process, "prediction": "v", "grid": levels, "seed": 5, "dtype": F64, "sampler": name}
     model = as_model(process, "v")
     got = sample(model, shape=SHAPE, registers=given, **settings)
-    begin = drawn(5, START) * process.prior_scale(process.at(levels[0]))
+    first = process.at(levels[0])
+    begin = drawn(5, START) * process.prior_scale(first) + given.get("mu", 0) * (1 - first.alpha)
     want = by_reference(name, {}, process, "v", levels, begin, 5, given=given)
     scale = max(1.0, float(want.abs().max()))
     assert torch.allclose(got, want, rtol=0, atol=1e-10 * scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dither import noise
 from dither.reference.sampling import STREAM
-from dither.sampling import adaptive, grids, inversion, per_row, sample, solvers, spectral
+from dither.sampling import adaptive, grids, inversion, per_row, program, sample, solvers, spectral
 from dither.sampling.adaptive import AdaptiveSkip, gotta_go_fast, paradigms, predictor_corrector
 from dither.sampling.gmm import GaussianMixture
 from dither.sampling.per_row import rolling
@@ -149,6 +149,31 @@ def test_a_mean_that_is_0_leaves_every_solver_as_it_is() -> None:
         plain = both(solver, x, points, VP, "eps", **options)[0]
         shifted = both(solvers.mean_reverting, x, points, VP, "eps", mu=mu, solver=solver, **options)[0]
         assert (plain - shifted).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("process", ["vp", "flow", "ve"])
+@pytest.mark.parametrize(("sampler", "options"), [("mean_reverting", {}), ("rddm", {"eta": 0.0}), ("rddm", {"eta": 1.0})])
+def test_sample_begins_with_the_mean(sampler: str, options: dict[str, Any], process: str) -> None:
+    """What a model makes of states less (1 - alpha) mu alone is made again around mu, drawn, from data and with masks."""
+    mu, known = start(9) * 3, start(8)
+    mask = torch.ones(SHAPE, dtype=torch.float64)
+    mask[..., :2] = 0
+    for begin in ({"shape": SHAPE}, {"x": known, "strength": 0.5}):
+        for masked in ({}, {"known": known, "mask": mask}):
+            run = {"sampler": sampler, "process": process, "prediction": "x0", "steps": 5, "seed": 3, **begin, **options}
+            planned = {k: v for k, v in run.items() if k not in ("seed", "x", "shape")}
+            levels = [it.point for it in program(**planned).instructions if isinstance(it, Evaluate)]
+
+            def model(x: Tensor, t: Tensor, mu: Tensor, left: Iterator[Point]) -> Tensor:
+                return torch.tanh(x - (1 - next(left).alpha) * mu)
+
+            around_0, around_mu = (
+                sample(
+                    model, **run, **masked, dtype=torch.float64, arguments={"mu": m, "left": iter(levels)}, registers={"mu": m}
+                )
+                for m in (torch.zeros_like(mu), mu)
+            )
+            assert (around_0 - around_mu).abs().max() < 1e-11
 
 
 # ---- residual diffusion

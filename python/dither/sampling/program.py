@@ -163,6 +163,7 @@ class Trace:
         self.inpaint, self._end = inpaint, Point(1.0, 0.0, 0.0)
         self.start = Symbol("x", "given")
         self.given: dict[str, Symbol] = {}
+        self.mean: str | None = None
         self._ops: list[_Step | _Define | _Evaluate] = []
         self._states = self._draws = self._calls = self._step = 0
         self._raws: dict[tuple[str, int], Linear] = {}
@@ -174,6 +175,11 @@ class Trace:
     def register(self, name: str) -> Linear:
         """A tensor that is given when the program runs: conditions, means, masks' contents."""
         return Linear({self.given.setdefault(name, Symbol(name, "given")): 1.0})
+
+    def reverts(self, name: str) -> Linear:
+        """The register whose content is the mean that states revert to: x = alpha x0 + (1 - alpha) mean + sigma eps."""
+        self.mean = name
+        return self.register(name)
 
     def noise(self, *span: Point) -> Linear:
         """Standard normal, new at each call. span: the two levels that a noise sampler is asked for, if not the step's."""
@@ -203,7 +209,8 @@ class Trace:
                     f"sample: the solver computes with a state of step {self._step} before the model sees it, which masks "
                     "forbid; expected run.evaluate(x, p) first, on a line of its own"
                 )
-            self._define(x, self.register(KNOWN) * point.alpha + self.register(KNOWN_NOISE) * point.sigma)
+            known = self.register(KNOWN) * point.alpha + self.register(KNOWN_NOISE) * point.sigma
+            self._define(x, known + self.register(self.mean) * (1 - point.alpha) if self.mean else known)
         else:
             self.keep(x)
         return read_before
@@ -267,6 +274,7 @@ class Trace:
         ((last, _),) = result.terms.items()
         lowering = _Lowering(self._ops, self.start, last, self.limits)
         program = lowering.program()
+        program.mean = self.mean
         if len(self._renoising) > 1 and not self._renoising & lowering.uses.keys():
             raise ValueError("sample: the guide changes eps, which this solver does not use; expected one that does, as ddim")
         return program
@@ -337,6 +345,8 @@ class Program:
     limits: Limits
     evaluations: int
     draws: int
+    mean: str | None = None
+    """The register that states revert to."""
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """Runners, by device and kind."""
 

@@ -31,6 +31,9 @@ class Reference:
     def register(self, name: str) -> Tensor:
         return self._given[name]
 
+    def reverts(self, name: str) -> Tensor:
+        return self.register(name)
+
     def noise(self, *span: Point) -> Tensor:
         assert self._noise is not None, "this solver draws noise"
         return self._noise()

@@ -100,7 +100,7 @@ def run_program(
     for name in program.registers:
         if name not in given:
             raise ValueError(f"{owner}: registers lack {name!r}, expected {', '.join(map(repr, program.registers))}")
-        given[name] = _register(owner, name, given[name], x)
+        given[name] = register_of(owner, name, given[name], x)
 
     shape = x.shape
     guided = None if guide is None else guide.running(model, keywords)
@@ -133,7 +133,8 @@ def run_program(
     return result.to(x.dtype)
 
 
-def _register(owner: str, name: str, value: Any, x: Tensor) -> Tensor:
+def register_of(owner: str, name: str, value: Any, x: Tensor) -> Tensor:
+    """The tensor that a program is given by this name: floats like x."""
     tensor(owner, f"registers[{name!r}]", value)
     if value.shape != x.shape or value.device != x.device or not value.is_floating_point():
         gave = f"{list(value.shape)} of {value.dtype} on {value.device}"

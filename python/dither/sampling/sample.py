@@ -21,7 +21,7 @@ from .loops import normal, rows, state_of
 from .named import check_options, prediction_of, process_of
 from .points import Flow, Point, Process, VariancePreserving
 from .program import KNOWN, KNOWN_NOISE, MASK, Evaluate, Limits, Program
-from .run import START, Seed, compiled, run_program, seeds_of
+from .run import START, Seed, compiled, register_of, run_program, seeds_of
 
 # ---- samplers by name
 
@@ -347,12 +347,13 @@ def sample(
     if known is not None:
         assert mask is not None and seeds is not None
         given |= _inpainting(state, known, mask, normal(state, seeds, START))
-    if x is None:
+    if x is None or from_data:
         assert seeds is not None
-        (state,) = rows([state], [[0.0, float(plan.process.prior_scale(plan.first))]], seeds, START)
-    elif from_data:
-        assert seeds is not None
-        (state,) = rows([state], [[float(plan.first.alpha), float(plan.first.sigma)]], seeds, START)
+        p, mean = plan.first, plan.program.mean
+        signal, deviation = (p.alpha, p.sigma) if from_data else (0.0, plan.process.prior_scale(p))
+        means = [register_of("sample", mean, given[mean], state)] if mean is not None and mean in given else []
+        weights = [float(signal), *[1 - float(p.alpha)] * len(means), float(deviation)]
+        (state,) = rows([state, *means], [weights], seeds, START)
 
     states: list[Tensor] = []
     reached = plan.reached

@@ -30,7 +30,7 @@ class _Shifted:
     """A run for states less (1 - alpha) mu, of a model that sees them whole."""
 
     def __init__(self, run: Any) -> None:
-        self._run, self.mu = run, run.register("mu")
+        self._run, self.mu = run, run.reverts("mu")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._run, name)
@@ -55,7 +55,7 @@ class _Shifted:
 def mean_reverting(run: Any, x: Any, points: Points, solver: Callable[..., Any] = dpmpp_2m, **options: Any) -> Any:
     """Any solver for x = alpha x0 + (1 - alpha) mu + sigma eps (MR Sampler, Li et al. 2025, is this of DPM-Solver++).
 
-    x: (1 - alpha) mu + sigma z at the first point.
+    x: (1 - alpha) mu + sigma z at the first point, as `sample` draws it; the papers' codes begin with mu + sigma z.
     """
     instance("mean_reverting", "solver", solver, Callable, "a solver of dither.sampling.solvers")  # type: ignore[arg-type]
     shifted = _Shifted(run)
