@@ -160,7 +160,7 @@ class Trace:
         self, process: Process, prediction: str, limits: Limits | None = None, guide: Any = None, inpaint: bool = False
     ) -> None:
         self.process, self.prediction, self.limits, self.guide = process, prediction, limits or Limits(), guide
-        self.inpaint, self._end = inpaint, Point(1.0, 0.0, 0.0)
+        self.inpaint = inpaint
         self.start = Symbol("x", "given")
         self.given: dict[str, Symbol] = {}
         self.mean: str | None = None
@@ -266,11 +266,12 @@ class Trace:
         """Number, point and next point of each step."""
         for i, (p, q) in enumerate(itertools.pairwise(points)):
             self._ops.append(_Step(i))
-            self._end, self._step = q, i
+            self._step = i
             yield i, p, q
 
-    def lower(self, result: Linear) -> Program:
-        self._keep_seen(result, self._end)
+    def lower(self, result: Linear, end: Point) -> Program:
+        """end: the level of the result."""
+        self._keep_seen(result, end)
         ((last, _),) = result.terms.items()
         lowering = _Lowering(self._ops, self.start, last, self.limits)
         program = lowering.program()

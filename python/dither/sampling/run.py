@@ -55,7 +55,7 @@ def compiled(
     """The program of a solver on these noise levels."""
     trace = Trace(process, prediction, limits, guide, inpaint)
     with np.errstate(all="ignore"):  # what is not finite is an error
-        return trace.lower(solver(trace, trace.x(), points, **(options or {})))
+        return trace.lower(solver(trace, trace.x(), points, **(options or {})), points[-1])
 
 
 def run_program(
