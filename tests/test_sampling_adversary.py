@@ -280,6 +280,7 @@ def test_options_out_of_range(name, options, message):
         ({"known": X, "mask": torch.full((4,), 2.0)}, ValueError, "mask has values beyond"),
         ({"known": X, "mask": torch.full((4,), math.nan)}, ValueError, "mask has values beyond"),
         *(({"eta": e, "seed": s}, TypeError, "seed is") for s in ("a", [None, 1, 2], [2**64, 1, 1]) for e in (0.0, 1.0)),
+        ({"steps": 7}, ValueError, "steps is 7 beside a grid of 6 levels, expected 5 or None"),
         ({"seed": [1]}, ValueError, r"seed has shape \[1\], expected \[3\]"),
     ],
 )

@@ -162,7 +162,7 @@ class _Plan:
 
 def program(
     sampler: str | Callable[..., Any] = "dpmpp_2m",
-    steps: int = 20,
+    steps: int | None = None,
     *,
     process: str | Process = "vp",
     prediction: str | None = None,
@@ -184,7 +184,7 @@ def program(
 def _planned(
     owner: str,
     sampler: str | Callable[..., Any],
-    steps: int,
+    steps: int | None,
     process: str | Process,
     prediction: str | None,
     grid: Any,
@@ -200,9 +200,13 @@ def _planned(
     """As planned before, where everything that a plan is made of can be looked up."""
     solver = solver_of(owner, "sampler", sampler)
     kind = process_of(owner, process)
-    integer(owner, "steps", steps, least=1)
+    usual = 20
     if grid is not None and not isinstance(grid, str):
         grid = tuple(grids.own(owner, grid).tolist())
+        usual = len(grid) - 1
+    steps = usual if steps is None else integer(owner, "steps", steps, least=1)
+    if isinstance(grid, tuple) and steps != usual:
+        raise ValueError(f"{owner}: steps is {steps} beside a grid of {len(grid)} levels, expected {usual} or None")
     limits, settings = (clip, quantile), (start, strength, inpaint, tuple(options.items()))
     key = (owner, solver, steps, kind, prediction, grid, tuple((grid_options or {}).items()), *limits, *settings)
     try:
@@ -259,7 +263,7 @@ def sample(
     model: Callable[..., Any],
     x: Tensor | None = None,
     sampler: str | Callable[..., Any] = "dpmpp_2m",
-    steps: int = 20,
+    steps: int | None = None,
     *,
     shape: Sequence[int] | None = None,
     process: str | Process = "vp",
@@ -291,6 +295,7 @@ def sample(
     x: the state to begin with, at the first level of the grid. Without it, one of `shape`, `dtype` and `device` (by default the
         model's) is drawn. The sampler computes in float32, or in float64 if x is, and returns x's type.
     sampler: a name of `SAMPLERS`, or a solver of your own.
+    steps: by default 20, or those of a grid of one's own.
     process: "vp" (Ho et al. 2020), "stable_diffusion", "cosine", "flow", "ve" (the model is a denoiser D(x, sigma)), or a
         `Process`. It says what `time` is.
     prediction: what the model gives, "x0", "eps", "v", "score", "velocity" or "reverse_velocity" (x0 - eps); by default eps,
