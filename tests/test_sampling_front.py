@@ -375,7 +375,7 @@ def test_a_callback_may_replace_the_state():
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_callback_may_write_to_the_state(name, inference):
     """What it writes and what it returns are the same to the model, also where that sees a copy of 16 bits."""
-    seen = {}
+    seen, left = {}, []
     for how in ("writes", "returns"):
         seen[how] = []
 
@@ -384,12 +384,14 @@ def test_a_callback_may_write_to_the_state(name, inference):
             return torch.tanh(x)
 
         def callback(step, sigma, x, how=how):
+            left.append((x * 0.5).bfloat16())
             return x * 0.5 if how == "returns" else (x.mul_(0.5), None)[1]
 
         with torch.inference_mode(inference):
             half = {"model_dtype": torch.bfloat16, "callback_on_step_end": callback}
             seen[how].append(sample(model, shape=SHAPE, sampler=name, steps=5, seed=1, **half))
     assert len(seen["writes"]) > 4 and all(map(torch.equal, seen["writes"], seen["returns"]))
+    assert all(any(torch.equal(x.bfloat16(), y.bfloat16()) for y in seen["writes"]) for x in left)
 
 
 def test_progress(capsys):
