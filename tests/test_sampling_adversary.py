@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dither.sampling import SAMPLERS, DiffusersScheduler, VariancePreserving, grids, kdiffusion, program, sample
-from dither.sampling.guidance import APG, CFG, Interval
+from dither.sampling.guidance import APG, CFG, Compose, Interval
+from dither.sampling.program import MOST_INPUTS, Row
 from dither.sampling.run import compiled
 from dither.sampling.solvers.residual import OrnsteinUhlenbeck
 
@@ -398,3 +399,41 @@ def test_registers_of_any_layout():
         assert torch.equal(
             found, sample(denoiser, X, "rddm", 4, process="vp", registers={"mu": mu.detach().float().contiguous()})
         )
+
+
+def test_an_interval_has_its_upper_edge_and_not_its_lower_one():
+    asked = []
+
+    def model(x, sigma, y):
+        asked.extend(zip(sigma.tolist(), y.flatten().tolist()))
+        return x * 0.5 + y
+
+    cond, uncond = {"y": torch.ones(3, 1)}, {"y": torch.zeros(3, 1)}
+    sample(model, X, "euler", process="ve", grid=[8, 4, 2, 1, 0], guidance=Interval(CFG(3.0, cond, uncond), 2.0, 4.0))
+    assert {sigma for sigma, y in asked if y == 0} == {4.0} and {sigma for sigma, y in asked if y == 1} == {8.0, 4.0, 2.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ddim", {"eta": 1.0}), ("euler_ancestral", {}), ("unipc", {"order": 3}), ("lms", {"order": 12}), ("dpmpp_3m_sde", {})],
+)
+@pytest.mark.parametrize("limits", [{}, {"clip": 0.7}, {"clip": 2.0, "quantile": 0.9}], ids=str)
+@pytest.mark.parametrize("count", [9, 20])
+def test_sums_of_more_inputs_than_a_row_has(name, options, limits, count):
+    """Conditions and the unconditional: the guide is the sum of what they give, in several rows."""
+    values = torch.linspace(-1, 1, count, dtype=torch.float64)
+
+    def model(x, time, y):
+        return torch.sin(x * (1 + y)) * 0.5
+
+    def summed(x, time):
+        free = model(x, time, torch.zeros(()))
+        return free + sum((i + 1) * 0.1 * (model(x, time, y) - free) for i, y in enumerate(values))
+
+    parts = [((i + 1) * 0.1, {"y": y.expand(3, 1)}) for i, y in enumerate(values)]
+    run = {"sampler": name, "steps": 14, "process": "flow", "seed": 0, **options, **limits}
+    guide = Compose(parts, {"y": torch.zeros(3, 1, dtype=torch.float64)})
+    planned = program(**{k: v for k, v in run.items() if k != "seed"}, guidance=guide)
+    assert MOST_INPUTS - 1 <= max(len(it.inputs) for it in planned.instructions if isinstance(it, Row)) <= MOST_INPUTS == 8
+    found, want = sample(model, X.double(), guidance=guide, **run), sample(summed, X.double(), **run)
+    assert (found - want).abs().max() < 1e-12 * max(1.0, want.abs().max())

@@ -489,7 +489,10 @@ class _Lowering:
             return
         elif limited or again:  # first what comes again, then the rest
             for s in sorted({*limited, *again}, key=str):
-                assert s.value is not None
+                if s.kind == "limited" and not self._fits([(s, self._value(s))], []):
+                    whole = Symbol(s.name + "'", "state")
+                    self._split(whole, self._value(s))
+                    s.value = Linear({whole: 1.0})
                 single = [(s, Linear({s: 1.0}) if s.kind == "limited" else self._value(s))]
                 if s.kind == "limited" or self._fits(single, []):
                     self._row(single, [s] if s.kind == "limited" else [])
