@@ -595,7 +595,7 @@ def test_defaults_are_those_of_the_class(name: str) -> None:
     takes_ = takes(name)
     assert takes_.keys() <= KNOWN
     own = inspect.signature(getattr(solvers, kind.solver)).parameters
-    options = {key: own[option].default for key, option in kind.options.items()}
+    options = {key: own[option].default for key, option in kind.options.items() if own[option].default is not None}
     expected = {**DEFAULTS, **options, **kind.defaults}
     different = {key: value for key, value in takes_.items() if key in expected and expected[key] != value}
     for key in ("disable_corrector", *kind.fixed, *WITHOUT_EFFECT.get(name, ())):  # of the first they are () and []
