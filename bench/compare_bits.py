@@ -169,13 +169,13 @@ def chosen(dtype, device):
 def runs(name, options, device):
     """A whole run of a sampler, of a model without rounding of its own."""
     x = normal(1, torch.float32, device, 3, 4, 16, 16)
-    return [sampling.sample(lambda x, time: 0.5 * x, x, sampler=name, steps=10, seed=[4, 9, 2], **options)]
+    return [sampling.sample(lambda x, time: 0.5 * x, x, sampler=name, seed=[4, 9, 2], **{"steps": 10, **options})]
 
 
 SPECIAL = {"dpm_solver_v3", "mean_reverting", "rddm", "sgmse"}  # want statistics, registers or a process of their own
 OPTIONS = {
     "annealed_langevin": {"process": "ve"},
-    "dpm_solver": {"process": "ve", "grid": [8.0, 4.0, 2.0, 1.0, 0.5]},
+    "dpm_solver": {"process": "ve", "grid": [8.0, 4.0, 2.0, 1.0, 0.5], "steps": None},
     "euler_ancestral_rf": {"process": "flow"},
     "reverse_diffusion": {"process": "ve"},
 }

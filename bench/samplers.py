@@ -102,8 +102,17 @@ def k_diffusion():
     package = types.ModuleType("k_diffusion")
     package.__path__ = list(spec.submodule_search_locations)
     unused = ("PIL", "safetensors", "torchvision", "torchvision.transforms", "torchdiffeq", "torchsde")
-    with mock.patch.dict(sys.modules, {"k_diffusion": package, **{name: mock.MagicMock() for name in unused}}):
+    stand_ins = {"k_diffusion": package, **{name: mock.MagicMock() for name in unused}}
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    try:
         return importlib.import_module("k_diffusion.sampling")
+    finally:  # these alone: mock.patch.dict would forget all that was imported meanwhile
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
 
 
 def sample_x(name, steps, x, theirs):

@@ -235,7 +235,9 @@ def k() -> Iterator[Any]:
     absent["torchvision"].transforms = absent["torchvision.transforms"]  # type: ignore[attr-defined]
     absent["torchvision.transforms"].functional = None  # type: ignore[attr-defined]
     absent["torchdiffeq"].odeint = None  # type: ignore[attr-defined]
-    with mock.patch.dict(sys.modules, {**absent, "k_diffusion": package}):
+    with pytest.MonkeyPatch.context() as patch:  # of these modules alone: mock.patch.dict forgets what is imported meanwhile
+        for name, module in {**absent, "k_diffusion": package}.items():
+            patch.setitem(sys.modules, name, module)
         try:
             module = importlib.import_module("k_diffusion.sampling")
         except ModuleNotFoundError as error:
@@ -406,7 +408,8 @@ def test_gradient_estimation_as_smalldiffusion(gamma: float, mu: float) -> None:
     spec = importlib.util.spec_from_file_location("smalldiffusion_diffusion", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {"accelerate": accelerate}):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "accelerate", accelerate)
         spec.loader.exec_module(module)
 
     class Model:
@@ -828,7 +831,9 @@ def test_progress(capfd: pytest.CaptureFixture[str]) -> None:
         assert capfd.readouterr().err == ""
         sample(disable=False)
         assert "it/s" in capfd.readouterr().err
-    with mock.patch.dict(sys.modules, {"tqdm": None, "tqdm.auto": None}):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tqdm", "tqdm.auto"):
+            patch.setitem(sys.modules, name, None)
         kdiffusion.sample_heun(denoiser, START, SIGMAS, disable=False)
 
 
