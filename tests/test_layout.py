@@ -71,6 +71,7 @@ EDGES: dict[str, set[str] | None] = {
     "tokens": {"ops", "noise", "_checks", "_extras"},
     "transport": {"ops", "noise", "_checks", "_extras"},
     "sampling": {"ops", "noise", "tokens", "_checks", "_extras"},
+    "train": {"ops", "noise", "optim", "sparsity", "privacy", "tokens", "transport", "sampling", "_checks", "_extras"},
     "bench": EVERYTHING,
     "cli": EVERYTHING,
     "demo": EVERYTHING,

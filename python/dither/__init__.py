@@ -11,9 +11,9 @@ from . import ops
 from .ops import build_info
 
 if TYPE_CHECKING:
-    from . import noise, optim, privacy, reference, sampling, sparsity, tokens, transport
+    from . import noise, optim, privacy, reference, sampling, sparsity, tokens, train, transport
 
-_PARTS = ("noise", "optim", "privacy", "reference", "sampling", "sparsity", "tokens", "transport")
+_PARTS = ("noise", "optim", "privacy", "reference", "sampling", "sparsity", "tokens", "train", "transport")
 
 
 def __getattr__(name: str) -> Any:
@@ -38,5 +38,6 @@ __all__ = [
     "sampling",
     "sparsity",
     "tokens",
+    "train",
     "transport",
 ]
