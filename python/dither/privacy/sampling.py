@@ -6,6 +6,7 @@ of processes, and a resumed run draws what it would have drawn.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import deque
@@ -87,6 +88,10 @@ class PoissonSampler(Sampler[list[int]]):
         """Whether the draws are those of this key."""
         return noise.key_of(key, "chacha20") == self._key
 
+    def seed_of(self, step: int) -> int:
+        """Of other things that are random in the epoch or what is left of it from batch `step` on; tells nothing of the key."""
+        return int.from_bytes(hashlib.blake2b(repr(step).encode(), key=digest(self._key), digest_size=7).digest(), "little")
+
     def most(self, step: int) -> int:
         """How many examples of batch `step` are of the process that has most; every process draws all, and needs no other."""
         edges = torch.tensor(self._edges())
@@ -167,6 +172,8 @@ class PoissonLoader(DataLoader):
 
     def __init__(self, dataset: Any, sampler: PoissonSampler, collate_fn: Callable[[list[Any]], Any], **options: Any) -> None:
         self._pieces = _Pieces(sampler)
+        self._own = options.get("generator") is None  # torch draws seeds of workers: from a generator that no model draws from
+        options = {**options, "generator": torch.Generator()} if self._own else options
         super().__init__(dataset, batch_sampler=self._pieces, collate_fn=_Collate(collate_fn, dataset), **options)
         self.poisson = sampler
         self.step, self.given = 0, -1
@@ -185,6 +192,8 @@ class PoissonLoader(DataLoader):
 
     def _iterate(self, size: int | None) -> Iterator[tuple[Any, bool]]:
         self.poisson.step, self._pieces.size = self.step, size
+        if self._own:
+            self.generator.manual_seed(self.poisson.seed_of(self.step))
         self._pieces.last = deque()  # workers read ahead of us
         last = self._pieces.last
         for batch in super().__iter__():

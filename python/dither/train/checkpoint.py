@@ -120,7 +120,7 @@ def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 def _dense_order(t: Tensor) -> list[int] | None:
     """The dimensions from the slowest on, where they are not in order: channels_last, transposed."""
-    order = sorted(range(t.dim()), key=lambda d: (-t.stride(d), d))
+    order = sorted(range(t.dim()), key=lambda d: (-t.stride()[d], d))
     return None if t.is_contiguous() or not t.permute(order).is_contiguous() else order
 
 

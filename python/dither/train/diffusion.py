@@ -105,8 +105,8 @@ class DiffusionLoss:
         prediction: "eps", "x0", "v", "velocity" or "score"; default that which `sample` takes for the process.
         weighting: "simple", the plain error of what is predicted; or what |x0 - x0'|^2 is weighted by, "min_snr" (gamma=5),
             "p2" (gamma=1, k=1), "debiased", "truncated_snr", "edm" (sigma_data=0.5), or a function of SNR [B] in numpy.
-        levels: of u in (0, 1) the `Point`, see `uniform_times` and `normal_levels`; default uniform times, of "ve" EDM's levels.
-        input_perturbation: gamma >= 0: the model sees x0 under eps + gamma xi, and is to find eps (Ning et al. 2023; 0.1 there).
+        levels: of u in (0, 1) the `Point`, see `uniform_times` and `normal_levels`; by default uniform times, of "ve" EDM's.
+        input_perturbation: gamma >= 0: the model sees x0 under eps + gamma xi, and is to find eps (Ning et al. 2023: 0.1).
         immiscible: noise meets the samples of its batch that are near (Li et al. 2024; `dither.transport.immiscible_noise`).
         unpack: of a batch, x0 and a dict of keywords of the model; default: a batch is x0, or a tuple of x0 alone.
         seed: of noise and levels: those of call t are functions of (seed, t, process of torch.distributed). step: t.
@@ -184,7 +184,7 @@ class DiffusionLoss:
                 columns.append(self.weighting((p.alpha / p.sigma) ** 2) * to_x0(self.prediction, p)[1] ** 2)
         table = torch.from_numpy(np.stack([np.broadcast_to(c, len(x0)) for c in columns])).to(x0.device, x0.dtype)
         a, s, *w = (c.view(-1, *[1] * (x0.dim() - 1)) for c in table)
-        time = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(p.time, len(x0)))).to(x0.device)
+        time = torch.from_numpy(np.array(np.broadcast_to(p.time, len(x0)))).to(x0.device)
         return a, s, w[0] if w else None, time if time.dtype == torch.int64 else time.to(x0.dtype)
 
     def _target(self, x0: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -63,8 +63,9 @@ class Trainer:
 
     step: how many were taken. epoch: of the loader, now. log.rows: the numbers, a dict each.
 
-    Errors: a loss that is no scalar or not finite (looked at when a row is written; not
-    with a GradScaler or an optimizer that skips such steps); methods of other models or optimizers; private training with accumulation, float16 or another loader.
+    Errors: a loss that is no scalar, or not finite (seen when a row is written, and let pass with a GradScaler or an
+    optimizer that skips such steps); methods of other models or optimizers; private training with accumulation, float16 or
+    another loader.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class Trainer:
 
     def _begin(self, loader: Any) -> None:
         self._loader = loader
+        self.optimizer.zero_grad()  # of a step that an error ended
         if self._loaded is not None:
             self._restore_loader(loader, self._loaded)
             self._loaded = None
@@ -222,22 +224,21 @@ class Trainer:
         if isinstance(loader, PoissonLoader):
             yield from split(loader, self._physical) if self._physical is not None else ((b, True) for b in loader)
             return
-        if hasattr(loader, "load_state_dict"):
-            skip = 0
         set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(self.epoch)
-        after = None
-        if skip and self._epoch_began is not None:
-            after = checkpoint.rng_state()
+        now = checkpoint.rng_state() if skip else None  # an iterator draws seeds, which it did when the epoch began
+        if isinstance(loader, Stateful):
+            skip = 0
+        elif skip and self._epoch_began is not None:
             self._set_random(loader, self._epoch_began)
         else:
             self._epoch_began = self._random(loader)
         iterator = iter(loader)
         for _ in range(skip):
             next(iterator, None)
-        if after is not None:
-            checkpoint.set_rng_state(after)
+        if now is not None:
+            checkpoint.set_rng_state(now)
         for batch in iterator:
             yield batch, True
 
@@ -276,10 +277,10 @@ class Trainer:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad()
         self.step += 1
         for method in self._after:
             method(self)
+        self.optimizer.zero_grad()  # methods may look at gradients
         if self.step % self.log_every == 0:
             self._write_row()
         if self.save_every is not None and self.step % self.save_every == 0:
