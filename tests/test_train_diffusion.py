@@ -139,7 +139,7 @@ def test_immiscible_noise_is_nearer():
         DiffusionLoss("flow", immiscible=immiscible, levels=end, seed=4)(spy, x0)
         seen[immiscible] = 2 * spy.seen[0][0] - x0
     distance = {k: float((z - x0).norm(dim=1).mean()) for k, z in seen.items()}
-    assert distance[True] < 0.6 * distance[False]  # .42 was measured
+    assert distance[True] < 0.6 * distance[False]  # .49 was measured
     torch.testing.assert_close(seen[True].sort(0)[0], seen[False].sort(0)[0])
 
 
@@ -180,7 +180,7 @@ def test_a_flow_is_learned(tmp_path):
     options = {"sampler": "heun", "steps": 20, "seed": 0}
     after = energy(trainer.sample((2000, 2), **options), held_out)
     noise = energy(data(2000, seed=10), held_out)
-    assert before > 0.2 and after < 0.05 and noise < 0.005  # .62, .012, .001
+    assert before > 0.2 and after < 0.05 and noise < 0.005  # .35, .016 to .019, .001
     assert trainer.log.rows[-1]["loss"] < trainer.log.rows[0]["loss"]
     again = flow_trainer(tmp_path)
     assert again.resume() and torch.equal(again.sample((5, 2), **options), trainer.sample((5, 2), **options))
