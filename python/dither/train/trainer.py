@@ -115,9 +115,11 @@ class Trainer:
         self._epoch_began: dict[str, Any] | None = None  # random numbers at its begin, for loaders without a state
         self._loader: Any = None
         self._loaded: dict[str, Any] | None = None
-        self._numbers: dict[str, Tensor | float] = {}  # sums since the last row
-        self._count, self._since = 0, time.perf_counter()
+        self._losses: list[Tensor] = []  # since the last row, on the device
+        self._numbers: dict[str, list[Any]] = {}
+        self._since = time.perf_counter()
         self._asked_to_stop = False
+        self._shared = hasattr(model, "set_requires_gradient_sync") or hasattr(model, "no_sync")
 
     # ---- checks
 
@@ -174,7 +176,7 @@ class Trainer:
         if epochs is not None:
             with contextlib.suppress(TypeError):
                 total = epochs * math.ceil(len(loader) / self.accumulate)
-        self._count, self._since = 0, time.perf_counter()
+        self._losses, self._numbers, self._since = [], {}, time.perf_counter()
         bar = progress(max(0, (total or 0) - self.step), None if self.progress is None else not self.progress)
         with self._stoppable(), bar as advance:
             while not self._asked_to_stop and (self.step < steps if steps is not None else self.epoch < (epochs or 0)):
@@ -182,7 +184,7 @@ class Trainer:
                 self._epoch(loader, steps, advance)
                 if (self.step, self._given) == before and not self._asked_to_stop:
                     raise ValueError(f"{self._owner}.fit: loader gave no batch")
-        if self._count:
+        if self._losses:
             self._write_row()
         if self.folder is not None and self.step != self._saved_step():
             self.save()
@@ -244,14 +246,17 @@ class Trainer:
 
     def _pass(self, group: list[tuple[Any, bool]], last: bool) -> None:
         """Forward and backward of the batches of a step, or of a piece of a private one."""
+        parts = len(group)
         for k, (batch, _) in enumerate(group):
-            with self._synchronised(last and k == len(group) - 1):
-                found = self._forward(batch)
-                loss = found / len(group) if len(group) > 1 else found
+            with self._synchronised(last and k == parts - 1) if self._shared else _NOTHING:
+                loss = self._forward(batch)
+                if parts > 1:
+                    loss = loss / parts
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _forward(self, batch: Any) -> Tensor:
-        batch = to_device(batch, self.device)
+        if self.device.type != "cpu":
+            batch = to_device(batch, self.device)
         if self.autocast is None:
             found = self.loss(self.model, batch)
         else:
@@ -263,11 +268,9 @@ class Trainer:
         if not isinstance(found, Tensor) or found.numel() != 1:
             given = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise TypeError(f"{self._owner}: loss gave {given}, expected a scalar, or (scalar, dict of numbers)")
-        sums = self._numbers
-        for name, value in {"loss": found, **numbers}.items():
-            value = value.detach().float() if isinstance(value, Tensor) else value
-            sums[name] = sums[name] + value if name in sums else value
-        self._count += 1
+        self._losses.append(found.detach())
+        for name, value in numbers.items():
+            self._numbers.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
         return found
 
     def _ends_step(self, steps: int | None, advance: Callable[[], object] | None) -> bool:
@@ -318,12 +321,12 @@ class Trainer:
 
     def _write_row(self) -> None:
         """The means since the last row; waits for the device."""
-        count, now = self._count, time.perf_counter()
-        means = {name: float(total) / count for name, total in self._numbers.items()} if count else {}
+        count, now = len(self._losses), time.perf_counter()
+        means = {name: _mean(values) for name, values in {"loss": self._losses, **self._numbers}.items() if values}
         row = {"step": float(self.step), "epoch": float(self.epoch), **means, "lr": float(self.optimizer.param_groups[0]["lr"])}
         row["steps_per_second"] = count / self.accumulate / max(now - self._since, 1e-9)
         self.log.add(row)
-        self._numbers, self._count, self._since = {}, 0, now
+        self._losses, self._numbers, self._since = [], {}, now
         skips = self.scaler is not None or any(group.get("skip_nonfinite") for group in self.optimizer.param_groups)
         if means and not math.isfinite(means["loss"]) and not skips:
             raise FloatingPointError(
@@ -481,6 +484,13 @@ class Trainer:
 
 
 _OF_EACH = ("loader", "random")
+_NOTHING = contextlib.nullcontext()
+
+
+def _mean(values: Sequence[Any]) -> float:
+    if all(isinstance(value, Tensor) for value in values):
+        return float(torch.stack([value.reshape(()) for value in values]).float().mean())
+    return sum(float(value) for value in values) / len(values)
 
 
 def _is_cut(p: Tensor) -> bool:
