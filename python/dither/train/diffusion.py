@@ -14,9 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .. import noise
 from .._checks import instance, number, one_of
 from ..sampling import Flow, Process, VarianceExploding, VariancePreserving, sample
+from ..sampling.named import prediction_of, process_of
 from ..sampling.points import Point, to_x0
-from ..sampling.sample import _prediction as prediction_of
-from ..sampling.sample import _process as process_of
 from ..transport import immiscible_noise
 from .checkpoint import rank
 from .methods import plain
