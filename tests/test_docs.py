@@ -51,12 +51,14 @@ RECORDS = {  # what functions take and give
     "sampling": {"Program", "samplers_table"},
     "sparsity": set(),
     "tokens": {"Attend", "Comparison", "Patch", "Record"},
+    "train": set(),
     "transport": {"TwoSampleTest"},
 }
 WAYS = {  # what is chosen by name, each a row of a table
     "privacy": ["clipping.FACTORS"],
     "sampling": ["sample.SAMPLERS", "named.PROCESSES", "grids.GRIDS"],
     "tokens": ["patch.METHODS"],
+    "train": ["diffusion.WEIGHTINGS"],
     "transport": ["solve.METHODS"],
 }
 

@@ -51,7 +51,7 @@ def test_a_weight_is_of_x0_whatever_is_predicted(process, weighting):
         ))  # fmt: skip
 
     of_x0 = loss("x0")
-    for prediction in ("eps", "v", "velocity"):
+    for prediction in ("eps", "v", "velocity", "reverse_velocity"):
         assert loss(prediction) == pytest.approx(of_x0, rel=1e-9)
     assert loss("x0", "simple") != pytest.approx(of_x0, rel=1e-2)
 

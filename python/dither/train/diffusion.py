@@ -96,12 +96,12 @@ class DiffusionLoss:
         loss = DiffusionLoss("vp", "eps")
         loss(model, x0)                  # in a loop of your own, or as a Trainer's loss
 
-    x = alpha x0 + sigma eps; model(x, time [B], **conditions) gives x0, eps, v = alpha eps - sigma x0 or the velocity eps - x0
-    (of `score`, -eps / sigma). The loss is the mean over samples and elements of weight |output - target|^2.
+    x = alpha x0 + sigma eps; model(x, time [B], **conditions) gives x0, eps, v = alpha eps - sigma x0, the velocity eps - x0,
+    its reverse, or the score -eps / sigma. The loss is the mean over samples and elements of weight |output - target|^2.
 
     Args:
         process: as of `dither.sampling.sample`, by name or an object.
-        prediction: "eps", "x0", "v", "velocity" or "score"; default that which `sample` takes for the process.
+        prediction: "eps", "x0", "v", "velocity", "reverse_velocity" or "score"; by default as `sample` has it.
         weighting: "simple", the plain error of what is predicted; or what |x0 - x0'|^2 is weighted by, "min_snr" (gamma=5),
             "p2" (gamma=1, k=1), "debiased", "truncated_snr", "edm" (sigma_data=0.5), or a function of SNR [B] in numpy.
         levels: of u in (0, 1) the `Point`, see `uniform_times` and `normal_levels`; by default uniform times, of "ve" EDM's.
@@ -192,6 +192,7 @@ class DiffusionLoss:
             "eps": lambda: z,
             "v": lambda: alpha * z - sigma * x0,
             "velocity": lambda: z - x0,
+            "reverse_velocity": lambda: x0 - z,
             "score": lambda: -z / sigma,
         }[self.prediction]()
 
