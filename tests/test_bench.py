@@ -148,6 +148,13 @@ def test_transport_solvers_in_turns(run_script, tmp_path):
     assert (tmp_path / "solvers.md").read_text().count("| U | 40 |") == 2
 
 
+def test_trainers_in_turns(run_script, tmp_path):
+    run_script(SCRIPTS / "trainer.py", "--steps", "3", "--rounds", "1", "--out", tmp_path / "trainer")
+    rows = json.loads((tmp_path / "trainer.json").read_text())["rows"]
+    assert len(rows) == 3 and all(us > 0 for row in rows for us in row["microseconds"].values())
+    assert (tmp_path / "trainer.md").read_text().count(" us | ") >= 6
+
+
 def test_samplers_in_turns(run_script, tmp_path):
     pytest.importorskip("diffusers")
     options = ["--samplers", "DPM++2M", "k: euler", "--steps", "6", "--rounds", "2", "--out"]
