@@ -218,7 +218,7 @@ def test_bad_input():
     for given, error, words in (
         ({"process": "vb"}, ValueError, "process is 'vb'"),
         ({"prediction": "noise"}, ValueError, "prediction is 'noise'"),
-        ({"weighting": "min_snp"}, ValueError, "weighting is 'min_snp', expected 'simple', 'min_snr'"),
+        ({"weighting": "min_snp"}, ValueError, "weighting is 'min_snp'.*did you mean 'min_snr'"),
         ({"weighting_options": {"gamma": 2}}, ValueError, "weighting_options are"),
         ({"input_perturbation": -1}, ValueError, "input_perturbation is -1"),
     ):
