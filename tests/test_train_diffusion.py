@@ -157,8 +157,9 @@ class Net(nn.Module):
 
 def flow_trainer(folder=None, **options):
     model = Net()
-    options = {"log_every": 50, "progress": False, "folder": folder, "ema": 0.98, **options}
-    return DiffusionTrainer(model, optim.AdamW(model.parameters(), lr=3e-3), "flow", **options)
+    ema = options.pop("ema", 0.98)
+    given = {"log_every": 50, "progress": False, "folder": folder, "ema": ema}
+    return DiffusionTrainer(model, optim.AdamW(model.parameters(), lr=3e-3), DiffusionLoss("flow", **options), **given)
 
 
 def loader(n=2048):

@@ -209,53 +209,29 @@ class DiffusionLoss:
 class DiffusionTrainer(Trainer):
     """A `Trainer` with a `DiffusionLoss`, an average of the weights, and samples of it.
 
-        trainer = DiffusionTrainer(model, optimizer, "cosine", "v", weighting="min_snr", ema=0.999)
+        trainer = DiffusionTrainer(model, optimizer, DiffusionLoss("cosine", "v", weighting="min_snr"), ema=0.999)
         trainer.fit(loader, steps=10_000)
         images = trainer.sample((16, 3, 32, 32), sampler="dpmpp_2m", steps=20, seed=0)
 
     Args:
-        process, prediction, weighting, weighting_options, levels, input_perturbation, immiscible, unpack, seed: see
-            `DiffusionLoss`.
         ema: 0 <= ema < 1, of the average's decay, which is min(ema, (1 + t) / (10 + t)) after t steps. 0: no average.
-        options: of `Trainer`.
+        methods, options: of `Trainer`; the average comes last.
 
     average: the averaged model, or None.
     """
 
+    loss: DiffusionLoss
+
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        process: str | Process = "vp",
-        prediction: str | None = None,
-        *,
-        weighting: str | Callable[[np.ndarray], np.ndarray] = "simple",
-        weighting_options: Mapping[str, float] | None = None,
-        levels: Callable[[np.ndarray], Point] | None = None,
-        input_perturbation: float = 0.0,
-        immiscible: bool = False,
-        unpack: Callable[[Any], Batch] | None = None,
-        seed: int = 0,
-        ema: float = 0.999,
-        methods: Sequence[Any] = (),
-        **options: Any,
-    ) -> None:
-        loss = DiffusionLoss(
-            process,
-            prediction,
-            weighting=weighting,
-            weighting_options=weighting_options,
-            levels=levels,
-            input_perturbation=input_perturbation,
-            immiscible=immiscible,
-            unpack=unpack,
-            seed=seed,
-        )
-        number("DiffusionTrainer", "ema", ema, least=0, below=1)
-        instance("DiffusionTrainer", "model", model, nn.Module, "a torch.nn.Module")
+        self, model: nn.Module, optimizer: Optimizer, loss: DiffusionLoss, *,
+        ema: float = 0.999, methods: Sequence[Any] = (), **options: Any,
+    ) -> None:  # fmt: skip
+        owner = type(self).__name__
+        number(owner, "ema", ema, least=0, below=1)
+        instance(owner, "model", model, nn.Module, "a torch.nn.Module")
+        instance(owner, "loss", loss, DiffusionLoss, "a DiffusionLoss")
         self.average = average(plain(model), ema) if ema else None
         super().__init__(model, optimizer, loss, [*methods, *filter(None, [self.average])], **options)
-        self.denoising = loss
 
     def sample(self, shape: Sequence[int], **options: Any) -> Tensor:
         """Samples of the average, or of the model without one. options: of `dither.sampling.sample`."""
@@ -263,7 +239,7 @@ class DiffusionTrainer(Trainer):
         was = model.training
         model.eval()
         try:
-            given = {"process": self.denoising.process, "prediction": self.denoising.prediction, "device": self.device}
+            given = {"process": self.loss.process, "prediction": self.loss.prediction, "device": self.device}
             return sample(model, shape=shape, **{**given, **options})  # type: ignore[no-any-return]
         finally:
             model.train(was)
