@@ -2,7 +2,7 @@
 where they are installed, and exact solvers beside them.
 
 python bench/transport_solvers.py [--sizes N...] [--regs R...] [--instances U P2 P64] [--contenders WORD...] [--cap S]
-    [--rounds N] [--device cpu] [--no-steps] [--out STEM]
+    [--rounds N] [--seed N] [--device cpu] [--no-steps] [--out STEM]
 
 Costs, divided by the largest: U, uniform in [0, 1]; P2 and P64, squared distances of samples of N(0, I) and N(e_1, I) in 2 and
 64 dimensions. Weights are uniform, numbers float64. Every contender is a process of its own with one thread; they take turns.
@@ -183,17 +183,17 @@ SHOWN = "dither"
 
 
 def work(contender, device):
-    """Answer every (instance, n, reg, tol, cap) with seconds, the error and counts."""
+    """Answer every (instance, n, seed, reg, tol, cap) with seconds, the error and counts."""
     torch.set_num_threads(1)
     make = contenders(device)[contender]
     for package in (module for word, module in NEEDS.items() if contender.startswith(word)):
         __import__(package)
     clock, known = scripts.timer(device), {}
 
-    def answer(instance, n, reg, tol, cap):
+    def answer(instance, n, seed, reg, tol, cap):
         if (instance, n) not in known:
             known.clear()
-            known[instance, n] = costs(instance, n)
+            known[instance, n] = costs(instance, n, seed)
         run = make(known[instance, n], reg, tol)
         limit = time.process_time() + cap + 1
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), resource.RLIM_INFINITY))
@@ -218,8 +218,8 @@ def work(contender, device):
 
 
 class Contest:
-    def __init__(self, names, device, cap, rounds):
-        self.names, self.device, self.cap, self.rounds = list(names), device, cap, rounds
+    def __init__(self, names, device, cap, rounds, seed):
+        self.names, self.device, self.cap, self.rounds, self.seed = list(names), device, cap, rounds, seed
         self.workers, self.hopeless = {}, set()
 
     def worker(self, name):
@@ -251,7 +251,7 @@ class Contest:
                 if worker is None:
                     continue
                 try:
-                    seconds, error, counts = worker.ask(instance, n, reg, tol, self.cap)
+                    seconds, error, counts = worker.ask(instance, n, self.seed, reg, tol, self.cap)
                 except ChildProcessError:
                     found[name] = "over" if self.workers.pop(name).end() == -signal.SIGXCPU else "failed"
                     self.hopeless.add((name, instance, n))
@@ -384,6 +384,7 @@ def main():
     parser.add_argument("--contenders", nargs="*", metavar="WORD", help="those with a word in their name; default: all")
     parser.add_argument("--cap", type=float, default=20, metavar="S", help="CPU seconds of a run")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the costs")
     parser.add_argument("--no-steps", action="store_true", help="leave out the second table")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -400,7 +401,7 @@ def main():
             lines = page(rows, steps)
             scripts.write(args.out, "Entropic transport, seconds to a tolerance", about, lines, rows=rows, published=steps)
 
-    contest, rows, steps = Contest(names, args.device, args.cap, args.rounds), [], []
+    contest, rows, steps = Contest(names, args.device, args.cap, args.rounds, args.seed), [], []
     contest.first = args.regs[0], TOLERANCES[0]
     try:
         for instance in args.instances:
