@@ -7,7 +7,7 @@
 #   PYTHON=python3 OUT=bench/results bash bench/gpu_visit.sh
 # writes to $OUT the figures, <date>-<gpu>.json and .md, and the same of <date>-<gpu>-samplers, -private-steps and
 # -transport-solvers; and logs: build.log, tests.log, bits.log, samplers.log, bench.log, steps.log, solvers.log, demo.log (git
-# ignores these). Timings that are stopped for their time leave the rows that they had, samplers none. The exit status is 0 if all
+# ignores these). Timings that are stopped for their time leave the rows that they had. The exit status is 0 if all
 # of it succeeded.
 set -uo pipefail
 cd "$(dirname "$0")/.."

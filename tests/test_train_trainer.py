@@ -390,3 +390,22 @@ def test_an_error_in_a_step_leaves_nothing_behind():
     assert trainer.step == 3 and any(p.grad is not None for p in model.parameters())
     trainer.fit(loader, steps=3)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_gpu_resumes_to_the_same_bits(tmp_path, dtype):
+    def run(folder, *stops):
+        for stop in stops:
+            model = network().cuda()
+            optimizer = optim.AdamW(model.parameters(), lr=1e-2, noise_eta=1e-3, seed=3)
+            methods = [sparsity.MaskDecay(model, (2, 4), end=12), average(model, 0.9)]
+            trainer = Trainer(model, optimizer, LOSS, methods, autocast=dtype, folder=folder, log_every=4, progress=False)
+            torch.manual_seed(1)
+            trainer.resume()
+            trainer.fit(DataLoader(data(), batch_size=16, shuffle=True, pin_memory=True), steps=stop)
+        return trainer
+
+    whole, cut = run(tmp_path / "whole", 20), run(tmp_path / "cut", 9, 20)
+    assert torch.equal(weights(whole.model), weights(cut.model))
+    assert torch.equal(weights(whole.methods[1]), weights(cut.methods[1])) and cut.step == 20
