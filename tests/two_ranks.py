@@ -12,6 +12,7 @@ def test_two_ranks(two_ranks, name):
 """
 
 import datetime
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 
+PATIENCE = 150  # seconds
 Check = Callable[[Any], None]
 needs_two_ranks = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo"
@@ -40,8 +42,18 @@ def check(checks: dict[str, Check]) -> Callable[[Check], Check]:
 
 def work(rank: int, folder: str, module: str) -> None:
     """Every check of a test module, in a folder of their own; what goes wrong is written to files."""
-    torch.set_num_threads(1)
     os.chdir(folder)
+    with open(f"stuck.{rank}", "w") as stuck:
+        faulthandler.dump_traceback_later(PATIENCE - 10, file=stuck)
+        try:
+            run(rank, folder, module)
+        except BaseException:
+            stuck.write(traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
+
+
+def run(rank: int, folder: str, module: str) -> None:
+    torch.set_num_threads(1)
     dist = torch.distributed
     patience = datetime.timedelta(seconds=20)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=patience)
@@ -65,7 +77,7 @@ def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     ranks = [spawn.Process(target=work, args=(rank, str(folder), request.module.__name__), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE
     for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))
         process.kill()
@@ -73,7 +85,7 @@ def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     def ended(name: str) -> None:
         for rank in range(2):
             file = folder / f"{name}.{rank}"
-            assert file.exists(), f"rank {rank} did not end"
+            assert file.exists(), f"rank {rank} did not end: {(folder / f'stuck.{rank}').read_text()}"
             assert not file.read_text(), f"rank {rank}: {file.read_text()}"
 
     yield ended

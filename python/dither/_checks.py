@@ -61,13 +61,15 @@ def number(
 
 def close(value: Any, allowed: Collection[Any]) -> str:
     """The name that was probably meant, as part of a message; empty where none is near."""
-    names = [name for name in allowed if isinstance(name, str)]
-    found = difflib.get_close_matches(value, names, n=10) if isinstance(value, str) else []
+    names = {name.lower(): name for name in allowed if isinstance(name, str)}
+    given = value.lower() if isinstance(value, str) else ""
+    found = difflib.get_close_matches(given, names, n=10, cutoff=0.65)
+    found += [name for name in names if name and given and (given.startswith(name) or name.startswith(given))]
 
     def likeness(name: str) -> list[float]:  # letters that changed places count second
-        return [difflib.SequenceMatcher(None, *both).ratio() for both in ((name, value), (sorted(name), sorted(value)))]
+        return [difflib.SequenceMatcher(None, *both).ratio() for both in ((name, given), (sorted(name), sorted(given)))]
 
-    best = max(found, key=likeness, default=None)
+    best = names.get(max(found, key=likeness, default=""))
     return "" if best is None else f" (did you mean {best!r}?)"
 
 

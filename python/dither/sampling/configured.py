@@ -113,6 +113,9 @@ class _Learned:
 def program_of(plan: Schedule, solver: str, options: Mapping[str, Any]) -> Program:
     function = SAMPLERS[solver].solver
     check_options("sampler", function, options)
+    if SAMPLERS[solver].registers:
+        needs = ", ".join(SAMPLERS[solver].registers)
+        raise ValueError(f"sampler: {solver} needs {needs}, which configurations lack; expected dither.sampling.sample for it")
     options = dict(options)
     if str(options.get("variance_type", "")).startswith("learned"):
         options["variance_type"] = "fixed_small"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import one_of
+from .._checks import number, one_of
 from .configs import alphas_cumprod, read
 from .points import Preconditioning, VariancePreserving
 
@@ -86,8 +86,10 @@ def edm_denoiser(
 ) -> Callable[..., Tensor]:
     """A raw network F of EDM as D(x, sigma [B]) = c_skip x + c_out F(c_in x, c_noise) (Karras et al. 2022, table 1).
 
-    prediction: "v_prediction" changes the sign of c_out, as diffusers has it.
+    sigma_data: above 0. prediction: "v_prediction" changes the sign of c_out, as diffusers has it.
     """
+    one_of("edm_denoiser", "prediction", prediction, ("epsilon", "v_prediction"))
+    number("edm_denoiser", "sigma_data", sigma_data, above=0)
     return preconditioned(net, Preconditioning(sigma_data, -1.0 if prediction == "v_prediction" else 1.0), channels)
 
 

@@ -271,6 +271,8 @@ class Trace:
 
     def lower(self, result: Linear, end: Point) -> Program:
         """end: the level of the result."""
+        if not isinstance(result, Linear):
+            raise TypeError(f"sample: the solver gave {type(result).__name__}, expected the last state: what it made of x")
         self._keep_seen(result, end)
         ((last, _),) = result.terms.items()
         lowering = _Lowering(self._ops, self.start, last, self.limits)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..._checks import integer
+from ..._checks import integer, one_of, share
 from ..points import Level, Point, Points
 from ._steps import along, noise_of
 
@@ -136,6 +136,8 @@ def ghvb(run: Any, x: Any, points: Points, order: int = 4, beta: float = 0.7) ->
 
     beta in (0, 1]: 1 is Adams-Bashforth; less keeps stable where large guidance makes the flow stiff. order: 1 to 4.
     """
+    one_of("ghvb", "order", order, (1, 2, 3, 4))
+    share("ghvb", "beta", beta)
     velocity: Any = None
     past: list[Any] = []
     for i, p, q in run.steps(points):
@@ -150,7 +152,12 @@ def ghvb(run: Any, x: Any, points: Points, order: int = 4, beta: float = 0.7) ->
 
 
 def heavy_ball(run: Any, x: Any, points: Points, order: int = 4, beta: float = 0.8) -> Any:
-    """Polyak's heavy ball on Adams-Bashforth (Wizadwongsa et al. 2023, HB): of order 1, stable for longer steps than `ghvb`."""
+    """Polyak's heavy ball on Adams-Bashforth (Wizadwongsa et al. 2023, HB): of order 1, stable for longer steps than `ghvb`.
+
+    beta in (0, 1], 1 is Adams-Bashforth of `order`, 1 or more.
+    """
+    integer("heavy_ball", "order", order, 1)
+    share("heavy_ball", "beta", beta)
     velocity: Any = None
     past: list[Any] = []
     for i, p, q in run.steps(points):
