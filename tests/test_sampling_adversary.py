@@ -332,6 +332,20 @@ def test_copies_of_guides_have_programs_of_their_own():
             assert torch.equal(ve(denoiser, guidance=other), expected)
 
 
+def test_guides_that_are_changed_are_asked_anew():
+    one, two = {"shift": torch.ones(1, 4)}, {"shift": torch.zeros(1, 4)}
+    guide = CFG(2.0, one, two)
+    around, within = Interval(guide, 0.5, 2.0), Interval(guide, 0.0, 9.0)
+    before = [ve(denoiser, guidance=g) for g in (guide, around, within)]
+    guide.scale, around.high = 4.0, 9.0
+    after = [ve(denoiser, guidance=g) for g in (guide, around, within)]
+    fresh = CFG(4.0, one, two)
+    for found, expected, was in zip(after, (fresh, Interval(fresh, 0.5, 9.0), Interval(fresh, 0.0, 9.0)), before):
+        assert torch.equal(found, ve(denoiser, guidance=expected)) and not torch.equal(found, was)
+    made = guide.programs
+    assert made and guide.programs is made, "a guide that stays keeps its programs"
+
+
 def test_masks_forbid_states_that_are_read_before_the_model_sees_them():
     def early(run, x, points):
         for _, p, q in run.steps(points):

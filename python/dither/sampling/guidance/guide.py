@@ -57,10 +57,24 @@ class Guide:
     base: str = "cond"
     batched: bool = True
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__["_changes"] = self._changes + 1
+        super().__setattr__(name, value)
+
+    _changes: int = 0
+
+    def _version(self) -> tuple[Any, ...]:
+        """How often this guide, and those inside of it, were changed."""
+        parts = [value if isinstance(value, (list, tuple)) else [value] for value in self.__dict__.values()]
+        return self._changes, *(g._version() for part in parts for g in part if isinstance(g, Guide))
+
     @property
     def programs(self) -> dict[Any, Program]:
-        """Those of `sample` with this guide, which is not to be changed from then on."""
-        found: dict[Any, Program] = self.__dict__.setdefault("_programs", {})
+        """Those of `sample` with this guide as it is now; elements of arrays are not looked at."""
+        version, found = self.__dict__.get("_programs", (None, None))
+        if version != (version := self._version()) or found is None:
+            found = {}
+            self.__dict__["_programs"] = version, found
         return found
 
     def __getstate__(self) -> dict[str, Any]:
