@@ -110,6 +110,8 @@ def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
         return change(tree)
     if isinstance(tree, Mapping):
         return {key: mapped(value, change) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(mapped(value, change) for value in tree))
     if isinstance(tree, (list, tuple)):
         return type(tree)(mapped(value, change) for value in tree)
     return tree
@@ -132,36 +134,25 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     for name, t in stored.items():  # the format has no views of one memory
         if t.data_ptr() and seen.setdefault(t.untyped_storage().data_ptr(), name) != name:
             stored[name] = t.clone()
-    path.write_bytes(safetensors.save(stored))
-    return {"size": path.stat().st_size, "sha256": _digest(path), "orders": orders}
+    body = safetensors.save(stored)
+    path.write_bytes(body)
+    return {"size": len(body), "sha256": hashlib.sha256(body).hexdigest(), "orders": orders}
 
 
 def _read_tensors(path: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
     safetensors = require("safetensors.torch", extra="train")
     try:
-        size = path.stat().st_size
+        body = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path} is not there, expected {about['size']} bytes") from None
-    if size != about["size"]:
-        raise CheckpointError(f"checkpoint: {path} has {size} bytes, expected {about['size']}: it was cut off or changed")
-    if _digest(path) != about["sha256"]:
+    if len(body) != about["size"]:
+        raise CheckpointError(f"checkpoint: {path} has {len(body)} bytes, expected {about['size']}: it was cut off or changed")
+    if hashlib.sha256(body).hexdigest() != about["sha256"]:
         raise CheckpointError(f"checkpoint: {path} has other bytes than were written: it was changed")
-    found: dict[str, Tensor] = safetensors.load(path.read_bytes())
+    found: dict[str, Tensor] = safetensors.load(body)
     for name, order in about["orders"].items():
         found[name] = found[name].permute([order.index(d) for d in range(len(order))])
     return found
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_digest(file)
-
-
-def _slow_digest(file: Any) -> str:  # Python 3.10
-    found = hashlib.sha256()
-    while block := file.read(1 << 20):
-        found.update(block)
-    return found.hexdigest()
 
 
 def _synced(path: Path) -> None:

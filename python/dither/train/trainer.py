@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from .._checks import instance, integer, one_of
 from .._extras import progress
+from ..optim._shards import is_sharded
 from ..privacy import PoissonLoader, Privacy, split
 from . import checkpoint
 from .checkpoint import CheckpointError
@@ -450,7 +451,7 @@ class Trainer:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = {
             k: {
-                name: checkpoint.cut_like(t, params[k]) if isinstance(t, Tensor) and _is_cut(params[k]) else t
+                name: checkpoint.cut_like(t, params[k]) if isinstance(t, Tensor) and is_sharded(params[k]) else t
                 for name, t in of.items()
             }
             if isinstance(k, int) and k < len(params)
@@ -493,21 +494,9 @@ def _mean(values: Sequence[Any]) -> float:
     return sum(float(value) for value in values) / len(values)
 
 
-def _is_cut(p: Tensor) -> bool:
-    return hasattr(p, "device_mesh")
-
-
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch, its tensors on a device."""
-    if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
+    return checkpoint.mapped(batch, lambda t: t if t.device == device else t.to(device, non_blocking=True))
 
 
 def size_of(batch: Any) -> int:
