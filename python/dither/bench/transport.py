@@ -209,6 +209,11 @@ def _newton(setting: Setting, n: int) -> Contest:
     )
 
 
+def _solved(c: Tensor, reg: float, tol: float, peers: dict[str, Run]) -> Contest:
+    run = lambda: transport.solve(None, None, c, reg, tol=tol).plan
+    return Contest(run, peers, bytes=c.nbytes, elements=c.numel(), roof=reading(c))
+
+
 def _solve(setting: Setting, n: int, reg: float) -> Contest:
     c, tol = _costs(setting, n, n), 1e-6
     peers: dict[str, Run] = {}
@@ -216,13 +221,7 @@ def _solve(setting: Setting, n: int, reg: float) -> Contest:
         peers["POT"] = _pot(c, reg, "sinkhorn", 100_000, tol / n**0.5)
         if reg >= 0.01:
             peers["POT log"] = _pot(c, reg, "sinkhorn_log", 100_000, tol / n**0.5)
-    return Contest(
-        lambda: transport.solve(None, None, c, reg, tol=tol).plan,
-        peers,
-        bytes=c.nbytes,
-        elements=c.numel(),
-        roof=reading(c),
-    )
+    return _solved(c, reg, tol, peers)
 
 
 def _solve_batch(setting: Setting, batch: int, n: int, reg: float) -> Contest:
@@ -233,10 +232,4 @@ def _solve_batch(setting: Setting, batch: int, n: int, reg: float) -> Contest:
 
         options = {"max_iter": 100_000, "tol": tol / n**0.5, "grad": "detach"}
         peers["ot.batch"] = lambda: ot.batch.solve_batch(c, reg, **options).plan
-    return Contest(
-        lambda: transport.solve(None, None, c, reg, tol=tol).plan,
-        peers,
-        bytes=c.nbytes,
-        elements=c.numel(),
-        roof=reading(c),
-    )
+    return _solved(c, reg, tol, peers)
