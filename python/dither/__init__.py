@@ -13,20 +13,6 @@ from .ops import build_info
 if TYPE_CHECKING:
     from . import noise, optim, privacy, reference, sampling, sparsity, tokens, train, transport
 
-_PARTS = ("noise", "optim", "privacy", "reference", "sampling", "sparsity", "tokens", "train", "transport")
-
-
-def __getattr__(name: str) -> Any:
-    """The parts are imported when they are first used."""
-    if name in _PARTS:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PARTS})
-
-
 __all__ = [
     "__version__",
     "build_info",
@@ -41,3 +27,14 @@ __all__ = [
     "train",
     "transport",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The parts are imported when they are first used."""
+    if name in __all__:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
